@@ -1,0 +1,21 @@
+"""Measure, rank, select and train the components of a vision transformer that finetune best, as a PEFT method."""
+
+from plasticity_peft.architectures import find_components
+from plasticity_peft.config import PlasticityConfig
+from plasticity_peft.errors import PlasticityError
+from plasticity_peft.measure import measure_plasticity
+from plasticity_peft.report import PlasticityReport
+from plasticity_peft.selection import Selection
+from plasticity_peft.tuner import PlasticityModel
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "PlasticityConfig",
+    "PlasticityError",
+    "PlasticityModel",
+    "PlasticityReport",
+    "Selection",
+    "find_components",
+    "measure_plasticity",
+]

@@ -1,0 +1,37 @@
+"""The names that every stage shares: the five kinds of component, and one component of one block.
+
+Nothing here knows a model; a report read on a machine without torch uses these names too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
+"""The paper's five kinds, in the order in which a pre-norm block calls them."""
+
+MATRIX_KINDS = ("MHA", "FC1", "FC2")
+"""The kinds that hold weight matrices: what LoRA can train, and what is ranked unless `candidates` says otherwise."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of one block: what the paper measures, and what is trained or left alone as a whole."""
+
+    block: int
+    """Index of the block, 0 next to the embeddings."""
+    kind: str
+    """One of `KINDS`."""
+    path: str
+    """Path of the module that maps the component's input to its output."""
+    modules: tuple[str, ...]
+    """Paths of the linear layers or the norm that hold its weights."""
+    parameters: int
+    """Number of weights and biases in `modules`."""
+    features: tuple[tuple[int, int], ...] = ()
+    """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot take."""
+
+    @property
+    def id(self) -> str:
+        """Canonical id, such as "3.MHA": stable while module paths move between releases of transformers."""
+        return f"{self.block}.{self.kind}"

@@ -1,0 +1,215 @@
+"""The one dataclass that a user fills in."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from peft import LoraConfig, PeftType
+
+from plasticity_peft.checks import (
+    GRANULARITIES,
+    PROTOCOLS,
+    TRAINING_MODES,
+    check_amount,
+    check_candidates,
+    check_choice,
+    check_count,
+)
+from plasticity_peft.components import MATRIX_KINDS
+from plasticity_peft.errors import ConfigError
+from plasticity_peft.files import write_text
+from plasticity_peft.report import PlasticityReport
+from plasticity_peft.selection import Selection
+
+PEFT_TYPE = "PLASTICITY"
+"""`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so."""
+
+REPORT_NAME = "plasticity.json"
+"""The file beside an adapter that tells what was measured and chosen."""
+
+CHOSEN_FOR_THE_USER = (
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "target_parameters",
+)
+
+
+@dataclass
+class PlasticityConfig(LoraConfig):
+    """Trains the components of a vision transformer that react most to a change of their input.
+
+    A `peft.LoraConfig` that finds its own `target_modules` and `modules_to_save`: `get_peft_model` (or `add_adapter`)
+    measures the model on `target_data`, or takes the scores of `report`, ranks the components and adapts the best.
+    Every other option of LoraConfig is passed on. The classification head always trains and is saved.
+
+    From then on the config is a LoRA config (`peft_type` LORA), `report` and `selection` tell what was found, and the
+    data have been let go.
+
+    Examples:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        ...                                             intermediate_size=64, image_size=8, patch_size=4))
+        >>> config = PlasticityConfig(target_data=torch.rand(10, 3, 8, 8), pairs=16, top_k=2)
+        >>> model = get_peft_model(model, config)
+        >>> len(config.selection.units)
+        2
+    """
+
+    target_data: Any = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "Downstream images, unlabelled: a datasets.Dataset or torch Dataset with pixel_values, a "
+            "DataLoader of them, or a tensor (images, channels, height, width). Let go once measured, never saved."
+        },
+    )
+    source_data: Any = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "Pretraining-like images in the same forms. With them a pair is one source and one target image, "
+            "as in the paper; without, two different target images."
+        },
+    )
+    report: PlasticityReport | Mapping[str, Any] | str | os.PathLike[str] | None = field(
+        default=None,
+        repr=False,
+        metadata={
+            "help": "Scores to choose from in place of measuring: a PlasticityReport, or the path of a saved one."
+        },
+    )
+    inputs: str = field(
+        default="embedding",
+        metadata={
+            "help": "What components are fed when they are measured: 'embedding', the paper's protocol, or "
+            "'activation', what they receive in the running network."
+        },
+    )
+    granularity: str = field(
+        default="kind",
+        metadata={
+            "help": "What is ranked: 'kind' (MHA, FC1, ... over all blocks, as in the paper) or 'block' (3.MHA)."
+        },
+    )
+    candidates: tuple[str, ...] = field(
+        default=MATRIX_KINDS,
+        metadata={
+            "help": "Kinds that may be chosen, of LN1, MHA, LN2, FC1, FC2. The others are measured and reported all "
+            "the same."
+        },
+    )
+    top_k: int | None = field(
+        default=None, metadata={"help": "How many of the best units to train. With neither this nor budget: 1."}
+    )
+    budget: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the model's parameters to train, such as 0.01, in place of top_k: the best units in "
+            "order while they fit, counted as they train; the head is not counted."
+        },
+    )
+    training: str = field(
+        default="lora",
+        metadata={
+            "help": "How the chosen components train: 'lora' (LoRA on their linear layers; a norm, which LoRA cannot "
+            "take, in full) or 'full' (all of their weights)."
+        },
+    )
+    pairs: int = field(default=1024, metadata={"help": "Pairs of images to measure on, at least 2."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs in one forward pass while measuring."})
+    seed: int = field(default=0, metadata={"help": "Seed of the drawing of pairs."})
+
+    selection: Selection | None = field(
+        default=None, init=False, repr=False, metadata={"help": "What was chosen; None until a model was adapted."}
+    )
+    id2label: dict[int, str] | None = field(
+        default=None, init=False, repr=False, metadata={"help": "Names of the labels, from the config of the model."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = PEFT_TYPE
+        for name in CHOSEN_FOR_THE_USER:
+            if getattr(self, name, None):
+                raise ConfigError(
+                    f"{name} is chosen by the ranking; narrow it with candidates, granularity, top_k or budget, or "
+                    f"use LoraConfig to choose modules by name. Got {name}={getattr(self, name)!r}."
+                )
+        check_choice("inputs", self.inputs, PROTOCOLS)
+        check_choice("granularity", self.granularity, GRANULARITIES)
+        check_choice("training", self.training, TRAINING_MODES)
+        self.candidates = check_candidates(self.candidates)
+        check_amount(self.top_k, self.budget)
+        check_count("pairs", self.pairs, 2)
+        check_count("batch_size", self.batch_size, 1)
+        check_count("seed", self.seed, 0)
+        if self.report is not None and self.target_data is not None:
+            raise ConfigError("Give report, to choose from scores, or target_data, to measure; got both.")
+        if self.source_data is not None and self.target_data is None:
+            raise ConfigError("source_data is the other half of each pair: give target_data with it.")
+
+    def load_report(self) -> PlasticityReport | None:
+        """Returns the scores given as `report`, read where it is a path; None where there are none."""
+        if self.report is None or isinstance(self.report, PlasticityReport):
+            return self.report
+        if isinstance(self.report, Mapping):
+            return PlasticityReport.from_dict(self.report)
+        return PlasticityReport.load(self.report)
+
+    def select(self, report: PlasticityReport) -> Selection:
+        """Returns what this config chooses from the scores of `report`."""
+        return report.select(
+            self.top_k,
+            self.budget,
+            granularity=self.granularity,
+            candidates=self.candidates,
+            training=self.training,
+            r=self.r,
+            rank_pattern=self.rank_pattern,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
+        )
+
+    def resolve(
+        self,
+        report: PlasticityReport,
+        selection: Selection,
+        *,
+        target_modules: list[str] | str,
+        modules_to_save: list[str] | None,
+        id2label: dict[int, str] | None,
+    ) -> None:
+        """Turns this into the LoRA config of what was chosen, and lets go of the data."""
+        self.report, self.selection, self.id2label = report, selection, id2label
+        self.target_modules, self.modules_to_save = target_modules, modules_to_save
+        self.target_data = self.source_data = None
+        self.peft_type = PeftType.LORA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the options as a dictionary without the data: those of LoRA alone once the components are chosen."""
+        plain = copy.copy(self)
+        plain.target_data = plain.source_data = plain.report = plain.selection = None
+        values: dict[str, Any] = super(PlasticityConfig, plain).to_dict()  # type: ignore[no-untyped-call]
+        own = {f.name for f in fields(self)} - {f.name for f in fields(LoraConfig)}
+        hidden = own if self.selection is not None else {"target_data", "source_data", "selection", "id2label"}
+        values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
+        if "report" in values:
+            values["report"] = self.report.to_dict() if isinstance(self.report, PlasticityReport) else self.report
+        return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes adapter_config.json with what stock PEFT knows, and beside it plasticity.json with the rest."""
+        super().save_pretrained(save_directory, **kwargs)
+        if isinstance(self.report, PlasticityReport) and self.selection is not None:
+            adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
+            text = json.dumps({**self.report.to_dict(), "adapter": adapter}, indent=2)
+            write_text(os.path.join(save_directory, REPORT_NAME), text + "\n")

@@ -1,0 +1,1 @@
+"""What a score is: one short file for each measure."""

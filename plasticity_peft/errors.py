@@ -1,0 +1,29 @@
+"""The errors of this library: one parent, and a child for each thing that can be wrong.
+
+Every child is also the built-in exception that fits, so an `except ValueError` written for PEFT or transformers
+catches ours too.
+"""
+
+
+class PlasticityError(Exception):
+    """Parent of every error that this library raises on purpose."""
+
+
+class ConfigError(PlasticityError, ValueError):
+    """An argument, or a combination of arguments, that cannot be carried out."""
+
+
+class DataError(PlasticityError, ValueError):
+    """Images that are missing, too few, or not of a form that the model takes."""
+
+
+class ModelError(PlasticityError, ValueError):
+    """A model whose components cannot be told with certainty, or that holds values which cannot be measured."""
+
+
+class NonFiniteError(PlasticityError, ArithmeticError):
+    """NaN or infinity where a number is needed: in a weight, an image or an activation."""
+
+
+class ReportError(PlasticityError, ValueError):
+    """A report that cannot be read, or that was measured on another architecture."""

@@ -1,0 +1,73 @@
+"""Which images make a pair: drawn by a seeded permutation, and dealt out to processes.
+
+No image is used twice before all have been used, and none is paired with itself. With a source and a target, pair p
+is one image of each, as in the paper; with a target alone it is two different images of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import torch
+
+from plasticity_peft.errors import DataError
+from plasticity_peft.images import Images
+
+
+def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.ndarray:
+    """Returns the indices of the images of each pair: int64 of shape (pairs, 2), source first.
+
+    There are fewer than `pairs` rows where the images do not make as many different pairs; at least 2 are drawn.
+
+    Args:
+        pairs: how many pairs are wanted.
+        target: number of target images, 2 or more, or 1 or more with a source.
+        source: number of source images, or None to pair the target images with one another.
+        seed: of the permutations.
+    """
+    different = target * (target - 1) // 2 if source is None else target * source
+    pairs = min(pairs, max(different, 2))
+    generator = np.random.default_rng(seed)
+    if source is None:
+        flat = np.fromiter(islice(_deal(target, generator), 2 * pairs), dtype=np.int64, count=2 * pairs)
+        return flat.reshape(pairs, 2)
+    columns = [islice(_deal(images, generator), pairs) for images in (source, target)]
+    # One column after the other, so that the order of the draws does not depend on how they are read.
+    return np.stack([np.fromiter(column, dtype=np.int64, count=pairs) for column in columns], axis=1)
+
+
+def _deal(images: int, generator: np.random.Generator) -> Iterator[int]:
+    """Yields permutation after permutation of the indices, never the same index twice in a row (but for one image)."""
+    last = -1
+    while True:
+        permutation = generator.permutation(images)
+        if permutation[0] == last and images > 1:
+            permutation[[0, 1]] = permutation[[1, 0]]
+        yield from permutation
+        last = permutation[-1]
+
+
+def batches(
+    target: Images, source: Images | None, indices: np.ndarray, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yields (x, y), each of shape (n, channels, height, width), for the pairs in `indices`, `batch_size` at a time.
+
+    Raises:
+        DataError: images differ in shape; the message names two of them.
+    """
+    first = target if source is None else source
+    for start in range(0, len(indices), batch_size):
+        rows = indices[start : start + batch_size]
+        images = [(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]]
+        tensors = [holder[index] for holder, index in images]
+        for (holder, index), tensor in zip(images, tensors, strict=True):
+            if tensor.shape != tensors[0].shape:
+                raise DataError(
+                    f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has "
+                    f"{tuple(tensors[0].shape)}, {holder.name}[{index}] has {tuple(tensor.shape)}. Let the image "
+                    "processor resize them."
+                )
+        x, y = torch.stack(tensors).chunk(2)
+        yield x, y

@@ -1,0 +1,239 @@
+"""What was measured: data only, no model and no torch.
+
+A report is measured once and selected from many times: changing `top_k`, `budget`, `candidates` or `granularity`
+touches no model. It keeps canonical ids, which survive the renaming of modules between releases of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from plasticity_peft.checks import (
+    GRANULARITIES,
+    PROTOCOLS,
+    TRAINING_MODES,
+    check_amount,
+    check_candidates,
+    check_choice,
+)
+from plasticity_peft.components import KINDS, MATRIX_KINDS, Component
+from plasticity_peft.errors import ReportError
+from plasticity_peft.files import write_text
+from plasticity_peft.formatting import table
+from plasticity_peft.scores import Estimate, KindScore, Score
+from plasticity_peft.selection import RankedUnit, Selection, best, fitting, lora_parameters
+
+FORMAT = "plasticity_peft"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlasticityReport:
+    """Scores of all components of a model, with what is needed to read, compare and reuse them.
+
+    Made by `measure_plasticity`; `print(report)` shows the table.
+    """
+
+    scores: tuple[Score, ...]
+    """One row per block and kind, block by block, in the order LN1, MHA, LN2, FC1, FC2."""
+    kinds: tuple[KindScore, ...]
+    """One row per kind, in the same order."""
+    model_type: str
+    """`config.model_type` of the measured model."""
+    model_parameters: int
+    """Parameters of the measured model, head included."""
+    inputs: str
+    """Protocol: "embedding" (the paper's) or "activation"."""
+    pairs: int
+    """Pairs of images whose rates of change were averaged."""
+    skipped: int
+    """Pairs left out because two inputs of a component were identical."""
+    seed: int
+    source: bool
+    """True where each pair is one source and one target image, False where it is two target images."""
+    versions: dict[str, str]
+    """Releases of the packages that measured."""
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}
+
+    def ranking(self, granularity: str = "kind", candidates: Iterable[str] | None = None) -> list[RankedUnit]:
+        """Returns (unit, score, standard_error) of every unit, best first.
+
+        Args:
+            granularity: "kind" ranks the kinds over all blocks, as the paper does; "block" ranks single components.
+            candidates: kinds to rank; all five when None.
+
+        Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
+
+        Raises:
+            ConfigError: `granularity` or a kind is unknown.
+        """
+        check_choice("granularity", granularity, GRANULARITIES)
+        kinds = check_candidates(KINDS if candidates is None else candidates)
+        if granularity == "kind":
+            units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]
+        else:
+            units = [RankedUnit(row.id, row.mean, row.standard_error) for row in self.scores if row.kind in kinds]
+        return sorted(units, key=lambda unit: -unit.score)
+
+    def select(
+        self,
+        top_k: int | None = None,
+        budget: float | None = None,
+        *,
+        granularity: str = "kind",
+        candidates: Iterable[str] = MATRIX_KINDS,
+        training: str = "lora",
+        **lora: Any,
+    ) -> Selection:
+        """Returns the best units, by number or by budget; with neither, the best one.
+
+        Args:
+            top_k: how many units, from 1 to as many as there are.
+            budget: a share of the model's parameters, above 0 and at most 1: the best units are taken in order while
+                they fit. They count as they are trained in the mode `training`; the head always trains and is not
+                counted.
+            granularity: "kind" or "block", as in `ranking`.
+            candidates: kinds that may be chosen; by default those that hold weight matrices.
+            training: "lora" or "full": how the budget counts. A norm, which LoRA cannot take, counts in full.
+            lora: `r`, `rank_pattern`, `use_dora`, `lora_bias` as in `peft.LoraConfig`, for the number of LoRA
+                parameters.
+
+        Raises:
+            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
+                unit fits into the budget.
+        """
+        check_choice("training", training, TRAINING_MODES)
+        check_amount(top_k, budget)
+        ranking = self.ranking(granularity, candidates)
+        unit_of = {row.id: row.kind if granularity == "kind" else row.id for row in self.scores}
+        counts = {
+            row.id: {
+                "lora": lora_parameters(row.modules, row.features, **lora) if row.features else row.parameters,
+                "full": row.parameters,
+            }
+            for row in self.scores
+        }
+        if budget is None:
+            units = best(ranking, 1 if top_k is None else top_k)
+        else:
+            sizes = dict.fromkeys(unit_of.values(), 0)
+            for name, unit in unit_of.items():
+                sizes[unit] += counts[name][training]
+            units = fitting(ranking, sizes, budget, self.model_parameters)
+        rows = [row for row in self.scores if unit_of[row.id] in units]
+        return Selection(
+            granularity=granularity,
+            units=units,
+            components=tuple(row.id for row in rows),
+            modules=tuple(path for row in rows for path in row.modules),
+            parameters={mode: sum(counts[row.id][mode] for row in rows) for mode in TRAINING_MODES},
+            model_parameters=self.model_parameters,
+        )
+
+    def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
+        """Raises ReportError unless this report was measured on a model with the given components."""
+        measured = {row.id: row.parameters for row in self.scores}
+        given = {component.id: component.parameters for component in components}
+        if self.model_type != model_type or measured != given:
+            raise ReportError(
+                f"The report was measured on another architecture: {self.model_type!r}, {len(measured)} components, "
+                f"{sum(measured.values()):,} parameters in them; the model is {model_type!r}, {len(given)} "
+                f"components, {sum(given.values()):,} parameters. Measure this model, or give the report that belongs "
+                "to it."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as values that JSON knows."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> PlasticityReport:
+        """Returns the report that `to_dict` described; keys that it doesn't know are left alone.
+
+        Raises:
+            ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
+        """
+        from pydantic import TypeAdapter, ValidationError
+
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
+        if values.get("format_version") != FORMAT_VERSION:
+            raise ReportError(
+                f"it has format version {values.get('format_version')!r}, and this release of plasticity_peft reads "
+                f"version {FORMAT_VERSION}"
+            )
+        try:
+            report = TypeAdapter(cls).validate_json(json.dumps(values))
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"]))
+            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from error
+        report._check_rows()
+        return report
+
+    def _check_rows(self) -> None:
+        """Raises ReportError unless there is one row per block and kind, in order, with possible numbers."""
+        if self.inputs not in PROTOCOLS:
+            raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)}, got {self.inputs!r}")
+        expected = [(block, kind) for block in range(len(self.scores) // len(KINDS)) for kind in KINDS]
+        if not expected or [(row.block, row.kind) for row in self.scores] != expected:
+            raise ReportError(f"scores: expected one row per block and kind, in the order {', '.join(KINDS)}")
+        if [row.kind for row in self.kinds] != list(KINDS):
+            raise ReportError(f"kinds: expected one row per kind, in the order {', '.join(KINDS)}")
+        rows: list[Estimate] = [*self.scores, *self.kinds]
+        for row in rows:
+            if row.mean < 0 or row.std < 0 or row.pairs != self.pairs or self.pairs < 2:
+                raise ReportError(f"{row}: a mean and a std are at least 0, and pairs is {self.pairs}, at least 2")
+        for score in self.scores:
+            if len(score.features) not in (0, len(score.modules)):
+                raise ReportError(f"{score.id}: features must be given for all of its modules or for none")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JSON to `path`, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PlasticityReport:
+        """Reads a report that `save` wrote, or the plasticity.json of an adapter.
+
+        Raises:
+            ReportError: there is no such file, or it is no whole report; the message names the file.
+        """
+        try:
+            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        except OSError as error:
+            raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
+            raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
+
+    def __str__(self) -> str:
+        pairs = f"{self.pairs} pairs" + (f" ({self.skipped} skipped)" if self.skipped else "")
+        images = "a source and a target image" if self.source else "two target images"
+        rows_of = {kind: [row for row in self.scores if row.kind == kind] for kind in KINDS}
+        return table(
+            f"Plasticity of {self.model_type}, {self.inputs} inputs: {pairs} of {images}, seed {self.seed}",
+            ("rank", "kind", "rate of change", "std. error", "lowest block", "highest block", "parameters"),
+            [
+                (
+                    str(rank),
+                    kind,
+                    f"{score:.4f}",
+                    f"{error:.4f}",
+                    _with_block(min(rows_of[kind], key=lambda row: row.mean)),
+                    _with_block(max(rows_of[kind], key=lambda row: row.mean)),
+                    f"{sum(row.parameters for row in rows_of[kind]):,}",
+                )
+                for rank, (kind, score, error) in enumerate(self.ranking(), start=1)
+            ],
+        )
+
+
+def _with_block(row: Score) -> str:
+    return f"{row.mean:.4f} (block {row.block})"

@@ -1,0 +1,133 @@
+"""The seam with PEFT: registration, and the step from scores to adapted modules.
+
+The only file that touches private parts of PEFT. What it relies on:
+
+- the three tables that map a `peft_type` to its config, tuner and prefix take a new key (`register_peft_method` takes
+  only members of the closed enum `PeftType`);
+- `inject_adapter` runs for the first adapter and for every further one, before any module is replaced;
+- adapters are switched off by a flag on each layer, which hides them without touching `requires_grad`;
+- a PeftModel, and transformers' `add_adapter`, call the tuner through the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraModel
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from plasticity_peft.architectures import Architecture, find_architecture
+from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
+from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.measure import measure_plasticity
+from plasticity_peft.report import PlasticityReport
+
+
+class PlasticityModel(LoraModel):
+    """LoRA on the components that a `PlasticityConfig` chooses; made by `peft.get_peft_model`, not by hand.
+
+    In full mode there is no LoRA layer at all: the chosen modules are trained copies in PEFT's `modules_to_save`, and
+    the originals stay for `disable_adapter`.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
+        config = self.peft_config[adapter_name]
+        if isinstance(config, PlasticityConfig) and config.selection is None:
+            try:
+                _choose(model, config)
+            except Exception:
+                # transformers' add_adapter marks the model as adapted before it asks us.
+                if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
+                    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+                raise
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+
+def _choose(model: nn.Module, config: PlasticityConfig) -> None:
+    """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+    architecture = find_architecture(model)
+    report = config.load_report()
+    if report is None:
+        report = _measure(model, config)
+    else:
+        report.check_matches(architecture.model_type, architecture.components)
+    selection = config.select(report)
+    linears, others = _split(architecture, selection.components, config.training)
+    modules_to_save = [*others, *architecture.heads]
+    modules_to_save += [name for name in config.modules_to_save or () if name not in modules_to_save]
+    _check_free(model, linears, others)
+    config.resolve(
+        report,
+        selection,
+        target_modules=linears or DUMMY_TARGET_MODULES,
+        modules_to_save=modules_to_save or None,
+        id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
+    )
+
+
+def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
+    if config.target_data is None:
+        raise ConfigError(
+            "PlasticityConfig has nothing to rank by: give target_data (images to measure on) or report (scores "
+            "measured before)."
+        )
+    with _adapters_hidden(model):
+        return measure_plasticity(
+            model,
+            config.target_data,
+            config.source_data,
+            inputs=config.inputs,
+            pairs=config.pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+
+
+def _split(architecture: Architecture, chosen: tuple[str, ...], training: str) -> tuple[list[str], list[str]]:
+    """Returns the paths of the chosen modules in this model: those that take LoRA, and those that train in full."""
+    linears: list[str] = []
+    others: list[str] = []
+    for component in architecture.components:
+        if component.id in chosen:
+            lora = training == "lora" and component.features
+            (linears if lora else others).extend(component.modules)
+    return linears, others
+
+
+def _check_free(model: nn.Module, linears: list[str], others: list[str]) -> None:
+    """Raises ConfigError where an adapter that the model carries holds a chosen module in the other mode."""
+    for paths, wrapper, held in ((linears, AuxiliaryTrainingWrapper, "full"), (others, BaseTunerLayer, "lora")):
+        for path in paths:
+            if isinstance(model.get_submodule(path), wrapper):
+                raise ConfigError(
+                    f'Another adapter of this model trains {path} with training="{held}", and PEFT cannot hold both '
+                    f'modes on one module: use training="{held}" here too, or merge or unload that adapter first.'
+                )
+
+
+@contextmanager
+def _adapters_hidden(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base model does; no flag of a parameter changes."""
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in layers):
+        raise ModelError("An adapter is merged into the model. Call unmerge_adapter() before adding another.")
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PlasticityModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraModel.prefix  # type: ignore[index]
