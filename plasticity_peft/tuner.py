@@ -48,6 +48,27 @@ class PlasticityModel(LoraModel):
                     model._hf_peft_config_loaded = False  # type: ignore[assignment]
                 raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if getattr(model, "_hf_peft_config_loaded", False) and not any(_adapter_layers(model)):
+            model.add_module("active_adapter_record", _ActiveAdapterRecord(adapter_name))
+
+
+class _ActiveAdapterRecord(nn.Module, BaseTunerLayer):
+    """Tells transformers which adapter is active in a model that it adapted in full mode.
+
+    transformers' own `add_adapter`, unlike a PeftModel, asks the first adapter layer that it meets, and fails to save
+    where there are only `modules_to_save`. This layer has no weights and is never called.
+    """
+
+    adapter_layer_names = ()
+
+    def __init__(self, adapter_name: str) -> None:
+        super().__init__()
+        self._active_adapter = [adapter_name]
+        self.merged_adapters = []
+
+
+def _adapter_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
+    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
 
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:

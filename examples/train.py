@@ -1,0 +1,335 @@
+"""Finetune the most plastic components of a vision transformer on images with labels.
+
+With no argument it needs no network: the small ViT beside this file, pretrained on Fashion-MNIST by pretrain.py, is
+finetuned to scikit-learn's handwritten digits, once with the head alone and once with the selected components.
+
+    python examples/train.py
+    python examples/train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \
+        --training lora --top_k 2 --output_dir outputs/beans
+    accelerate launch examples/train.py --dataset_name path/to/image/folder --budget 0.01
+
+`--help` lists the arguments; those of transformers' TrainingArguments are there too.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import evaluate
+import numpy as np
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from peft import PeftModel, get_peft_model
+from PIL import Image as PILImage
+from PIL import ImageOps
+from sklearn.datasets import load_digits
+from sklearn.metrics import accuracy_score
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    HfArgumentParser,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+
+from plasticity_peft import PlasticityConfig
+
+HERE = Path(__file__).resolve().parent
+DEMO_MODEL = HERE / "fashion-mnist-vit"
+DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class ModelArguments:
+    """Which model is finetuned."""
+
+    model_name_or_path: str = field(
+        default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a ViT, DeiT or DINOv2 model."}
+    )
+    revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+
+
+@dataclass
+class DataArguments:
+    """Which images it is finetuned on, and how they are augmented."""
+
+    dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Hub name of an image dataset, a folder of images in one subfolder a class, or a parquet file. "
+            "scikit-learn's digits when not given."
+        },
+    )
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
+    source_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "Pretraining-like images for the other half of each pair, in the same forms. Pairs are of two "
+            "target images when not given (the demo has a few hundred Fashion-MNIST images)."
+        },
+    )
+    image_column: str = field(default="image", metadata={"help": "Column of the images."})
+    label_column: str = field(default="label", metadata={"help": "Column of the labels."})
+    validation_fraction: float = field(
+        default=0.15, metadata={"help": "Share of the training images that chooses the checkpoint, if none are given."}
+    )
+    test_fraction: float = field(
+        default=0.25, metadata={"help": "Share of the images that is kept for the test, if no test split is given."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
+    random_crop: float = field(
+        default=0.85, metadata={"help": "Smallest side of a random training crop, a share of the image; 1: none."}
+    )
+    horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
+
+
+@dataclass
+class PlasticityArguments:
+    """What is measured and trained; see PlasticityConfig."""
+
+    training: str = field(default="lora", metadata={"help": "lora or full", "choices": ["lora", "full"]})
+    top_k: int | None = field(default=None, metadata={"help": "How many of the best units to train (default 1)."})
+    budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, for top_k."})
+    report: str | None = field(default=None, metadata={"help": "Choose from this saved report; measure nothing."})
+    inputs: str = field(
+        default="embedding", metadata={"help": "Protocol of the measure.", "choices": ["embedding", "activation"]}
+    )
+    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "block"]})
+    candidates: list[str] = field(
+        default_factory=lambda: ["MHA", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
+    )
+    pairs: int = field(default=1024, metadata={"help": "Pairs of images to measure on."})
+    r: int = field(default=8, metadata={"help": "Rank of LoRA."})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
+    head_only: bool | None = field(
+        default=None,
+        metadata={"help": "First train the head alone, by the same recipe, to compare with (default: in the demo)."},
+    )
+
+
+@dataclass
+class FinetuningArguments(TrainingArguments):
+    """transformers' TrainingArguments, with defaults for finetuning a part of a model."""
+
+    output_dir: str | None = field(default="outputs/train", metadata={"help": "Where the adapter is written."})
+    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images a step on each device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images a step in evaluation."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
+    warmup_steps: float = field(default=20, metadata={"help": "Steps of warm-up."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What is best."})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "The transforms need the image column."})
+    ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All that trains is used."})
+    report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
+
+
+class Accuracy(evaluate.Metric):
+    """Share of right answers. `evaluate.load("accuracy")` is the same, but fetches its script from the Hub."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        features = Features({"predictions": Value("int64"), "references": Value("int64")})
+        return evaluate.MetricInfo(description="accuracy", citation="", features=features)
+
+    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
+        return {"accuracy": float(accuracy_score(references, predictions))}
+
+
+def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+    """Returns the accuracy of logits against labels."""
+    metric = Accuracy(keep_in_memory=True)
+    return metric.compute(predictions=prediction.predictions.argmax(axis=-1), references=prediction.label_ids)
+
+
+def load_images(name: str | None, config_name: str | None = None) -> DatasetDict:
+    """Returns the splits of a dataset by Hub name, image folder or parquet file; the digits when `name` is None."""
+    if name is None:
+        return DatasetDict(train=digits())
+    if Path(name).suffix == ".parquet":
+        return load_dataset("parquet", data_files=name)
+    if Path(name).is_dir():
+        return load_dataset("imagefolder", data_dir=name)
+    return load_dataset(name, config_name)
+
+
+def digits() -> Dataset:
+    """Returns scikit-learn's 1,797 handwritten digits of 8 x 8 pixels."""
+    bunch = load_digits()
+    images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in bunch.images]
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
+    return Dataset.from_dict({"image": images, "label": bunch.target}, features=features)
+
+
+def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
+    """Returns train, validation and test splits; those that the dataset lacks are cut from its training images."""
+    train = dataset["train"]
+    if not isinstance(train.features[data.label_column], ClassLabel):
+        train = train.class_encode_column(data.label_column)
+    parts = {"validation": dataset.get("validation"), "test": dataset.get("test")}
+    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+        if parts[name] is None:
+            cut = train.train_test_split(fraction, seed=seed, stratify_by_column=data.label_column)
+            train, parts[name] = cut["train"], cut["test"]
+    if data.max_train_samples is not None:
+        train = train.shuffle(seed=seed).select(range(min(data.max_train_samples, len(train))))
+    return DatasetDict(train=train, **parts)
+
+
+class Transform:
+    """From a batch of the dataset to `pixel_values` and `labels`; with augmentation, where asked for."""
+
+    def __init__(self, processor: BaseImageProcessor, data: DataArguments, augment: bool) -> None:
+        self.processor, self.data, self.augment = processor, data, augment
+
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+        images = [image.convert("RGB") for image in batch[self.data.image_column]]
+        if self.augment:
+            images = [self._augmented(image) for image in images]
+        processed = dict(self.processor(images=images, return_tensors="pt"))
+        if self.data.label_column in batch:
+            processed["labels"] = batch[self.data.label_column]
+        return processed
+
+    def _augmented(self, image: PILImage.Image) -> PILImage.Image:
+        share = np.random.uniform(self.data.random_crop, 1)
+        width, height = image.width * share, image.height * share
+        left, top = np.random.uniform(0, image.width - width), np.random.uniform(0, image.height - height)
+        # resize, not crop: its box may lie between pixels, which matters for images as small as the digits
+        image = image.resize(image.size, PILImage.Resampling.BICUBIC, box=(left, top, left + width, top + height))
+        return ImageOps.mirror(image) if self.data.horizontal_flip and np.random.rand() < 0.5 else image
+
+
+def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
+    """Returns the pretrained model with a fresh head for these labels, and their names in its config."""
+    return AutoModelForImageClassification.from_pretrained(
+        arguments.model_name_or_path,
+        revision=arguments.revision,
+        num_labels=len(labels),
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+        ignore_mismatched_sizes=True,
+    )
+
+
+def finetune(
+    model: PreTrainedModel | PeftModel,
+    arguments: FinetuningArguments,
+    processor: BaseImageProcessor,
+    splits: dict[str, Dataset],
+    checkpoint: str | None,
+) -> tuple[Trainer, dict[str, float]]:
+    """Returns the trainer after training, and its metrics on the test images."""
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=splits["train"],
+        eval_dataset=splits["validation"],
+        processing_class=processor,
+        data_collator=default_data_collator,
+        compute_metrics=compute_metrics,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    return trainer, trainer.evaluate(splits["test"], metric_key_prefix="test")
+
+
+def find_checkpoint(arguments: FinetuningArguments) -> str | None:
+    """Returns the checkpoint to resume from: `--resume_from_checkpoint` names it, or says True for the last one."""
+    if str(arguments.resume_from_checkpoint).lower() == "true":
+        checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
+        if checkpoint is None:
+            raise SystemExit(f"There is no checkpoint in {arguments.output_dir} to resume from.")
+        return checkpoint
+    return arguments.resume_from_checkpoint
+
+
+def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
+    """Returns the same recipe, with a folder of its own and nothing to publish."""
+    arguments = copy.copy(arguments)
+    arguments.output_dir = str(Path(arguments.output_dir) / "head_only")
+    arguments.push_to_hub = False
+    return arguments
+
+
+def main() -> None:
+    """Parses the arguments, then measures, trains, evaluates and saves."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
+    model_arguments, data, plasticity, arguments = parser.parse_args_into_dataclasses()
+    logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
+    for noisy in ("httpx", "datasets", "evaluate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+    demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
+    source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
+    processor = AutoImageProcessor.from_pretrained(
+        model_arguments.model_name_or_path, revision=model_arguments.revision
+    )
+    with arguments.main_process_first(desc="loading the images"):
+        dataset = split(load_images(data.dataset_name, data.dataset_config_name), data, arguments.seed)
+        source = load_images(source_name)["train"] if source_name else None
+    plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
+    splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in dataset.items()}
+    labels = dataset["train"].features[data.label_column].names
+    checkpoint = find_checkpoint(arguments)
+    logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
+
+    results = {}
+    if plasticity.head_only if plasticity.head_only is not None else demo:
+        set_seed(arguments.seed)
+        model = load_model(model_arguments, labels)
+        model.base_model.requires_grad_(False)
+        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        _, metrics = finetune(model, head_only_arguments(arguments), processor, splits, None)
+        results["head only"] = (trainable, total, metrics["test_accuracy"])
+
+    set_seed(arguments.seed)
+    report = str(Path(checkpoint) / "plasticity.json") if checkpoint else plasticity.report
+    config = PlasticityConfig(
+        target_data=None if report else dataset["train"].with_transform(plain),
+        source_data=None if report or source is None else source.with_transform(plain),
+        report=report,
+        inputs=plasticity.inputs,
+        granularity=plasticity.granularity,
+        candidates=tuple(plasticity.candidates),
+        top_k=plasticity.top_k,
+        budget=plasticity.budget,
+        training=plasticity.training,
+        pairs=plasticity.pairs,
+        r=plasticity.r,
+        lora_alpha=plasticity.lora_alpha,
+        lora_dropout=plasticity.lora_dropout,
+    )
+    model = get_peft_model(load_model(model_arguments, labels), config)
+    logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), plasticity.training)
+    trainable, total = model.get_nb_trainable_parameters()
+    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
+    results[" + ".join(("head", *config.selection.units))] = (trainable, total, metrics["test_accuracy"])
+
+    trainer.save_model()
+    trainer.save_metrics("test", metrics)
+    for name, (trainable, total, accuracy) in results.items():
+        logger.info(
+            "%-20s trains %7d of %d parameters (%.2f %%), test accuracy %.2f %%",
+            name, trainable, total, 100 * trainable / total, 100 * accuracy,
+        )  # fmt: skip
+    logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
+    if arguments.push_to_hub:
+        trainer.push_to_hub()
+
+
+if __name__ == "__main__":
+    main()
