@@ -134,7 +134,7 @@ def _accumulate(
         _check_finite(architecture, distances)
         apart = (distances.inputs > 0).all(dim=1)
         rates = (distances.outputs[apart] / distances.inputs[apart]).cpu().numpy()
-        of_kinds = rates.reshape(len(rates), -1, len(KINDS)).mean(axis=1)
+        of_kinds = rates.reshape(len(rates), len(architecture.blocks), len(KINDS)).mean(axis=1)
         moments = moments.merge(Moments.of(np.concatenate([rates, of_kinds], axis=1)))
         skipped += int((~apart).sum())
     return moments, skipped

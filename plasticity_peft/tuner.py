@@ -44,8 +44,8 @@ class PlasticityModel(LoraModel):
                 _choose(model, config)
             except Exception:
                 # transformers' add_adapter marks the model as adapted before it asks us.
-                if not hasattr(model, "peft_config") and getattr(model, "_hf_peft_config_loaded", False):
-                    model._hf_peft_config_loaded = False  # type: ignore[assignment]
+                if not hasattr(model, "peft_config"):
+                    vars(model).pop("_hf_peft_config_loaded", None)
                 raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if getattr(model, "_hf_peft_config_loaded", False) and not any(_adapter_layers(model)):
