@@ -82,15 +82,11 @@ def measure_plasticity(
     check_count("seed", seed, 0)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model)
-    _check_weights(model)
-    images = Images(target, "target", read_at_most=2 * pairs)
-    others = None if source is None else Images(source, "source", read_at_most=pairs)
-    for held, fewest in ((images, 2), (others, 2)):
-        if held is not None and len(held) < fewest:
-            raise DataError(f"{held.name} must hold at least {fewest} images. Got {len(held)}.")
-    indices = draw_pairs(pairs, target=len(images), source=None if others is None else len(others), seed=seed)
 
     def measure(share: Share) -> tuple[Moments, int]:
+        _check_weights(model)
+        images, others = _images(target, source, pairs)
+        indices = draw_pairs(pairs, target=len(images), source=None if others is None else len(others), seed=seed)
         mine = indices[share.rank :: share.world_size]
         shown = _with_progress(batches(images, others, mine, batch_size), len(mine), quiet=share.rank > 0)
         return _accumulate(model, architecture, rate_of_change.PROTOCOLS[inputs], shown)
@@ -99,10 +95,20 @@ def measure_plasticity(
         moments, skipped = merge_over_processes(measure)
     if moments.count < 2:
         raise DataError(
-            f"Only {moments.count} of {len(indices)} pairs have a rate of change; in the other {skipped} a component "
+            f"Only {moments.count} of {moments.count + skipped} pairs have a rate of change; in the others a component "
             "gets the same input for both images. Give images that differ."
         )
     return _report(architecture, moments, skipped=skipped, inputs=inputs, seed=seed, source=source is not None)
+
+
+def _images(target: Any, source: Any, pairs: int) -> tuple[Images, Images | None]:
+    """Returns the images to draw pairs from. Raises DataError where they are too few."""
+    images = Images(target, "target", read_at_most=2 * pairs)
+    others = None if source is None else Images(source, "source", read_at_most=pairs)
+    for held in (images, others):
+        if held is not None and len(held) < 2:
+            raise DataError(f"{held.name} must hold at least 2 images. Got {len(held)}.")
+    return images, others
 
 
 def _with_progress(pairs: Iterable[Pairs], total: int, *, quiet: bool) -> Iterator[Pairs]:

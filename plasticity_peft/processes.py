@@ -24,9 +24,10 @@ class Share(NamedTuple):
 def this_process() -> Share:
     """Returns the place of this process among those that a launcher started; (0, 1) without a launcher."""
     from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
 
     if PartialState._shared_state or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        state = PartialState()
+        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
         return Share(state.process_index, state.num_processes)
     return Share(0, 1)
 
