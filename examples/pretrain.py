@@ -33,9 +33,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 HERE = Path(__file__).resolve().parent
-LABELS = (
-    ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"] + ["Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
-)  # fmt: skip
+LABELS = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 MEAN, STD = 0.5, 0.5
 SAMPLES_KEPT = 512
 
@@ -50,10 +48,9 @@ class DataArguments:
         default="/usr/share/datasets/fashion-mnist",
         metadata={"help": "Folder of the four IDX files: train-images-idx3-ubyte.gz and so on."},
     )
-    destination: str = field(
-        default=str(HERE), metadata={"help": "Folder that the model and the data are written to."}
-    )
+    destination: str = field(default=str(HERE), metadata={"help": "Folder that model and data are written to."})
     max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
 
 
 @dataclass
@@ -78,9 +75,7 @@ class PretrainingArguments(TrainingArguments):
 def read_idx(path: Path) -> np.ndarray:
     """Returns the bytes of a gzipped IDX file as an array of uint8 of the shape that its header states."""
     if not path.is_file():
-        raise SystemExit(
-            f"{path} is missing. Install the images (apt-get install dataset-fashion-mnist) or --data_dir."
-        )
+        raise SystemExit(f"{path} is missing: apt-get install dataset-fashion-mnist, or give --data_dir.")
     content = gzip.decompress(path.read_bytes())
     dimensions = content[3]
     shape = np.frombuffer(content, dtype=">i4", count=dimensions, offset=4)
@@ -164,7 +159,7 @@ def main() -> None:
             model=model,
             args=arguments,
             train_dataset=FashionMnist(*(array[: data.max_train_samples] for array in arrays["train"]), augment=True),
-            eval_dataset=FashionMnist(*arrays["t10k"], augment=False),
+            eval_dataset=FashionMnist(*(array[: data.max_eval_samples] for array in arrays["t10k"]), augment=False),
             compute_metrics=accuracy,
         )
         training = trainer.train().metrics

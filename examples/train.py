@@ -21,7 +21,8 @@ from pathlib import Path
 import evaluate
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
 from PIL import ImageOps
 from sklearn.datasets import load_digits
@@ -136,6 +137,7 @@ class FinetuningArguments(TrainingArguments):
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What is best."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The transforms need the image column."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All that trains is used."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the images' memory for a GPU."})
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
 
@@ -196,7 +198,7 @@ class Transform:
     def __init__(self, processor: BaseImageProcessor, data: DataArguments, augment: bool) -> None:
         self.processor, self.data, self.augment = processor, data, augment
 
-    def __call__(self, batch: dict[str, list]) -> dict[str, list]:
+    def __call__(self, batch: dict[str, list]) -> dict[str, list]:  # noqa: D102
         images = [image.convert("RGB") for image in batch[self.data.image_column]]
         if self.augment:
             images = [self._augmented(image) for image in images]
@@ -226,8 +228,14 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     )
 
 
+def with_head_alone(model: PreTrainedModel) -> PeftModel:
+    """Returns the model with nothing to train but its head: stock PEFT without a LoRA layer."""
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads))
+
+
 def finetune(
-    model: PreTrainedModel | PeftModel,
+    model: PeftModel,
     arguments: FinetuningArguments,
     processor: BaseImageProcessor,
     splits: dict[str, Dataset],
@@ -290,11 +298,9 @@ def main() -> None:
     results = {}
     if plasticity.head_only if plasticity.head_only is not None else demo:
         set_seed(arguments.seed)
-        model = load_model(model_arguments, labels)
-        model.base_model.requires_grad_(False)
-        trainable, total = model.num_parameters(only_trainable=True), model.num_parameters()
+        model = with_head_alone(load_model(model_arguments, labels))
         _, metrics = finetune(model, head_only_arguments(arguments), processor, splits, None)
-        results["head only"] = (trainable, total, metrics["test_accuracy"])
+        results["head only"] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
     set_seed(arguments.seed)
     report = str(Path(checkpoint) / "plasticity.json") if checkpoint else plasticity.report
@@ -315,9 +321,9 @@ def main() -> None:
     )
     model = get_peft_model(load_model(model_arguments, labels), config)
     logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), plasticity.training)
-    trainable, total = model.get_nb_trainable_parameters()
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
-    results[" + ".join(("head", *config.selection.units))] = (trainable, total, metrics["test_accuracy"])
+    selected = " + ".join(("head", *config.selection.units))
+    results[selected] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
     trainer.save_model()
     trainer.save_metrics("test", metrics)

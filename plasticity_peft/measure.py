@@ -95,8 +95,8 @@ def measure_plasticity(
         moments, skipped = merge_over_processes(measure)
     if moments.count < 2:
         raise DataError(
-            f"Only {moments.count} of {moments.count + skipped} pairs have a rate of change; in the others a component "
-            "gets the same input for both images. Give images that differ."
+            f"Only {moments.count} of {moments.count + skipped} pairs have a rate of change; in the others a "
+            "component gets the same input for both images. Give images that differ."
         )
     return _report(architecture, moments, skipped=skipped, inputs=inputs, seed=seed, source=source is not None)
 
