@@ -25,7 +25,7 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     from rich.table import Table
 
     rows = [tuple(row) for row in rows]
-    grid = Table(title=title, title_justify="left", box=box.MARKDOWN)
+    grid = Table(box=box.MARKDOWN)
     for index, name in enumerate(columns):
         numeric = all(row[index][:1].isdigit() for row in rows)
         grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
@@ -33,4 +33,4 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
         grid.add_row(*row)
     text = StringIO()
     Console(file=text, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False).print(grid)
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines() if line.strip())
+    return "\n".join([title, *(line.rstrip() for line in text.getvalue().splitlines() if line.strip())])

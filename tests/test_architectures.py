@@ -1,0 +1,132 @@
+"""Names and structure: what is found, and what is refused because they disagree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import (
+    DeiTForImageClassificationWithTeacher,
+    Dinov2Config,
+    Dinov2Model,
+    PreTrainedModel,
+    ViTForImageClassification,
+)
+
+from plasticity_peft import find_components
+from plasticity_peft.architectures import LAYOUTS, find_architecture
+from plasticity_peft.components import KINDS
+from plasticity_peft.errors import ModelError
+from tests.conftest import ARCHITECTURES, backbone, tiny_model
+
+
+def test_every_supported_architecture_is_tested() -> None:
+    assert set(LAYOUTS) == set(ARCHITECTURES)
+
+
+def test_components_are_all_linear_layers_and_norms_of_the_blocks(model: PreTrainedModel) -> None:
+    architecture = find_architecture(model)
+    components = architecture.components
+    assert [part.id for part in components] == [f"{block}.{kind}" for block in range(2) for kind in KINDS]
+    paths = [path for part in components for path in part.modules]
+    inside = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.LayerNorm))
+        and name.startswith(tuple(f"{b}." for b in architecture.blocks))
+    }
+    assert sorted(paths) == sorted(inside)
+    for part in components:
+        modules = [model.get_submodule(path) for path in part.modules]
+        assert part.parameters == sum(p.numel() for module in modules for p in module.parameters())
+        assert part.features == tuple((m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear))
+        assert len(part.modules) == (4 if part.kind == "MHA" else 1)
+    assert architecture.parameters == model.num_parameters()
+    assert architecture.hidden_size == 16
+
+
+@pytest.mark.parametrize(
+    ("build", "heads"),
+    [
+        (tiny_model, ("classifier",)),
+        (lambda: tiny_model(num_labels=0), ()),
+        (backbone, ()),
+        (
+            lambda: DeiTForImageClassificationWithTeacher(tiny_model("deit").config),
+            ("cls_classifier", "distillation_classifier"),
+        ),
+        (lambda: Dinov2Model(tiny_model("dinov2").config), ()),
+    ],
+)
+def test_the_head_is_found(build: Callable[[], PreTrainedModel], heads: tuple[str, ...]) -> None:
+    assert find_architecture(build()).heads == heads
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_adapters_do_not_hide_components(model: PreTrainedModel, full: bool) -> None:
+    expected = find_architecture(model)
+    paths = [path for part in expected.components for path in part.modules if part.features]
+    config = (
+        LoraConfig(target_modules=paths[:1], modules_to_save=paths[1:]) if full else LoraConfig(target_modules=paths)
+    )
+    assert find_architecture(get_peft_model(copy.deepcopy(model), config).get_base_model()) == expected
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_at_the_size_of_real_models(name: str) -> None:
+    config_class, model_class = ARCHITECTURES[name]
+    with torch.device("meta"):
+        model = model_class(config_class())
+    components = find_components(model)
+    assert len(components) == 60
+    assert {part.kind: part.parameters for part in components[:5]} == {
+        "LN1": 1536, "MHA": 4 * (768 * 768 + 768), "LN2": 1536, "FC1": 768 * 3072 + 3072, "FC2": 768 * 3072 + 768,
+    }  # fmt: skip
+
+
+def swiglu() -> PreTrainedModel:
+    return Dinov2Model(Dinov2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, use_swiglu_ffn=True))
+
+
+def changed(change: Callable[[nn.Module], None]) -> Callable[[], PreTrainedModel]:
+    def build() -> PreTrainedModel:
+        model = tiny_model()
+        change(model.get_submodule(find_architecture(model).blocks[1]))
+        return model
+
+    return build
+
+
+def widen(block: nn.Module) -> None:
+    block.layernorm_after = nn.LayerNorm(24)
+
+
+def rename(block: nn.Module) -> None:
+    block.norm = block.layernorm_before
+    del block.layernorm_before
+
+
+@pytest.mark.parametrize(
+    ("build", "text"),
+    [
+        (swiglu, "Dinov2Model: expected one list of blocks with the layers norm1, .* hold: encoder.layer.0: norm1"),
+        (changed(lambda block: block.add_module("gate", nn.Linear(16, 16))), r"account for .* would be passed over"),
+        (changed(widen), "do not fit together .* of width 16: {'LN2': 24}"),
+        (changed(rename), "expected one list of blocks .* found 0"),
+        (lambda: nn.Linear(2, 2), r"Linear \(model_type None\) is not a vision transformer"),
+    ],
+)
+def test_a_disagreement_is_refused_with_what_was_found(build: Callable[[], nn.Module], text: str) -> None:
+    with pytest.raises(ModelError, match=text):
+        find_components(build())
+
+
+def test_two_stacks_of_blocks_are_refused() -> None:
+    model = ViTForImageClassification(tiny_model().config)
+    model.other = copy.deepcopy(model.vit)
+    with pytest.raises(ModelError, match=r"expected one list of blocks .* found 2"):
+        find_components(model)

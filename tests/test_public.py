@@ -1,0 +1,74 @@
+"""What users import, and what it costs."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from dataclasses import fields
+
+import plasticity_peft
+from plasticity_peft import PlasticityConfig
+from tests.conftest import REPOSITORY
+
+PACKAGE = REPOSITORY / "plasticity_peft"
+ORDER = """
+    errors components moments checks files formatting selection scores report config
+    architectures calls isolation images pairs criteria.rate_of_change processes measure tuner
+""".split()  # noqa: SIM905
+
+
+def test_the_public_names() -> None:
+    assert plasticity_peft.__all__ == sorted(plasticity_peft.__all__)
+    assert plasticity_peft.__all__ == [
+        "PlasticityConfig",
+        "PlasticityError",
+        "PlasticityModel",
+        "PlasticityReport",
+        "Selection",
+        "find_components",
+        "measure_plasticity",
+    ]
+    for name in plasticity_peft.__all__:
+        assert inspect.getdoc(getattr(plasticity_peft, name))
+
+
+def test_every_option_of_the_config_is_described_once() -> None:
+    own = [field for field in fields(PlasticityConfig) if field.metadata.get("help")]
+    assert {"target_data", "report", "top_k", "training", "r", "lora_alpha"} <= {field.name for field in own}
+    assert len(own) == len(fields(PlasticityConfig))
+
+
+def imports(path: str) -> set[str]:
+    tree = ast.parse((PACKAGE / path).read_text())
+    found = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module}
+    return found | {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+
+
+def test_imports_flow_one_way() -> None:
+    files = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
+    assert set(ORDER) == files - {"__init__", "criteria.__init__"}
+    for index, name in enumerate(ORDER):
+        for module in imports(name.replace(".", "/") + ".py"):
+            if module.startswith("plasticity_peft."):
+                needed = module.removeprefix("plasticity_peft.")
+                needed = "criteria.rate_of_change" if needed == "criteria" else needed
+                assert needed in ORDER[:index], f"{name} imports {needed}"
+
+
+def test_one_file_touches_private_parts_of_peft() -> None:
+    private = ("peft.mapping", "peft.utils", "peft.tuners")
+    files = {path.name for path in PACKAGE.rglob("*.py") if any(m.startswith(private) for m in imports(str(path)))}
+    assert files == {"tuner.py"}
+
+
+def test_importing_brings_in_nothing_heavy_beside_peft() -> None:
+    script = (
+        "import sys, peft\n"
+        "before = set(sys.modules)\n"
+        "import plasticity_peft\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert new == {'plasticity_peft'}, new\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
