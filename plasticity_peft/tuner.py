@@ -48,27 +48,33 @@ class PlasticityModel(LoraModel):
                     vars(model).pop("_hf_peft_config_loaded", None)
                 raise
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False) and not any(_adapter_layers(model)):
-            model.add_module("active_adapter_record", _ActiveAdapterRecord(adapter_name))
+        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+            model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
 
 
-class _ActiveAdapterRecord(nn.Module, BaseTunerLayer):
-    """Tells transformers which adapter is active in a model that it adapted in full mode.
+_SWITCH = "modules_to_save_switch"
 
-    transformers' own `add_adapter`, unlike a PeftModel, asks the first adapter layer that it meets, and fails to save
-    where there are only `modules_to_save`. This layer has no weights and is never called.
+
+class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
+    """Lets transformers' own adapter methods reach modules that train in full. It has no weights and computes nothing.
+
+    transformers, unlike a PeftModel, asks the first adapter layer for the active adapter, and enables adapter layers
+    only: with nothing but `modules_to_save` it could not save, and after disabling it could not enable them again.
     """
 
     adapter_layer_names = ()
 
-    def __init__(self, adapter_name: str) -> None:
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
         super().__init__()
+        self._model = [model]  # in a list, so that the model does not become its own child
         self._active_adapter = [adapter_name]
         self.merged_adapters = []
 
-
-def _adapter_layers(model: nn.Module) -> Iterator[BaseTunerLayer]:
-    return (module for module in model.modules() if isinstance(module, BaseTunerLayer))
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enables or disables all that trains in full."""
+        for module in self._model[0].modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.enable_adapters(enabled)
 
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:

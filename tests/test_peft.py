@@ -244,6 +244,26 @@ def test_transformers_add_adapter(model: PreTrainedModel, training: str, tmp_pat
     torch.testing.assert_close(logits(loaded), adapted)
     base.disable_adapters()
     torch.testing.assert_close(logits(base), before)
+    base.enable_adapters()
+    torch.testing.assert_close(logits(base), adapted)
+
+
+def test_transformers_switches_between_two_adapters(vit: PreTrainedModel, training: str) -> None:
+    outputs = {}
+    for seed, name in enumerate(("first", "second")):
+        with warnings.catch_warnings():
+            warnings.filterwarnings(
+                "ignore", message="Already found a `peft_config`"
+            )  # PEFT says so of any second one
+            vit.add_adapter(config(training=training), adapter_name=name)
+        for parameter_name, parameter in vit.named_parameters():
+            # Stock LoRA leaves the modules_to_save of the first adapter trainable too.
+            parameter.requires_grad_(f".{name}." in parameter_name)
+        outputs[name] = logits(disturb(vit, seed))
+    for name in ("first", "second"):
+        vit.set_adapter(name)
+        assert vit.active_adapters() in (name, [name])
+        torch.testing.assert_close(logits(vit), outputs[name])
 
 
 def test_a_failing_add_adapter_leaves_a_model_that_takes_one(vit: PreTrainedModel) -> None:

@@ -1,0 +1,43 @@
+"""The snippets of the README run as they stand."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from transformers import ViTForImageClassification
+
+from plasticity_peft import PlasticityConfig
+from tests.conftest import REPOSITORY, random_images, tiny_model
+
+SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
+
+
+def test_the_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    tiny_model().save_pretrained("base")
+    model, base_model, fresh = (ViTForImageClassification.from_pretrained("base") for _ in range(3))
+    names = {
+        "model": model,
+        "base_model": base_model,
+        "fresh_base_model": fresh,
+        "train_dataset": [{"pixel_values": image} for image in random_images(12)],
+    }
+    assert len(SNIPPETS) == 3
+    for snippet in SNIPPETS:
+        exec(compile(snippet, "README.md", "exec"), names)
+        if "print_trainable_parameters" in snippet:
+            names["model"].save_pretrained("adapter")
+    assert names["config"].load_report() == names["report"]
+    assert isinstance(names["config"], PlasticityConfig)
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    paths = {path for path in re.findall(r"`((?:tests|examples)/[\w./]+|[\w-]+\.txt)`", text) if "outputs" not in path}
+    assert paths
+    for path in paths:
+        assert (REPOSITORY / path).exists(), path
+    for target in re.findall(r"make ([\w-]+)", text):
+        assert f"\n{target}:" in (REPOSITORY / "Makefile").read_text()

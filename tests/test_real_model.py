@@ -1,0 +1,61 @@
+"""A real pretrained DINOv2-S on real images, where its weights are at hand."""
+
+from __future__ import annotations
+
+import datasets
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+
+from plasticity_peft import PlasticityConfig, measure_plasticity
+from tests.conftest import REPOSITORY
+
+FOLDER = REPOSITORY.parent / "shared" / "models" / "dinov2-small"
+IMAGES = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the weights of DINOv2-S are not in {FOLDER}")
+
+
+@pytest.fixture(scope="module")
+def dinov2() -> PreTrainedModel:
+    torch.manual_seed(0)
+    return AutoModelForImageClassification.from_pretrained(FOLDER, num_labels=10, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    cache = str(tmp_path_factory.mktemp("cache"))
+    loaded = datasets.load_dataset("parquet", data_files=str(IMAGES), split="train[:24]", cache_dir=cache)
+    processor = AutoImageProcessor.from_pretrained(FOLDER)
+    pictures = [image.convert("RGB") for image in loaded["image"]]
+    size = {"height": 56, "width": 56}
+    return processor(images=pictures, size=size, do_center_crop=False, return_tensors="pt")["pixel_values"]
+
+
+@pytest.mark.parametrize("inputs", ["embedding", "activation"])
+def test_norms_look_most_plastic_and_are_not_chosen(
+    dinov2: PreTrainedModel, images: torch.Tensor, inputs: str
+) -> None:
+    """The tokens of DINOv2 are small, and a norm's rate of change is its gain over their spread."""
+    report = measure_plasticity(dinov2, images, inputs=inputs, pairs=12, batch_size=12)
+    assert {row.unit for row in report.ranking()[:2]} == {"LN1", "LN2"}
+    assert report.select(top_k=1).units == ("FC1",)
+    assert report.select(top_k=1, candidates=("LN1", "LN2", "MHA")).units[0].startswith("LN")
+
+
+@pytest.mark.parametrize("training", ["lora", "full"])
+def test_a_step_of_training_moves_what_was_chosen(
+    dinov2: PreTrainedModel, images: torch.Tensor, training: str
+) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForImageClassification.from_pretrained(FOLDER, num_labels=10, dtype=torch.float32)
+    config = PlasticityConfig(
+        target_data=images, pairs=4, training=training, granularity="block", candidates=("MHA",), top_k=2
+    )
+    model = get_peft_model(base, config)
+    model(pixel_values=images[:4], labels=torch.arange(4)).loss.backward()
+    gradients = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert gradients == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trainable, _ = model.get_nb_trainable_parameters()
+    assert trainable == config.selection.parameters[training] + 10 * 2 * 384 + 10
