@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import evaluate
@@ -273,6 +273,24 @@ def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
     return arguments
 
 
+def load_splits(
+    data: DataArguments, source_name: str | None, processor: BaseImageProcessor, arguments: FinetuningArguments
+) -> tuple[dict[str, Dataset], list[str]]:
+    """Returns the images with their transforms, and the names of the labels.
+
+    The images are "train" (augmented), "validation", "test", and to measure on "target" (the training images as they
+    are) and perhaps "source".
+    """
+    plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
+    with arguments.main_process_first(desc="loading the images"):
+        parts = split(load_images(data.dataset_name, data.dataset_config_name), data, arguments.seed)
+        splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in parts.items()}
+        splits["target"] = parts["train"].with_transform(plain)
+        if source_name is not None:
+            splits["source"] = load_images(source_name)["train"].with_transform(plain)
+    return splits, parts["train"].features[data.label_column].names
+
+
 def main() -> None:
     """Parses the arguments, then measures, trains, evaluates and saves."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
@@ -282,43 +300,29 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
-    source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     processor = AutoImageProcessor.from_pretrained(
         model_arguments.model_name_or_path, revision=model_arguments.revision
     )
-    with arguments.main_process_first(desc="loading the images"):
-        dataset = split(load_images(data.dataset_name, data.dataset_config_name), data, arguments.seed)
-        source = load_images(source_name)["train"] if source_name else None
-    plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
-    splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in dataset.items()}
-    labels = dataset["train"].features[data.label_column].names
-    checkpoint = find_checkpoint(arguments)
+    source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
+    splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
+    checkpoint = find_checkpoint(arguments)
+    options = asdict(plasticity)
+    head_only = options.pop("head_only")
 
     results = {}
-    if plasticity.head_only if plasticity.head_only is not None else demo:
+    if demo if head_only is None else head_only:
         set_seed(arguments.seed)
         model = with_head_alone(load_model(model_arguments, labels))
         _, metrics = finetune(model, head_only_arguments(arguments), processor, splits, None)
         results["head only"] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
     set_seed(arguments.seed)
-    report = str(Path(checkpoint) / "plasticity.json") if checkpoint else plasticity.report
-    config = PlasticityConfig(
-        target_data=None if report else dataset["train"].with_transform(plain),
-        source_data=None if report or source is None else source.with_transform(plain),
-        report=report,
-        inputs=plasticity.inputs,
-        granularity=plasticity.granularity,
-        candidates=tuple(plasticity.candidates),
-        top_k=plasticity.top_k,
-        budget=plasticity.budget,
-        training=plasticity.training,
-        pairs=plasticity.pairs,
-        r=plasticity.r,
-        lora_alpha=plasticity.lora_alpha,
-        lora_dropout=plasticity.lora_dropout,
-    )
+    if checkpoint:
+        options["report"] = str(Path(checkpoint) / "plasticity.json")
+    if options["report"] is None:
+        options |= {"target_data": splits["target"], "source_data": splits.get("source")}
+    config = PlasticityConfig(**options)
     model = get_peft_model(load_model(model_arguments, labels), config)
     logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), plasticity.training)
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)

@@ -14,7 +14,7 @@ MATRIX_KINDS = ("MHA", "FC1", "FC2")
 """The kinds that hold weight matrices: what LoRA can train, and what is ranked unless `candidates` says otherwise."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One component of one block: what the paper measures, and what is trained or left alone as a whole."""
 
@@ -25,9 +25,9 @@ class Component:
     path: str
     """Path of the module that maps the component's input to its output."""
     modules: tuple[str, ...]
-    """Paths of the linear layers or the norm that hold its weights."""
+    """Paths of the linear layers or the norm that hold its weights, in the model that was looked at."""
     parameters: int
-    """Number of weights and biases in `modules`."""
+    """Weights and biases in `modules`: what `training="full"` trains."""
     features: tuple[tuple[int, int], ...] = ()
     """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot take."""
 

@@ -49,8 +49,8 @@ class PlasticityConfig(LoraConfig):
     measures the model on `target_data`, or takes the scores of `report`, ranks the components and adapts the best.
     Every other option of LoraConfig is passed on. The classification head always trains and is saved.
 
-    From then on the config is a LoRA config (`peft_type` LORA), `report` and `selection` tell what was found, and the
-    data have been let go.
+    From then on the config is the LoRA config of what was chosen (`peft_type` LORA), `report` and `selection` tell
+    what was found, and the data have been let go. It chooses once: for another model or other data, make another one.
 
     Examples:
         >>> import torch

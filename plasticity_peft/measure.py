@@ -165,24 +165,15 @@ def _check_finite(architecture: Architecture, distances: rate_of_change.Distance
 
 
 def _report(architecture: Architecture, moments: Moments, *, skipped: int, **settings: Any) -> PlasticityReport:
-    numbers = [
+    estimates = [
         {"mean": float(mean), "std": float(std), "pairs": moments.count}
         for mean, std in zip(moments.mean, moments.std, strict=True)
     ]
     parts = architecture.components
+    of_parts, of_kinds = estimates[: len(parts)], estimates[len(parts) :]
     return PlasticityReport(
-        scores=tuple(
-            Score(
-                block=part.block,
-                kind=part.kind,
-                modules=part.modules,
-                parameters=part.parameters,
-                features=part.features,
-                **row,  # type: ignore[arg-type]
-            )
-            for part, row in zip(parts, numbers[: len(parts)], strict=True)
-        ),
-        kinds=tuple(KindScore(kind=kind, **row) for kind, row in zip(KINDS, numbers[len(parts) :], strict=True)),  # type: ignore[arg-type]
+        scores=tuple(Score(**vars(part), **row) for part, row in zip(parts, of_parts, strict=True)),  # type: ignore[arg-type]
+        kinds=tuple(KindScore(kind=kind, **row) for kind, row in zip(KINDS, of_kinds, strict=True)),  # type: ignore[arg-type]
         model_type=architecture.model_type,
         model_parameters=architecture.parameters,
         pairs=moments.count,

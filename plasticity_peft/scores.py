@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from plasticity_peft.components import Component
+
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
@@ -21,22 +23,8 @@ class Estimate:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Score(Estimate):
-    """The plasticity of one component, and what there is to train in it."""
-
-    block: int
-    kind: str
-    modules: tuple[str, ...]
-    """Paths of the modules that hold the weights, in the model that was measured."""
-    parameters: int
-    """Weights and biases: what `training="full"` trains."""
-    features: tuple[tuple[int, int], ...] = ()
-    """(inputs, outputs) of each linear layer in `modules`; empty for a norm, which LoRA cannot take."""
-
-    @property
-    def id(self) -> str:
-        """Canonical id, such as "3.MHA"."""
-        return f"{self.block}.{self.kind}"
+class Score(Estimate, Component):
+    """The plasticity of one component."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture
+from plasticity_peft.checks import check_count
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.measure import measure_plasticity
@@ -80,6 +81,10 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
     architecture = find_architecture(model)
+    if config.top_k is not None:
+        # Said before anything is measured; report.select says it too.
+        units = len(config.candidates) * (len(architecture.blocks) if config.granularity == "block" else 1)
+        check_count("top_k", config.top_k, 1, units, ", the number of units to choose from")
     report = config.load_report()
     if report is None:
         report = _measure(model, config)

@@ -120,7 +120,7 @@ WHEN_WRITTEN = {
 
 WHEN_USED = {
     "nothing to rank by": Case("nothing to rank by: give target_data .* or report", lambda folder: {}),
-    "top_k above the units": Case(r"top_k must be a whole number from 1 to 3, .*\(MHA|FC", given(top_k=4)),
+    "top_k above the units": Case("top_k must be a whole number from 1 to 3, the number of units", given(top_k=4)),
     "top_k above the blocks": Case("top_k must be a whole number from 1 to 6", given(top_k=7, granularity="block")),
     "budget too small": Case("less than the .* of the best unit, .* Give a budget above 0.", given(budget=1e-4)),
     "no pixel_values": Case(r"has no 'pixel_values'; it has \['image', 'label'\]", data(WithoutPixelValues())),

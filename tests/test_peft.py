@@ -348,6 +348,27 @@ def test_the_same_call_gives_the_same_adapter(vit: PreTrainedModel, training: st
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def test_a_choice_above_the_units_is_refused_before_anything_is_measured(
+    vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plasticity_peft.tuner.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured"))
+    with pytest.raises(ValueError, match="from 1 to 6"):
+        get_peft_model(vit, config(top_k=7, granularity="block"))
+
+
+def test_more_targets_than_peft_lists_one_by_one(training: str, tmp_path: Path) -> None:
+    """From 20 on, PEFT shortens the names of its targets: the same modules must be meant, now and when loaded."""
+    base = saved_base(tiny_model(num_hidden_layers=12), tmp_path / "base")
+    parts = {part.id: part.modules for part in find_components(base)}
+    adapted = get_peft_model(base, config(training=training, granularity="block", top_k=11))
+    chosen = adapted.peft_config["default"].selection.components
+    expected = {f"{path}.weight" for unit in chosen for path in parts[unit]} | {"classifier.weight"}
+    assert {name for name in trained_names(adapted) if name.endswith("weight")} == expected
+    disturb(adapted).save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(adapted))
+
+
 def test_the_users_modules_to_save_are_kept(vit: PreTrainedModel) -> None:
     adapted = get_peft_model(vit, config(modules_to_save=["layernorm"]))
     assert {"vit.layernorm.weight", "classifier.weight"} < trained_names(adapted)

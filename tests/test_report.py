@@ -32,6 +32,7 @@ def make_report(means: dict[str, list[float]] | None = None) -> PlasticityReport
         Score(
             block=block,
             kind=kind,
+            path=f"vit.layers.{block}.{kind}",
             modules=tuple(f"vit.layers.{block}.{name}" for name in NAMES.get(kind, (kind,))),
             mean=float(means[kind][block]),
             std=0.5,
