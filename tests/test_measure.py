@@ -179,6 +179,25 @@ def test_half_precision_ranks_as_float32(golden: ViTForImageClassification, inpu
             assert row.mean == pytest.approx(expected.mean, rel=0.03)
 
 
+@pytest.mark.parametrize("inputs", PROTOCOLS)
+def test_distances_of_half_precision_models_are_taken_in_float32(vit: PreTrainedModel, inputs: str) -> None:
+    model, x, y = vit.bfloat16(), IMAGES[:5].bfloat16(), IMAGES[5:10].bfloat16()
+    with torch.no_grad():
+        for distances in PROTOCOLS[inputs](model, find_architecture(model), x, y):
+            assert distances.dtype == torch.float64
+            assert (distances != distances.bfloat16()).any(dim=0).all()
+
+
+def test_dropout_and_the_mode_of_the_model_change_nothing() -> None:
+    config = copy.deepcopy(tiny_model().config)
+    config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.5
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config)
+    for inputs in PROTOCOLS:
+        reports = [measure_plasticity(each, IMAGES, inputs=inputs, pairs=8) for each in (model.train(), model.eval())]
+        assert reports[0] == reports[1]
+
+
 def test_autocast_outside_changes_nothing(vit: PreTrainedModel) -> None:
     plain = measure_plasticity(vit, IMAGES, pairs=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
