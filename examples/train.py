@@ -20,6 +20,7 @@ from pathlib import Path
 
 import evaluate
 import numpy as np
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -225,6 +226,7 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         ignore_mismatched_sizes=True,
+        dtype=torch.float32,  # weights stored in half precision train badly; --bf16 or --fp16 make training fast
     )
 
 

@@ -25,6 +25,7 @@ from plasticity_peft.components import KINDS, MATRIX_KINDS, Component
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import write_text
 from plasticity_peft.formatting import table
+from plasticity_peft.plotting import Line, draw_lines
 from plasticity_peft.scores import Estimate, KindScore, Score
 from plasticity_peft.selection import RankedUnit, Selection, best, fitting, lora_parameters
 
@@ -173,7 +174,7 @@ class PlasticityReport:
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
-            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from error
+            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
         report._check_rows()
         return report
 
@@ -212,6 +213,23 @@ class PlasticityReport:
         except (ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
             raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
+
+    def plot(self, ax: Any = None) -> Any:
+        """Returns matplotlib axes with the rate of change over the blocks, a line a kind, with 95 % confidence bands.
+
+        `ax` are axes to draw on; without them a figure is made. Needs the extra `plots`.
+        """
+        rows_of = {kind: [row for row in self.scores if row.kind == kind] for kind in KINDS}
+        return draw_lines(
+            [
+                Line(kind, [row.mean for row in rows], [1.96 * row.standard_error for row in rows])
+                for kind, rows in rows_of.items()
+            ],
+            title=f"Plasticity of {self.model_type}, {self.inputs} inputs, {self.pairs} pairs",
+            xlabel="block",
+            ylabel="rate of change",
+            ax=ax,
+        )
 
     def __str__(self) -> str:
         pairs = f"{self.pairs} pairs" + (f" ({self.skipped} skipped)" if self.skipped else "")

@@ -194,7 +194,7 @@ def test_dropout_and_the_mode_of_the_model_change_nothing() -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(config)
     for inputs in PROTOCOLS:
-        reports = [measure_plasticity(each, IMAGES, inputs=inputs, pairs=8) for each in (model.train(), model.eval())]
+        reports = [measure_plasticity(model.train(mode), IMAGES, inputs=inputs, pairs=8) for mode in (True, False)]
         assert reports[0] == reports[1]
 
 

@@ -14,7 +14,7 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
-    errors components moments checks files formatting selection scores report config
+    errors components moments checks files formatting plotting selection scores report config
     architectures calls isolation images pairs criteria.rate_of_change processes measure tuner
 """.split()  # noqa: SIM905
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import matplotlib
 import pytest
+from matplotlib import pyplot as plt
 from transformers import ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig
@@ -15,6 +17,7 @@ SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_te
 
 
 def test_the_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
     model, base_model, fresh = (ViTForImageClassification.from_pretrained("base") for _ in range(3))
@@ -31,6 +34,7 @@ def test_the_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
             names["model"].save_pretrained("adapter")
     assert names["config"].load_report() == names["report"]
     assert isinstance(names["config"], PlasticityConfig)
+    plt.close("all")
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

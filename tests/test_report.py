@@ -267,6 +267,25 @@ def test_the_table() -> None:
     )
 
 
+def test_the_picture(tmp_path: Path) -> None:
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    axes = REPORT.plot()
+    lines = axes.get_lines()
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(KINDS)
+    for kind, line in zip(KINDS, lines, strict=True):
+        assert list(line.get_ydata()) == [row.mean for row in REPORT.scores if row.kind == kind]
+        assert list(line.get_xdata()) == [0, 1]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "rate of change")
+    axes.figure.savefig(tmp_path / "plasticity.png")
+    assert (tmp_path / "plasticity.png").stat().st_size > 5_000
+    _, own = plt.subplots()
+    assert REPORT.plot(ax=own) is own
+    plt.close("all")
+
+
 def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> None:
     REPORT.save(tmp_path / "plasticity.json")
     script = (
@@ -277,7 +296,7 @@ def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> Non
         "from plasticity_peft.report import PlasticityReport\n"
         f"report = PlasticityReport.load({str(tmp_path / 'plasticity.json')!r})\n"
         "print(report.select(top_k=2).units, report)\n"
-        "assert not {'torch', 'transformers', 'peft'} & set(sys.modules)\n"
+        "assert not {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)\n"
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
