@@ -85,7 +85,8 @@ def find_components(model: nn.Module) -> tuple[Component, ...]:
     """Returns the components of `model`, block by block, in the order LN1, MHA, LN2, FC1, FC2.
 
     Args:
-        model: a vision transformer of transformers, with or without a head; it may carry PEFT adapters.
+        model: a vision transformer of transformers, with or without a head; it may carry PEFT adapters, or be a
+            PeftModel, whose base model is then looked at.
 
     Raises:
         ModelError: the model is not a supported vision transformer, or its structure disagrees with its names.
@@ -99,7 +100,8 @@ def find_components(model: nn.Module) -> tuple[Component, ...]:
         >>> components[4].features
         ((64, 16),)
     """
-    return find_architecture(model).components
+    get_base_model = getattr(model, "get_base_model", None)
+    return find_architecture(get_base_model() if callable(get_base_model) else model).components
 
 
 def find_architecture(model: nn.Module) -> Architecture:

@@ -73,7 +73,9 @@ def test_adapters_do_not_hide_components(model: PreTrainedModel, full: bool) -> 
     config = (
         LoraConfig(target_modules=paths[:1], modules_to_save=paths[1:]) if full else LoraConfig(target_modules=paths)
     )
-    assert find_architecture(get_peft_model(copy.deepcopy(model), config).get_base_model()) == expected
+    adapted = get_peft_model(copy.deepcopy(model), config)
+    assert find_architecture(adapted.get_base_model()) == expected
+    assert find_components(adapted) == expected.components
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

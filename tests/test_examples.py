@@ -69,6 +69,18 @@ def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     assert "| rank | kind |" in log
 
 
+def test_chooses_again_from_a_report(tmp_path: Path) -> None:
+    short = [*SHORT, "--head_only", "false", "--max_steps", "1"]
+    first = run(*short, "--output_dir", tmp_path / "first")
+    log = run(
+        *short, "--output_dir", tmp_path / "second", "--report", tmp_path / "first" / "plasticity.json",
+        "--top_k", "2", "--candidates", "MHA", "FC2",
+    )  # fmt: skip
+    assert "Selected: FC1 (lora)" in first
+    assert "Selected: FC2, MHA (lora)" in log
+    assert "Measuring plasticity" not in log
+
+
 @pytest.mark.parametrize("form", ["folder", "parquet"])
 def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     if form == "folder":

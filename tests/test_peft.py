@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from torch import nn
-from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel, ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from tests.conftest import ARCHITECTURES, backbone, random_images, tiny_model
@@ -184,6 +184,23 @@ def test_loads_where_this_package_is_not_installed(
 ) -> None:
     stock, ours = stock_and_ours
     torch.testing.assert_close(stock[f"{case}/{how}"], ours[case])
+
+
+def test_once_saved_adapters_stand_beside_each_other_and_beside_lora(training: str, tmp_path: Path) -> None:
+    saved_base(tiny_model(), tmp_path / "base")
+    outputs = {}
+    for seed, kind in enumerate(("FC1", "MHA")):
+        base = ViTForImageClassification.from_pretrained(tmp_path / "base")
+        adapted = disturb(get_peft_model(base, config(training=training, candidates=kind)), seed)
+        adapted.save_pretrained(tmp_path / kind)
+        outputs[kind] = logits(adapted)
+    fresh = ViTForImageClassification.from_pretrained(tmp_path / "base")
+    loaded = PeftModel.from_pretrained(fresh, tmp_path / "FC1", adapter_name="FC1")
+    loaded.load_adapter(tmp_path / "MHA", adapter_name="MHA")
+    loaded.add_adapter("stock", LoraConfig(target_modules=[find_components(fresh)[4].modules[0]]))
+    for kind, expected in outputs.items():
+        loaded.set_adapter(kind)
+        torch.testing.assert_close(logits(loaded), expected)
 
 
 def test_two_adapters_live_side_by_side(model: PreTrainedModel, training: str) -> None:
