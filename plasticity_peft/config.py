@@ -67,6 +67,7 @@ class PlasticityConfig(LoraConfig):
     target_data: Any = field(
         default=None,
         repr=False,
+        compare=False,
         metadata={
             "help": "Downstream images, unlabelled: a datasets.Dataset or torch Dataset with pixel_values, a "
             "DataLoader of them, or a tensor (images, channels, height, width). Let go once measured, never saved."
@@ -75,6 +76,7 @@ class PlasticityConfig(LoraConfig):
     source_data: Any = field(
         default=None,
         repr=False,
+        compare=False,
         metadata={
             "help": "Pretraining-like images in the same forms. With them a pair is one source and one target image, "
             "as in the paper; without, two different target images."
@@ -152,6 +154,8 @@ class PlasticityConfig(LoraConfig):
         check_count("pairs", self.pairs, 2)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
+        if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
+            raise ConfigError(f"report must be a PlasticityReport or the path of a saved one. Got {self.report!r}.")
         if self.report is not None and self.target_data is not None:
             raise ConfigError("Give report, to choose from scores, or target_data, to measure; got both.")
         if self.source_data is not None and self.target_data is None:
@@ -203,7 +207,8 @@ class PlasticityConfig(LoraConfig):
         hidden = own if self.selection is not None else {"target_data", "source_data", "selection", "id2label"}
         values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
         if "report" in values:
-            values["report"] = self.report.to_dict() if isinstance(self.report, PlasticityReport) else self.report
+            report = os.fspath(self.report) if isinstance(self.report, os.PathLike) else self.report
+            values["report"] = report.to_dict() if isinstance(report, PlasticityReport) else report
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

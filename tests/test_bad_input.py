@@ -115,6 +115,7 @@ WHEN_WRITTEN = {
     "seed below 0": Case("seed must be a whole number of at least 0", given(seed=-1)),
     "own target_modules": Case("target_modules is chosen by the ranking", given(target_modules=["q_proj"])),
     "report and data": Case("Give report, .* or target_data", given(report="plasticity.json")),
+    "a report that is none": Case("report must be a PlasticityReport or the path", lambda folder: {"report": 5}),
     "source alone": Case("give target_data with it", lambda folder: {"source_data": IMAGES}),
 }
 

@@ -320,7 +320,7 @@ def test_the_data_are_let_go_and_never_written(vit: PreTrainedModel) -> None:
 def test_an_open_config_round_trips_without_its_data(tmp_path: Path) -> None:
     report = measure_plasticity(tiny_model(), IMAGES, pairs=4)
     report.save(tmp_path / "plasticity.json")
-    for given in (report, str(tmp_path / "plasticity.json")):
+    for given in (report, report.to_dict(), str(tmp_path / "plasticity.json"), tmp_path / "plasticity.json"):
         first = config(report=given, top_k=2, candidates=("FC1", "LN2"), training="full")
         first.save_pretrained(tmp_path)
         second = PeftConfig.from_pretrained(tmp_path)
