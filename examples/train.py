@@ -58,6 +58,10 @@ class ModelArguments:
         default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a ViT, DeiT or DINOv2 model."}
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
+    image_size: int | None = field(
+        default=None,
+        metadata={"help": "Side of the images in pixels, for a model that takes any (default: what it was made for)."},
+    )
 
 
 @dataclass
@@ -217,6 +221,13 @@ class Transform:
         return ImageOps.mirror(image) if self.data.horizontal_flip and np.random.rand() < 0.5 else image
 
 
+def load_processor(arguments: ModelArguments) -> BaseImageProcessor:
+    """Returns the image processor of the model, for images of the size that was asked for."""
+    size = arguments.image_size
+    options = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
+    return AutoImageProcessor.from_pretrained(arguments.model_name_or_path, revision=arguments.revision, **options)
+
+
 def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     """Returns the pretrained model with a fresh head for these labels, and their names in its config."""
     return AutoModelForImageClassification.from_pretrained(
@@ -302,9 +313,7 @@ def main() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
     demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
-    processor = AutoImageProcessor.from_pretrained(
-        model_arguments.model_name_or_path, revision=model_arguments.revision
-    )
+    processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))

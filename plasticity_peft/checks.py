@@ -9,6 +9,7 @@ from plasticity_peft.errors import ConfigError
 
 GRANULARITIES = ("kind", "block")
 PROTOCOLS = ("embedding", "activation")
+OBSERVED = ("pairs", "batches", "weights")
 TRAINING_MODES = ("lora", "full")
 
 

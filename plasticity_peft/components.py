@@ -11,7 +11,7 @@ KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 """The paper's five kinds, in the order in which a pre-norm block calls them."""
 
 MATRIX_KINDS = ("MHA", "FC1", "FC2")
-"""The kinds that hold weight matrices: what LoRA can train, and what is ranked unless `candidates` says otherwise."""
+"""The kinds that hold weight matrices: what LoRA can train."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,14 @@ from peft import LoraConfig, PeftType
 
 from plasticity_peft.checks import (
     GRANULARITIES,
-    PROTOCOLS,
     TRAINING_MODES,
     check_amount,
     check_candidates,
     check_choice,
     check_count,
 )
-from plasticity_peft.components import MATRIX_KINDS
+from plasticity_peft.components import KINDS
+from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import write_text
 from plasticity_peft.report import PlasticityReport
@@ -43,7 +43,7 @@ CHOSEN_FOR_THE_USER = (
 
 @dataclass
 class PlasticityConfig(LoraConfig):
-    """Trains the components of a vision transformer that react most to a change of their input.
+    """Trains the components of a vision transformer whose training moves its features most.
 
     A `peft.LoraConfig` that finds its own `target_modules` and `modules_to_save`: `get_peft_model` (or `add_adapter`)
     measures the model on `target_data`, or takes the scores of `report`, ranks the components and adapts the best.
@@ -89,11 +89,21 @@ class PlasticityConfig(LoraConfig):
             "help": "Scores to choose from in place of measuring: a PlasticityReport, or the path of a saved one."
         },
     )
-    inputs: str = field(
-        default="embedding",
+    criterion: str | None = field(
+        default=None,
         metadata={
-            "help": "What components are fed when they are measured: 'embedding', the paper's protocol, or "
-            "'activation', what they receive in the running network."
+            "help": "The rule that ranks. 'parameter_plasticity', the default: how far the features move with the "
+            "component's parameters. 'rate_of_change': the paper's measure. Others: relative_rate_of_change, "
+            "token_sensitivity, bound, gradient_norm, relative_gradient_norm, condition_number, feature_norm, "
+            "inverse, random."
+        },
+    )
+    inputs: str | None = field(
+        default=None,
+        metadata={
+            "help": "What components are fed by the paper's measure (which this stands for, if criterion is not "
+            "given) and its relatives: 'embedding', the paper's protocol, or 'activation', what they receive in the "
+            "running network."
         },
     )
     granularity: str = field(
@@ -103,10 +113,10 @@ class PlasticityConfig(LoraConfig):
         },
     )
     candidates: tuple[str, ...] = field(
-        default=MATRIX_KINDS,
+        default=KINDS,
         metadata={
-            "help": "Kinds that may be chosen, of LN1, MHA, LN2, FC1, FC2. The others are measured and reported all "
-            "the same."
+            "help": "Kinds that may be chosen, all by default: LN1, MHA, LN2, FC1, FC2. The others are measured and "
+            "reported all the same."
         },
     )
     top_k: int | None = field(
@@ -126,9 +136,9 @@ class PlasticityConfig(LoraConfig):
             "take, in full) or 'full' (all of their weights)."
         },
     )
-    pairs: int = field(default=1024, metadata={"help": "Pairs of images to measure on, at least 2."})
-    batch_size: int = field(default=32, metadata={"help": "Pairs in one forward pass while measuring."})
-    seed: int = field(default=0, metadata={"help": "Seed of the drawing of pairs."})
+    pairs: int = field(default=1024, metadata={"help": "Pairs of images, or images, to measure on; at least 2."})
+    batch_size: int = field(default=32, metadata={"help": "Pairs, or images, in one pass while measuring."})
+    seed: int = field(default=0, metadata={"help": "Seed of the drawing of images."})
 
     selection: Selection | None = field(
         default=None, init=False, repr=False, metadata={"help": "What was chosen; None until a model was adapted."}
@@ -146,7 +156,8 @@ class PlasticityConfig(LoraConfig):
                     f"{name} is chosen by the ranking; narrow it with candidates, granularity, top_k or budget, or "
                     f"use LoraConfig to choose modules by name. Got {name}={getattr(self, name)!r}."
                 )
-        check_choice("inputs", self.inputs, PROTOCOLS)
+        if self.report is None or (self.criterion, self.inputs) != (None, None):
+            self.criterion, self.inputs = resolve(self.criterion, self.inputs)
         check_choice("granularity", self.granularity, GRANULARITIES)
         check_choice("training", self.training, TRAINING_MODES)
         self.candidates = check_candidates(self.candidates)
@@ -170,7 +181,18 @@ class PlasticityConfig(LoraConfig):
         return PlasticityReport.load(self.report)
 
     def select(self, report: PlasticityReport) -> Selection:
-        """Returns what this config chooses from the scores of `report`."""
+        """Returns what this config chooses from the scores of `report`.
+
+        Raises:
+            ConfigError: the report was made by another criterion or protocol than this config asks for, or has no
+                such choice.
+        """
+        if self.criterion is not None and (self.criterion, self.inputs) != (report.criterion, report.inputs):
+            raise ConfigError(
+                f"The report holds scores by criterion={report.criterion!r} with inputs={report.inputs!r}, and the "
+                f"config asks for criterion={self.criterion!r} with inputs={self.inputs!r}. Leave both out to take "
+                "the report as it is, or measure again."
+            )
         return report.select(
             self.top_k,
             self.budget,

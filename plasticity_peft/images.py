@@ -1,4 +1,7 @@
-"""Images out of whatever holds them: a dataset, a tensor, a DataLoader, a stream. No labels are needed."""
+"""Images out of whatever holds them: a dataset, a tensor, a DataLoader, a stream.
+
+Labels are read only for the criteria that ask for them.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import torch
 from plasticity_peft.errors import DataError, NonFiniteError
 
 KEY = "pixel_values"
+LABEL_KEYS = ("labels", "label")
 ALLOWED = (
     "a datasets.Dataset or torch Dataset whose items have pixel_values, a DataLoader of such items, or a "
     "floating-point tensor of shape (images, channels, height, width)"
@@ -49,11 +53,7 @@ class Images:
     def __getitem__(self, index: int) -> torch.Tensor:
         """Returns image `index`. Raises DataError or NonFiniteError, naming the image, where it is not usable."""
         place = f"{self.name}[{index}]"
-        item = self._data[index]
-        if self._collate is not None:
-            item = self._collate([item])
-            item = {KEY: _values(item, place)[0]}
-        image = _tensor(_values(item, place), place)
+        image = _tensor(_values(self._item(index, place), place), place)
         if image.ndim != 3:
             raise DataError(f"{place} must have the shape (channels, height, width). Got {tuple(image.shape)}.")
         if not image.is_floating_point():
@@ -64,10 +64,42 @@ class Images:
             raise NonFiniteError(f"{place} holds NaN or infinity.")
         return image
 
+    def label(self, index: int) -> int:
+        """Returns the label of image `index`. Raises DataError where it has none."""
+        place = f"{self.name}[{index}]"
+        label = _label(self._item(index, place))
+        if label is None:
+            raise DataError(
+                f"{place} has no label, and this criterion needs labels: give items with pixel_values and labels, or "
+                "a criterion that needs none."
+            )
+        try:
+            return int(label)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{place}: its label must be a whole number. Got {label!r}.") from error
 
-def _unbatched(loader: Iterable[Any], name: str) -> Iterator[torch.Tensor]:
+    def _item(self, index: int, place: str) -> Any:
+        item = self._data[index]
+        if self._collate is None:
+            return item
+        batch = self._collate([item])
+        label = _label(batch)
+        return {KEY: _values(batch, place)[0]} | ({} if label is None else {"labels": label[0]})
+
+
+def _unbatched(loader: Iterable[Any], name: str) -> Iterator[Any]:
     for batch in loader:
-        yield from _values(batch, name)
+        images, labels = _values(batch, name), _label(batch)
+        yield from images if labels is None else zip(images, labels, strict=True)
+
+
+def _label(item: Any) -> Any:
+    """Returns the label of an item: its entry, or the second of (image, label); None where it has none."""
+    if isinstance(item, Mapping):
+        return next((item[key] for key in LABEL_KEYS if key in item), None)
+    if isinstance(item, (tuple, list)) and len(item) > 1 and isinstance(item[0], (torch.Tensor, np.ndarray)):
+        return item[1]
+    return None
 
 
 def _values(item: Any, place: str) -> Any:

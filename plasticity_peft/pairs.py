@@ -6,7 +6,7 @@ is one image of each, as in the paper; with a target alone it is two different i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
@@ -60,14 +60,22 @@ def batches(
     first = target if source is None else source
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        images = [(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]]
-        tensors = [holder[index] for holder, index in images]
-        for (holder, index), tensor in zip(images, tensors, strict=True):
-            if tensor.shape != tensors[0].shape:
-                raise DataError(
-                    f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has "
-                    f"{tuple(tensors[0].shape)}, {holder.name}[{index}] has {tuple(tensor.shape)}. Let the image "
-                    "processor resize them."
-                )
-        x, y = torch.stack(tensors).chunk(2)
+        x, y = stack([(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]]).chunk(2)
         yield x, y
+
+
+def stack(images: Sequence[tuple[Images, int]]) -> torch.Tensor:
+    """Returns the given images as one tensor (n, channels, height, width).
+
+    Raises:
+        DataError: images differ in shape; the message names two of them.
+    """
+    tensors = [holder[index] for holder, index in images]
+    for (holder, index), tensor in zip(images, tensors, strict=True):
+        if tensor.shape != tensors[0].shape:
+            raise DataError(
+                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has "
+                f"{tuple(tensors[0].shape)}, {holder.name}[{index}] has {tuple(tensor.shape)}. Let the image "
+                "processor resize them."
+            )
+    return torch.stack(tensors)

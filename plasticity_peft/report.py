@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any, ClassVar
 
 from plasticity_peft.checks import (
     GRANULARITIES,
+    OBSERVED,
     PROTOCOLS,
     TRAINING_MODES,
     check_amount,
@@ -48,10 +50,10 @@ class PlasticityReport:
     """`config.model_type` of the measured model."""
     model_parameters: int
     """Parameters of the measured model, head included."""
-    inputs: str
-    """Protocol: "embedding" (the paper's) or "activation"."""
+    inputs: str | None
+    """Protocol: "embedding" (the paper's) or "activation"; None for a criterion without protocols."""
     pairs: int
-    """Pairs of images whose rates of change were averaged."""
+    """What was averaged: the number of pairs of images, or of what `observed` says; 0 where that is weights."""
     skipped: int
     """Pairs left out because two inputs of a component were identical."""
     seed: int
@@ -59,6 +61,15 @@ class PlasticityReport:
     """True where each pair is one source and one target image, False where it is two target images."""
     versions: dict[str, str]
     """Releases of the packages that measured."""
+    criterion: str = "rate_of_change"
+    """Name of the rule that scored; higher means train. "rate_of_change" is the paper's."""
+    title: str = "rate of change"
+    """What the scores are, in words."""
+    observed: str = "pairs"
+    """What was observed: "pairs" or "batches" of images, or "weights", which have no standard error."""
+    input_std: float | None = None
+    """Spread of the features of a token at the input of block 0, mean over the tokens of one image; None for a
+    criterion without protocols."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}
 
@@ -88,7 +99,7 @@ class PlasticityReport:
         budget: float | None = None,
         *,
         granularity: str = "kind",
-        candidates: Iterable[str] = MATRIX_KINDS,
+        candidates: Iterable[str] = KINDS,
         training: str = "lora",
         **lora: Any,
     ) -> Selection:
@@ -100,7 +111,7 @@ class PlasticityReport:
                 they fit. They count as they are trained in the mode `training`; the head always trains and is not
                 counted.
             granularity: "kind" or "block", as in `ranking`.
-            candidates: kinds that may be chosen; by default those that hold weight matrices.
+            candidates: kinds that may be chosen; all five by default.
             training: "lora" or "full": how the budget counts. A norm, which LoRA cannot take, counts in full.
             lora: `r`, `rank_pattern`, `use_dora`, `lora_bias` as in `peft.LoraConfig`, for the number of LoRA
                 parameters.
@@ -127,6 +138,9 @@ class PlasticityReport:
             for name, unit in unit_of.items():
                 sizes[unit] += counts[name][training]
             units = fitting(ranking, sizes, budget, self.model_parameters)
+        explanation = self._why_norms_lead(row for row in ranking if row.unit in units)
+        if explanation:
+            warnings.warn(explanation, stacklevel=2)
         rows = [row for row in self.scores if unit_of[row.id] in units]
         return Selection(
             granularity=granularity,
@@ -180,8 +194,11 @@ class PlasticityReport:
 
     def _check_rows(self) -> None:
         """Raises ReportError unless there is one row per block and kind, in order, with possible numbers."""
-        if self.inputs not in PROTOCOLS:
-            raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)}, got {self.inputs!r}")
+        if self.inputs not in (*PROTOCOLS, None):
+            raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)} or null, got {self.inputs!r}")
+        if self.observed not in OBSERVED:
+            raise ReportError(f"observed: expected one of {', '.join(OBSERVED)}, got {self.observed!r}")
+        fewest = 0 if self.observed == "weights" else 2
         expected = [(block, kind) for block in range(len(self.scores) // len(KINDS)) for kind in KINDS]
         if not expected or [(row.block, row.kind) for row in self.scores] != expected:
             raise ReportError(f"scores: expected one row per block and kind, in the order {', '.join(KINDS)}")
@@ -189,8 +206,10 @@ class PlasticityReport:
             raise ReportError(f"kinds: expected one row per kind, in the order {', '.join(KINDS)}")
         rows: list[Estimate] = [*self.scores, *self.kinds]
         for row in rows:
-            if row.mean < 0 or row.std < 0 or row.pairs != self.pairs or self.pairs < 2:
-                raise ReportError(f"{row}: a mean and a std are at least 0, and pairs is {self.pairs}, at least 2")
+            if row.mean < 0 or row.std < 0 or row.pairs != self.pairs or self.pairs < fewest:
+                raise ReportError(
+                    f"{row}: a mean and a std are at least 0, and pairs is {self.pairs}, at least {fewest}"
+                )
         for score in self.scores:
             if len(score.features) not in (0, len(score.modules)):
                 raise ReportError(f"{score.id}: features must be given for all of its modules or for none")
@@ -225,19 +244,27 @@ class PlasticityReport:
                 Line(kind, [row.mean for row in rows], [1.96 * row.standard_error for row in rows])
                 for kind, rows in rows_of.items()
             ],
-            title=f"Plasticity of {self.model_type}, {self.inputs} inputs, {self.pairs} pairs",
+            title=self._heading(),
             xlabel="block",
-            ylabel="rate of change",
+            ylabel=self.title,
             ax=ax,
         )
 
+    def _heading(self) -> str:
+        """Returns what was measured, in a line."""
+        criterion = "Plasticity" if self.criterion == "rate_of_change" else self.title.capitalize()
+        protocol = "" if self.inputs is None else f", {self.inputs} inputs"
+        seen = "weights" if self.observed == "weights" else f"{self.pairs} {self.observed}"
+        return f"{criterion} of {self.model_type}{protocol}, {seen}"
+
     def __str__(self) -> str:
-        pairs = f"{self.pairs} pairs" + (f" ({self.skipped} skipped)" if self.skipped else "")
-        images = "a source and a target image" if self.source else "two target images"
+        kinds_of_pairs = f" of {'a source and a target image' if self.source else 'two target images'}"
+        details = kinds_of_pairs if self.observed == "pairs" and self.criterion != "token_sensitivity" else ""
+        skipped = f" ({self.skipped} skipped)" if self.skipped else ""
         rows_of = {kind: [row for row in self.scores if row.kind == kind] for kind in KINDS}
-        return table(
-            f"Plasticity of {self.model_type}, {self.inputs} inputs: {pairs} of {images}, seed {self.seed}",
-            ("rank", "kind", "rate of change", "std. error", "lowest block", "highest block", "parameters"),
+        text = table(
+            f"{self._heading()}{skipped}{details}, seed {self.seed}",
+            ("rank", "kind", self.title, "std. error", "lowest block", "highest block", "parameters"),
             [
                 (
                     str(rank),
@@ -250,6 +277,20 @@ class PlasticityReport:
                 )
                 for rank, (kind, score, error) in enumerate(self.ranking(), start=1)
             ],
+        )
+        return "\n".join(filter(None, [text, self._why_norms_lead(self.ranking()[:1])]))
+
+    def _why_norms_lead(self, units: Iterable[RankedUnit]) -> str:
+        """Returns an explanation where norms are among `units`, the best, because the tokens are small; else ""."""
+        norms = [row.unit for row in units if row.unit.split(".")[-1] not in MATRIX_KINDS]
+        if self.criterion != "rate_of_change" or self.input_std is None or self.input_std >= 1 or not norms:
+            return ""
+        return (
+            f"{norms[0]} ranks high because a layer norm divides by the spread of its input, which is "
+            f"{self.input_std:.2g} in the tokens that enter block 0: its rate of change is its gain over that, and "
+            "says little about how well it trains. Trained alone, norms gained least in every experiment of "
+            'examples/results. criterion="parameter_plasticity" does not depend on this scale, and '
+            'candidates=("MHA", "FC1", "FC2") leaves the norms out.'
         )
 
 

@@ -1,4 +1,4 @@
-"""A score, of one component or of one kind: mean and spread over pairs of images."""
+"""A score, of one component or of one kind: mean and spread over what a criterion observed."""
 
 from __future__ import annotations
 
@@ -9,17 +9,21 @@ from plasticity_peft.components import Component
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """The mean over pairs of a rate of change, which has no unit, and how well the pairs determine it."""
+    """A score, which has no unit, and how well what was observed determines it.
+
+    It is the mean over pairs of images, for a criterion that looks at pairs; `PlasticityReport.observed` tells.
+    """
 
     mean: float
     std: float
     """Sample standard deviation over pairs."""
     pairs: int
+    """How many pairs; 0 for a criterion that reads only weights, whose scores are exact."""
 
     @property
     def standard_error(self) -> float:
         """Standard error of `mean`: std / sqrt(pairs)."""
-        return float(self.std / self.pairs**0.5)
+        return float(self.std / self.pairs**0.5) if self.pairs else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -105,16 +105,12 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
 
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
-    if config.target_data is None:
-        raise ConfigError(
-            "PlasticityConfig has nothing to rank by: give target_data (images to measure on) or report (scores "
-            "measured before)."
-        )
     with _adapters_hidden(model):
         return measure_plasticity(
             model,
             config.target_data,
             config.source_data,
+            criterion=config.criterion,
             inputs=config.inputs,
             pairs=config.pairs,
             batch_size=config.batch_size,

@@ -108,6 +108,12 @@ WHEN_WRITTEN = {
     "unknown kind": Case("candidates must be one or more of LN1, MHA, LN2, FC1, FC2", given(candidates=("MLP",))),
     "no kind": Case("candidates must be one or more", given(candidates=())),
     "unknown protocol": Case("inputs must be one of 'embedding', 'activation'. Got 'attn'", given(inputs="attn")),
+    "unknown criterion": Case(
+        "criterion must be one of 'parameter_plasticity', .* Got 'best'", given(criterion="best")
+    ),
+    "a protocol for a criterion without": Case(
+        "inputs says what .* criterion='bound' feeds them nothing", given(criterion="bound", inputs="embedding")
+    ),
     "unknown granularity": Case("granularity must be one of", given(granularity="layer")),
     "unknown mode": Case("training must be one of 'lora', 'full'. Got 'dora'", given(training="dora")),
     "one pair": Case("pairs must be a whole number of at least 2. Got 1", given(pairs=1)),
@@ -120,9 +126,9 @@ WHEN_WRITTEN = {
 }
 
 WHEN_USED = {
-    "nothing to rank by": Case("nothing to rank by: give target_data .* or report", lambda folder: {}),
-    "top_k above the units": Case("top_k must be a whole number from 1 to 3, the number of units", given(top_k=4)),
-    "top_k above the blocks": Case("top_k must be a whole number from 1 to 6", given(top_k=7, granularity="block")),
+    "nothing to rank by": Case("nothing to rank by: give images .*target_data .* or a report", lambda folder: {}),
+    "top_k above the units": Case("top_k must be a whole number from 1 to 5, the number of units", given(top_k=6)),
+    "top_k above the blocks": Case("top_k must be a whole number from 1 to 10", given(top_k=11, granularity="block")),
     "budget too small": Case("less than the .* of the best unit, .* Give a budget above 0.", given(budget=1e-4)),
     "no pixel_values": Case(r"has no 'pixel_values'; it has \['image', 'label'\]", data(WithoutPixelValues())),
     "a path": Case("target must be a datasets.Dataset .* Got str", data("images/")),
@@ -139,7 +145,22 @@ WHEN_USED = {
         data([{"pixel_values": torch.rand(3, 8, side)} for side in (8, 9, 10)]),
     ),
     "NaN in an image": Case(r"target\[\d+\] holds NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
-    "equal images": Case("Only 0 of .* pairs have a rate of change", data(torch.ones(4, 3, 8, 8))),
+    "equal images": Case(
+        "Only 0 of .* pairs have a rate of change", given(target_data=torch.ones(4, 3, 8, 8), inputs="embedding")
+    ),
+    "no labels": Case(r"target\[\d+\] has no label, .* needs labels", given(criterion="gradient_norm")),
+    "labels that the head has not": Case(
+        "Labels must be from 0 to 2, .* Got 7 to 7",
+        given(criterion="gradient_norm", target_data=[{"pixel_values": image, "label": 7} for image in IMAGES]),
+    ),
+    "labels in words": Case(
+        r"target\[\d+\]: its label must be a whole number. Got 'cat'",
+        given(criterion="relative_gradient_norm", target_data=[(image, "cat") for image in IMAGES]),
+    ),
+    "a report of another criterion": Case(
+        "scores by criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
+        lambda folder: {**report_of(tiny_model())(folder), "inputs": "embedding"},
+    ),
     "a ResNet": Case("ResNetForImageClassification .*'resnet'.* Supported .*: deit, dinov2, vit", given(), resnet),
     "a text model": Case("BertForSequenceClassification .*'bert'.* is not a vision transformer", given(), bert),
     "NaN in the weights": Case("weights of the model hold NaN or infinity: vit.*weight", given(), with_nan),

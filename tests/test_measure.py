@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from tests.conftest import GOLDEN, random_images, tiny_model
 from tests.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)
+measure = partial(measure_plasticity, criterion="rate_of_change")
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +58,7 @@ def test_the_authors_numbers_pair_by_pair(golden: ViTForImageClassification) -> 
 
 def test_the_report_is_the_mean_of_the_authors_rates(golden: ViTForImageClassification) -> None:
     pairs = load_file(GOLDEN / "pairs.safetensors")
-    report = measure_plasticity(golden, pairs["target"], pairs["source"], pairs=24, batch_size=5, seed=3)
+    report = measure(golden, pairs["target"], pairs["source"], pairs=24, batch_size=5, seed=3)
     indices = draw_pairs(24, target=6, source=6, seed=3)
     ours = rates(golden, "embedding", pairs["source"][indices[:, 0]], pairs["target"][indices[:, 1]])
     for row in report.scores:
@@ -123,7 +125,7 @@ def test_both_protocols_equal_an_independent_computation(
 
 
 def test_the_protocols_are_different_statistics(vit: PreTrainedModel) -> None:
-    embedding, activation = (measure_plasticity(vit, IMAGES, inputs=inputs, pairs=8) for inputs in PROTOCOLS)
+    embedding, activation = (measure(vit, IMAGES, inputs=inputs, pairs=8) for inputs in PROTOCOLS)
     assert embedding.scores[0].mean == pytest.approx(activation.scores[0].mean)
     assert embedding.scores[3].mean != pytest.approx(activation.scores[3].mean, rel=1e-2)
 
@@ -134,12 +136,12 @@ def test_batch_size_does_not_matter_and_the_seed_decides(
     vit: PreTrainedModel, inputs: str, source: torch.Tensor | None
 ) -> None:
     options = {"source": source, "inputs": inputs, "pairs": 10}
-    reports = [measure_plasticity(vit, IMAGES, batch_size=size, **options) for size in (1, 3, 32)]
+    reports = [measure(vit, IMAGES, batch_size=size, **options) for size in (1, 3, 32)]
     for report in reports:
         assert [row.mean for row in report.scores] == pytest.approx([row.mean for row in reports[0].scores], rel=1e-6)
         assert (report.pairs, report.source) == (10, source is not None)
-    assert measure_plasticity(vit, IMAGES, batch_size=3, **options) == reports[1]
-    assert measure_plasticity(vit, IMAGES, seed=1, **options).scores != reports[2].scores
+    assert measure(vit, IMAGES, batch_size=3, **options) == reports[1]
+    assert measure(vit, IMAGES, seed=1, **options).scores != reports[2].scores
 
 
 @pytest.mark.parametrize("kind", ["FC1", "FC2"])
@@ -149,7 +151,7 @@ def test_scaling_a_weight_scales_its_score_and_a_bias_changes_nothing(model: Pre
     with torch.no_grad():
         changed.get_submodule(part.path).weight *= 3
         changed.get_submodule(part.path).bias += 5
-    before, after = (measure_plasticity(each, IMAGES, pairs=8) for each in (model, changed))
+    before, after = (measure(each, IMAGES, pairs=8) for each in (model, changed))
     for one, other in zip(before.scores, after.scores, strict=True):
         factor = 3 if one.id == part.id else 1
         assert other.mean == pytest.approx(factor * one.mean, rel=1e-5)
@@ -161,7 +163,7 @@ def test_identical_pairs_are_skipped_and_counted(vit: PreTrainedModel) -> None:
     same = sum(set(pair) <= {0, 1, 2} for pair in indices.tolist())
     assert 0 < same < 9
     for inputs in PROTOCOLS:
-        report = measure_plasticity(vit, images, inputs=inputs, pairs=10)
+        report = measure(vit, images, inputs=inputs, pairs=10)
         assert (report.pairs, report.skipped) == (10 - same, same)
 
 
@@ -169,7 +171,7 @@ def test_identical_pairs_are_skipped_and_counted(vit: PreTrainedModel) -> None:
 def test_half_precision_ranks_as_float32(golden: ViTForImageClassification, inputs: str) -> None:
     images = random_images(20, size=32)
     reports = {
-        dtype: measure_plasticity(copy.deepcopy(golden).to(dtype), images, inputs=inputs, pairs=16)
+        dtype: measure(copy.deepcopy(golden).to(dtype), images, inputs=inputs, pairs=16)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     order = [row.unit for row in reports[torch.float32].ranking()]
@@ -194,28 +196,28 @@ def test_dropout_and_the_mode_of_the_model_change_nothing() -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(config)
     for inputs in PROTOCOLS:
-        reports = [measure_plasticity(model.train(mode), IMAGES, inputs=inputs, pairs=8) for mode in (True, False)]
+        reports = [measure(model.train(mode), IMAGES, inputs=inputs, pairs=8) for mode in (True, False)]
         assert reports[0] == reports[1]
 
 
 def test_autocast_outside_changes_nothing(vit: PreTrainedModel) -> None:
-    plain = measure_plasticity(vit, IMAGES, pairs=4)
+    plain = measure(vit, IMAGES, pairs=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert measure_plasticity(vit, IMAGES, pairs=4) == plain
+        assert measure(vit, IMAGES, pairs=4) == plain
         assert torch.is_autocast_enabled("cpu")
 
 
 def test_a_peft_model_is_measured_with_its_adapter_under_the_names_of_its_base(vit: PreTrainedModel) -> None:
-    expected = measure_plasticity(vit, IMAGES, pairs=4)
+    expected = measure(vit, IMAGES, pairs=4)
     paths = [path for part in find_components(vit) if part.kind == "FC1" for path in part.modules]
     adapted = get_peft_model(copy.deepcopy(vit), LoraConfig(target_modules=paths, init_lora_weights=True))
-    assert measure_plasticity(adapted, IMAGES, pairs=4).scores[0].modules == expected.scores[0].modules
+    assert measure(adapted, IMAGES, pairs=4).scores[0].modules == expected.scores[0].modules
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     merged = copy.deepcopy(adapted).merge_and_unload()
-    found, plain = (measure_plasticity(each, IMAGES, pairs=4).scores for each in (adapted, merged))
+    found, plain = (measure(each, IMAGES, pairs=4).scores for each in (adapted, merged))
     assert [row.mean for row in found] == pytest.approx([row.mean for row in plain], rel=1e-5)
     assert [row.parameters for row in found] == [row.parameters for row in plain]
 
@@ -225,8 +227,8 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
     config.intermediate_size = 12
     model = ViTForImageClassification(config).eval()
     with pytest.raises(ModelError, match=r'0.FC2 takes 12 features, fewer than the 16 .* Use inputs="activation"'):
-        measure_plasticity(model, IMAGES, pairs=4)
-    assert measure_plasticity(model, IMAGES, pairs=4, inputs="activation").pairs == 4
+        measure(model, IMAGES, pairs=4)
+    assert measure(model, IMAGES, pairs=4, inputs="activation").pairs == 4
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
@@ -235,15 +237,15 @@ def test_overflow_is_an_error_that_names_the_component(vit: PreTrainedModel, inp
     with torch.no_grad():
         vit.get_submodule(part.path).weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match=r"of 1\.FC1 \(vit.*\) hold NaN or infinity"):
-        measure_plasticity(vit, IMAGES, pairs=4, inputs=inputs)
+        measure(vit, IMAGES, pairs=4, inputs=inputs)
 
 
 def test_no_progress_bar_where_hugging_face_shows_none(vit: PreTrainedModel, capsys: pytest.CaptureFixture) -> None:
-    measure_plasticity(vit, IMAGES, pairs=4)
+    measure(vit, IMAGES, pairs=4)
     assert "Measuring plasticity" in capsys.readouterr().err
     logging.disable_progress_bar()
     try:
-        measure_plasticity(vit, IMAGES, pairs=4)
+        measure(vit, IMAGES, pairs=4)
     finally:
         logging.enable_progress_bar()
     assert capsys.readouterr().err == ""
@@ -284,12 +286,12 @@ def test_the_model_is_left_as_found(model: PreTrainedModel, inputs: str, fault: 
     options = {"inputs": inputs, "pairs": 6, "batch_size": 2}
     # FC1 is not called by the embedding protocol, but the check of the calls runs the whole model.
     if fault is None:
-        measure_plasticity(model, IMAGES, **options)
+        measure(model, IMAGES, **options)
     else:
         with pytest.raises(KeyError, match="is gone"):
-            measure_plasticity(model, Failing() if fault == "data" else IMAGES, **options)
+            measure(model, Failing() if fault == "data" else IMAGES, **options)
     assert_same(before, snapshot(model))
 
 
 def test_kinds_come_in_the_order_of_a_block() -> None:
-    assert [row.kind for row in measure_plasticity(tiny_model(), IMAGES, pairs=2).kinds] == list(KINDS)
+    assert [row.kind for row in measure(tiny_model(), IMAGES, pairs=2).kinds] == list(KINDS)

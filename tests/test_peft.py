@@ -332,10 +332,11 @@ def test_an_open_config_round_trips_without_its_data(tmp_path: Path) -> None:
 def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel, tmp_path: Path) -> None:
     base = saved_base(vit, tmp_path / "base")
     base.config.id2label = {0: "cat", 1: "dog", 2: "owl"}
-    chosen = config(training="full", top_k=2, seed=5)
+    chosen = config(training="full", top_k=2, seed=5, inputs="embedding", candidates=("MHA", "FC1", "FC2"))
     get_peft_model(base, chosen).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "plasticity.json").read_text())
-    assert (written["inputs"], written["pairs"], written["seed"]) == ("embedding", 8, 5)
+    expected = {"criterion": "rate_of_change", "inputs": "embedding", "pairs": 8, "seed": 5}
+    assert {key: written[key] for key in expected} == expected
     assert written["versions"]["torch"] == version("torch")
     assert len(written["scores"]) == 10
     assert written["adapter"]["units"] == list(chosen.selection.units)
@@ -370,8 +371,8 @@ def test_a_choice_above_the_units_is_refused_before_anything_is_measured(
     vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("plasticity_peft.tuner.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured"))
-    with pytest.raises(ValueError, match="from 1 to 6"):
-        get_peft_model(vit, config(top_k=7, granularity="block"))
+    with pytest.raises(ValueError, match="from 1 to 10"):
+        get_peft_model(vit, config(top_k=11, granularity="block"))
 
 
 def test_more_targets_than_peft_lists_one_by_one(training: str, tmp_path: Path) -> None:

@@ -14,8 +14,11 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
-    errors components moments checks files formatting plotting selection scores report config
-    architectures calls isolation images pairs criteria.rate_of_change processes measure tuner
+    errors components moments checks files formatting plotting selection scores report
+    architectures calls isolation images pairs processes probe gradients
+    criteria.criterion criteria.rate_of_change criteria.relative_rate_of_change criteria.token_sensitivity
+    criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
+    criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config measure tuner
 """.split()  # noqa: SIM905
 
 
@@ -48,12 +51,12 @@ def imports(path: str) -> set[str]:
 
 def test_imports_flow_one_way() -> None:
     files = {path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".") for path in PACKAGE.rglob("*.py")}
-    assert set(ORDER) == files - {"__init__", "criteria.__init__"}
+    assert set(ORDER) == {name.removesuffix(".__init__") for name in files - {"__init__"}}
     for index, name in enumerate(ORDER):
-        for module in imports(name.replace(".", "/") + ".py"):
+        path = name.replace(".", "/")
+        for module in imports(f"{path}/__init__.py" if (PACKAGE / path).is_dir() else f"{path}.py"):
             if module.startswith("plasticity_peft."):
                 needed = module.removeprefix("plasticity_peft.")
-                needed = "criteria.rate_of_change" if needed == "criteria" else needed
                 assert needed in ORDER[:index], f"{name} imports {needed}"
 
 

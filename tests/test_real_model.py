@@ -34,14 +34,22 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("inputs", ["embedding", "activation"])
-def test_norms_look_most_plastic_and_are_not_chosen(
+def test_norms_look_most_plastic_and_asking_for_them_warns(
     dinov2: PreTrainedModel, images: torch.Tensor, inputs: str
 ) -> None:
     """The tokens of DINOv2 are small, and a norm's rate of change is its gain over their spread."""
     report = measure_plasticity(dinov2, images, inputs=inputs, pairs=12, batch_size=12)
     assert {row.unit for row in report.ranking()[:2]} == {"LN1", "LN2"}
-    assert report.select(top_k=1).units == ("FC1",)
-    assert report.select(top_k=1, candidates=("LN1", "LN2", "MHA")).units[0].startswith("LN")
+    assert report.select(candidates=("MHA", "FC1", "FC2")).units == ("FC1",)
+    with pytest.warns(UserWarning, match="LN2 ranks high because .* spread of its input, which is 0.1"):
+        assert report.select().units == ("LN2",)
+
+
+def test_the_default_chooses_attention_and_leaves_norms_last(dinov2: PreTrainedModel, images: torch.Tensor) -> None:
+    report = measure_plasticity(dinov2, images, pairs=24, batch_size=8)
+    ranking = [row.unit for row in report.ranking()]
+    assert ranking[0] == "MHA"
+    assert set(ranking[3:]) == {"LN1", "LN2"}
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])

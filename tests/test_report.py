@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, get_peft_model
 
-from plasticity_peft.components import KINDS
+from plasticity_peft.components import KINDS, MATRIX_KINDS
 from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.scores import KindScore, Score
@@ -82,13 +82,13 @@ def test_ties_keep_the_order_of_blocks_and_kinds(granularity: str) -> None:
 
 
 def test_a_selection_names_units_modules_and_parameters() -> None:
-    selection = REPORT.select(top_k=2, r=4)
+    selection = REPORT.select(top_k=2, r=4, candidates=MATRIX_KINDS)
     assert selection.units == ("FC1", "MHA")
     assert selection.components == ("0.MHA", "0.FC1", "1.MHA", "1.FC1")
     assert selection.modules[:5] == tuple(f"vit.layers.0.{name}" for name in (*NAMES["MHA"], "mlp.fc1"))
     assert selection.parameters == {"lora": 2 * (4 * 4 * 32 + 4 * 48), "full": 2 * (1088 + 544)}
-    assert REPORT.select().units == ("FC1",)
-    assert REPORT.select(top_k=3, candidates=KINDS).units == ("LN1", "LN2", "FC1")
+    assert REPORT.select().units == ("LN1",)
+    assert REPORT.select(top_k=3).units == ("LN1", "LN2", "FC1")
     assert REPORT.select(candidates="LN1").parameters == {"lora": 64, "full": 64}
 
 
@@ -119,8 +119,8 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
     with pytest.raises(
         ConfigError, match=r"is 10 of 10,000 .* less than the 1,088 .* FC1. Give a budget above 0.1088"
     ):
-        REPORT.select(budget=0.001, training="full")
-    assert REPORT.select(budget=0.1089, training="full").units == ("FC1",)
+        REPORT.select(budget=0.001, training="full", candidates=MATRIX_KINDS)
+    assert REPORT.select(budget=0.1089, training="full", candidates=MATRIX_KINDS).units == ("FC1",)
 
 
 @pytest.mark.parametrize(
@@ -128,8 +128,11 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
     [
         ({"top_k": 0}, "top_k must be a whole number of at least 1. Got 0"),
         ({"top_k": -1}, "Got -1"),
-        ({"top_k": 4}, r"from 1 to 3, the number of units to choose from \(FC1, MHA, FC2\). Got 4"),
-        ({"top_k": 11, "granularity": "block", "candidates": KINDS}, r"from 1 to 10, .*\(0.LN2, 1.LN1, 0.LN1, ..., "),
+        (
+            {"top_k": 4, "candidates": MATRIX_KINDS},
+            r"from 1 to 3, the number of units to choose from \(FC1, MHA, FC2\). Got 4",
+        ),
+        ({"top_k": 11, "granularity": "block"}, r"from 1 to 10, .*\(0.LN2, 1.LN1, 0.LN1, ..., "),
         ({"top_k": True}, "Got True"),
         ({"top_k": 1.0}, "Got 1.0"),
         ({"budget": -0.1}, "above 0 and at most 1"),
@@ -157,7 +160,7 @@ def test_lora_parameters_are_what_peft_makes(options: dict[str, Any]) -> None:
 
     model = tiny_model()
     report = measure_plasticity(model, random_images(), pairs=2)
-    selection = report.select(top_k=3, **options)
+    selection = report.select(top_k=3, candidates=MATRIX_KINDS, **options)
     config = LoraConfig(target_modules=list(selection.modules), **options)
     trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
     assert selection.parameters["lora"] == trainable
@@ -194,11 +197,12 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
     return values
 
 
+ADDED_SINCE = ("features", "criterion", "title", "observed", "input_std")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
 
-@pytest.mark.parametrize("path", [path for path in FIELDS if path[-1] != "features"])
+@pytest.mark.parametrize("path", [path for path in FIELDS if path[-1] not in ADDED_SINCE])
 def test_a_missing_value_is_refused(path: tuple[str | int, ...]) -> None:
     with pytest.raises(ReportError, match=r"Field required|no plasticity report|format version|scores|kinds"):
         PlasticityReport.from_dict(edited(*path))
@@ -223,6 +227,7 @@ def test_a_value_of_a_wrong_type_is_refused_or_means_the_same(path: tuple[str | 
         edited("scores", 0, "pairs", value=99),
         edited("pairs", value=1),
         edited("inputs", value="pixels"),
+        edited("observed", value="tokens"),
         edited("scores", value=REPORT.to_dict()["scores"][1:]),
         edited("scores", value=REPORT.to_dict()["scores"][::-1]),
         edited("scores", value=REPORT.to_dict()["scores"][:5] * 2),
@@ -256,7 +261,7 @@ def test_a_failed_write_leaves_the_old_report(tmp_path: Path, monkeypatch: pytes
 
 def test_the_table() -> None:
     assert str(REPORT) == (
-        "Plasticity of vit, embedding inputs: 100 pairs (2 skipped) of a source and a target image, seed 7\n"
+        "Plasticity of vit, embedding inputs, 100 pairs (2 skipped) of a source and a target image, seed 7\n"
         "| rank | kind | rate of change | std. error |     lowest block |    highest block | parameters |\n"
         "|------|------|----------------|------------|------------------|------------------|------------|\n"
         "|    1 | LN1  |         4.5000 |     0.0250 | 4.0000 (block 0) | 5.0000 (block 1) |         64 |\n"
@@ -265,6 +270,39 @@ def test_the_table() -> None:
         "|    4 | MHA  |         1.5000 |     0.0250 | 1.0000 (block 1) | 2.0000 (block 0) |      2,176 |\n"
         "|    5 | FC2  |         1.0000 |     0.0250 | 1.0000 (block 0) | 1.0000 (block 0) |      1,056 |"
     )
+
+
+def test_scores_that_read_only_weights_have_no_error() -> None:
+    rows = {"std": 0.0, "pairs": 0}
+    report = replace(
+        REPORT,
+        scores=tuple(replace(row, **rows) for row in REPORT.scores),
+        kinds=tuple(replace(row, **rows) for row in REPORT.kinds),
+        criterion="bound", title="upper bound", observed="weights", inputs=None, pairs=0, skipped=0, source=False,
+    )  # fmt: skip
+    assert {row.standard_error for row in report.ranking()} == {0.0}
+    assert str(report).startswith("Upper bound of vit, weights, seed 7\n| rank | kind | upper bound | std. error |")
+    assert "|     0.0000 |" in str(report)
+    assert PlasticityReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+
+
+def test_norms_that_lead_for_the_scale_of_the_tokens_are_explained(recwarn: pytest.WarningsRecorder) -> None:
+    small = replace(REPORT, input_std=0.18)
+    explanation = "LN1 ranks high because a layer norm divides by the spread of its input, which is 0.18 in the tokens"
+    assert explanation in str(small)
+    with pytest.warns(UserWarning, match=explanation):
+        assert small.select().units == ("LN1",)
+    with pytest.warns(UserWarning, match="0.LN2 ranks high"):
+        small.select(granularity="block")
+    silent = [
+        (small, {"candidates": MATRIX_KINDS}),
+        (replace(REPORT, input_std=1.5), {}),
+        (replace(small, criterion="gradient_norm", inputs=None), {}),
+        (REPORT, {}),
+    ]
+    for report, options in silent:
+        report.select(**options)
+    assert not recwarn.list
 
 
 def test_the_picture(tmp_path: Path) -> None:
@@ -300,4 +338,4 @@ def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> Non
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith("('FC1', 'MHA') Plasticity of vit")
+    assert result.stdout.startswith("('LN1', 'LN2') Plasticity of vit")

@@ -122,6 +122,10 @@ def test_loggers_that_write_down_configs_take_ours(tmp_path: Path) -> None:
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
 
+CHOICE = {
+    "lora": {"criterion": "parameter_plasticity"},
+    "full": {"criterion": "rate_of_change", "candidates": ("MHA", "FC1", "FC2")},
+}
 DISTRIBUTED = """
 import os, sys
 from pathlib import Path
@@ -130,12 +134,12 @@ from accelerate import PartialState
 from peft import get_peft_model
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from tests.conftest import tiny_model
-from tests.test_trainer import IMAGES, saved_base, trainer_of, weights
+from tests.test_trainer import CHOICE, IMAGES, saved_base, trainer_of, weights
 
 folder, training, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
 base = saved_base(folder / f"base-{rank}")
 torch.manual_seed(0)
-config = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, training=training)
+config = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, training=training, **CHOICE[training])
 model = get_peft_model(base, config)
 assert PartialState().num_processes == 2, PartialState()
 config.report.save(folder / f"report-{rank}.json")
@@ -173,9 +177,10 @@ def test_two_processes_choose_the_same_and_train_together(training: str, tmp_pat
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    alone = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2)
+    alone = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, **CHOICE[training])
     get_peft_model(tiny_model(), alone)
-    assert first["pairs"] == 7
+    # Seven pairs, or seven images in batches of two.
+    assert first["pairs"] == {"lora": 4, "full": 7}[training]
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):
         assert row["mean"] == pytest.approx(expected.mean, rel=1e-6)
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)

@@ -8,12 +8,12 @@ x and y are the token sequences of two images, seen as matrices. A protocol says
   wider input, gets e padded with zeros. The distance of the inputs is ||e(x) - e(y)||_F for all.
 - "activation": every component gets what it receives in the running network, and the distance is that of those inputs.
 
-Both return distances, not ratios: the caller decides what becomes of a pair without a distance.
+A pair of identical inputs has no rate of change: it is left out and counted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +23,9 @@ from torch.nn import functional as F
 from plasticity_peft.architectures import Architecture
 from plasticity_peft.calls import Call, block_input, first_tensor, hooked, run
 from plasticity_peft.components import Component
-from plasticity_peft.errors import ModelError
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.errors import ModelError, NonFiniteError
+from plasticity_peft.probe import Probe
 
 
 class Distances(NamedTuple):
@@ -35,27 +37,33 @@ class Distances(NamedTuple):
     """||x - y||_F"""
 
 
-Protocol = Callable[[nn.Module, Architecture, torch.Tensor, torch.Tensor], Distances]
+def euclidean(pairs: torch.Tensor) -> torch.Tensor:
+    """Returns ||x - y||_F of each pair, float64 of shape (pairs,), for a batch that holds all x and then all y."""
+    return _norm(_difference(pairs))
 
 
-def embedding_distances(model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor) -> Distances:
+Distance = Callable[[torch.Tensor], torch.Tensor]
+
+
+def embedding_distances(
+    model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor, distance: Distance = euclidean
+) -> Distances:
     """Returns the distances of the paper's protocol for images `x` and `y`, each (pairs, channels, height, width)."""
     tokens, attention_call = block_input(model, architecture, torch.cat([x, y]))
-    outputs = [
-        _norm(_output_difference(model, component, tokens, attention_call)) for component in architecture.components
-    ]
-    inputs = _norm(_difference(tokens))
-    return Distances(torch.stack(outputs, dim=1), inputs[:, None].expand(-1, len(outputs)))
+    outputs = [_output_distance(model, part, tokens, attention_call, distance) for part in architecture.components]
+    return Distances(torch.stack(outputs, dim=1), distance(tokens)[:, None].expand(-1, len(outputs)))
 
 
-def activation_distances(model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor) -> Distances:
+def activation_distances(
+    model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor, distance: Distance = euclidean
+) -> Distances:
     """Returns the distances in the running network for images `x` and `y`, each (pairs, channels, height, width)."""
     outputs: dict[str, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
 
     def reduce(name: str, call: Call, output: Any) -> None:
-        inputs[name] = _norm(_difference(call.tokens))
-        outputs[name] = _norm(_difference(first_tensor(output)))
+        inputs[name] = distance(call.tokens)
+        outputs[name] = distance(first_tensor(output))
 
     with hooked({part.id: model.get_submodule(part.path) for part in architecture.components}, reduce):
         run(model, torch.cat([x, y]))
@@ -63,33 +71,67 @@ def activation_distances(model: nn.Module, architecture: Architecture, x: torch.
     return Distances(*(torch.stack([found[name] for name in order], dim=1) for found in (outputs, inputs)))
 
 
-PROTOCOLS: dict[str, Protocol] = {
+PROTOCOLS: dict[str, Callable[..., Distances]] = {
     "embedding": embedding_distances,
     "activation": activation_distances,
 }
 
 
-def _output_difference(
-    model: nn.Module, component: Component, tokens: torch.Tensor, attention_call: Call
+class RateOfChange(Criterion):
+    """The paper's measure."""
+
+    name = "rate_of_change"
+    title = "rate of change"
+    protocols = True
+
+    def __init__(self, distance: Distance = euclidean) -> None:
+        self.distance = distance
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the rate of change of each pair."""
+        for x, y in probe.pairs():
+            yield ratios(architecture, PROTOCOLS[probe.inputs](model, architecture, x, y, self.distance))
+
+
+def ratios(architecture: Architecture, distances: Distances) -> Observations:
+    """Returns outputs / inputs of the pairs whose inputs differ, and how many others there are.
+
+    Raises:
+        NonFiniteError: a distance is NaN or infinite; the message names the component.
+    """
+    for what, values in zip(("outputs", "inputs"), distances, strict=True):
+        columns = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
+        if columns:
+            component = architecture.components[columns[0]]
+            raise NonFiniteError(
+                f"The {what} of {component.id} ({component.path}) hold NaN or infinity. In half precision this is "
+                "often overflow: measure the model in float32 or bfloat16."
+            )
+    apart = (distances.inputs > 0).all(dim=1)
+    return Observations(distances.outputs[apart] / distances.inputs[apart], int((~apart).sum()))
+
+
+def _output_distance(
+    model: nn.Module, component: Component, tokens: torch.Tensor, attention_call: Call, distance: Distance
 ) -> torch.Tensor:
-    """Returns f(x) - f(y) of shape (pairs, tokens, features), for the tokens of all x followed by those of all y."""
+    """Returns the distance of f(x) and f(y) of each pair, for the tokens of all x followed by those of all y."""
     module = model.get_submodule(component.path)
     if component.kind == "MHA":
         call = attention_call.with_tokens(tokens)
-        return _difference(first_tensor(module(*call.args, **call.kwargs)))
+        return distance(first_tensor(module(*call.args, **call.kwargs)))
     if not component.features:
-        return _difference(module(tokens))
+        return distance(module(tokens))
     missing = component.features[0][0] - tokens.shape[-1]
     if missing < 0:
         raise ModelError(
             f"{component.id} takes {component.features[0][0]} features, fewer than the {tokens.shape[-1]} of a token: "
             'inputs="embedding" is not defined for it. Use inputs="activation".'
         )
-    if type(module) is nn.Linear:
+    if type(module) is nn.Linear and distance is euclidean:
         # The bias cancels, and the zeros of the padding meet the last columns: W f(x) - W f(y) = W[:, :d] (x - y).
         weight = module.weight[:, : tokens.shape[-1]]
-        return F.linear(_difference(tokens), weight.to(_precise(weight.dtype)))
-    return _difference(module(F.pad(tokens, (0, missing))))
+        return _norm(F.linear(_difference(tokens), weight.to(_precise(weight.dtype))))
+    return distance(module(F.pad(tokens, (0, missing))))
 
 
 def _difference(pairs: torch.Tensor) -> torch.Tensor:

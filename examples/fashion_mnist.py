@@ -1,0 +1,76 @@
+"""Write Fashion-MNIST, as it is or shifted, as a parquet file for train.py and compare_components.py.
+
+    apt-get install dataset-fashion-mnist     # 70,000 real images, MIT licence
+    python examples/fashion_mnist.py --shift inverted --destination outputs/data/fashion_inverted.parquet
+
+The images come from the test images, which the model of the demo has not been trained on; `--source_images` takes the
+training images, what it was pretrained on. The shifts stand for those of CIFAR-10-C: the same objects, seen otherwise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PILImage
+from pretrain import LABELS, read_idx
+from transformers import HfArgumentParser
+
+
+def inverted(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Returns the negative: white ground, dark clothes."""
+    return 255 - images
+
+
+def low_contrast(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Returns the images at a fifth of their contrast, around middle grey."""
+    return 0.2 * images + 0.4 * 255
+
+
+def noise(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Returns the images with Gaussian noise of a quarter of the full range."""
+    return images + generator.normal(0, 0.25 * 255, images.shape)
+
+
+SHIFTS = {"inverted": inverted, "low_contrast": low_contrast, "noise": noise}
+
+
+@dataclass
+class Arguments:
+    """Which images, and where they go."""
+
+    destination: str = field(metadata={"help": "Parquet file to write."})
+    shift: str | None = field(default=None, metadata={"help": "What to do to the images.", "choices": sorted(SHIFTS)})
+    samples: int = field(default=2600, metadata={"help": "How many images, as many of each label."})
+    source_images: bool = field(default=False, metadata={"help": "Take the training images."})
+    seed: int = field(default=0, metadata={"help": "Of the choice of images, and of the noise."})
+    data_dir: str = field(
+        default="/usr/share/datasets/fashion-mnist", metadata={"help": "Folder of the four IDX files."}
+    )
+
+
+def main() -> None:
+    """Parses the arguments and writes the file."""
+    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
+    part = "train" if arguments.source_images else "t10k"
+    images = read_idx(Path(arguments.data_dir) / f"{part}-images-idx3-ubyte.gz")
+    labels = read_idx(Path(arguments.data_dir) / f"{part}-labels-idx1-ubyte.gz")
+    generator = np.random.default_rng(arguments.seed)
+    each = arguments.samples // len(LABELS)
+    chosen = np.concatenate([generator.permutation(np.flatnonzero(labels == k))[:each] for k in range(len(LABELS))])
+    chosen = generator.permutation(chosen)
+    images, labels = images[chosen].astype(np.float64), labels[chosen].astype(np.int64)
+    if arguments.shift:
+        images = SHIFTS[arguments.shift](images, generator)
+    images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
+    destination = Path(arguments.destination)
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    features = Features({"image": Image(), "label": ClassLabel(names=LABELS)})
+    pictures = [PILImage.fromarray(image) for image in images]
+    Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(destination)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""The paper's upper bounds on the rate of change, from the weights alone (arXiv 2602.06883, section 4).
+
+    norm       max |gain| / std of its input
+    linear     ||W||, the spectral norm
+    attention  sum over heads of ||O_h|| ||V_h|| sqrt(3 n + (12 n + 3) r^4 ||A_h||^2)
+
+A_h = W_Q,h^T W_K,h / sqrt(d_h); n is the number of tokens, r the root mean square of their norms, and the std that of
+the features of a token, mean over tokens: of the tokens of a blank image (zeros, the mean of what an image processor
+makes), so that no data are needed. A head is d_h *rows* of the query, key and value weights, for heads split the
+output features of these layers, and d_h columns of the output projection. (The authors' script slices columns of all.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture, unwrap
+from plasticity_peft.calls import block_input
+from plasticity_peft.components import Component
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.probe import Probe
+
+
+class Bound(Criterion):
+    """Upper bound on the rate of change."""
+
+    name = "bound"
+    title = "upper bound"
+    observed = "weights"
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the upper bound of each component."""
+        tokens = block_input(model, architecture, probe.grey_image(model))[0][0].double()
+        heads = int(model.config.num_attention_heads)  # type: ignore[arg-type, union-attr]
+        bounds = [_bound(model, part, tokens, heads) for part in architecture.components]
+        yield Observations(torch.stack(bounds)[None].cpu())
+
+
+def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) -> torch.Tensor:
+    modules = [unwrap(model.get_submodule(path)) for path in part.modules]
+    weights = [module.get_parameter("weight").double() for module in modules]
+    if part.kind == "MHA":
+        query, key, value, output = weights
+        r = float(tokens.square().sum(dim=1).mean().sqrt())
+        return attention_bound(query, key, value, output, heads=heads, tokens=len(tokens), r=r)
+    if part.features:
+        return _spectral(weights[0])
+    variance = tokens.var(dim=1, correction=0) + getattr(modules[0], "eps", 0.0)
+    return weights[0].abs().max() / variance.sqrt().mean()
+
+
+def attention_bound(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    output: torch.Tensor,
+    *,
+    heads: int,
+    tokens: int,
+    r: float,
+) -> torch.Tensor:
+    """Returns the bound of self-attention.
+
+    Args:
+        query: weight of shape (heads * d_h, d); so are `key` and `value`, and `output` is (d, heads * d_h).
+        key: see `query`.
+        value: see `query`.
+        output: see `query`.
+        heads: number of heads.
+        tokens: number of tokens, n.
+        r: root mean square of the norms of the tokens.
+    """
+    total = query.new_zeros(())
+    by_head = [torch.chunk(weight, heads) for weight in (query, key, value)] + [torch.chunk(output, heads, dim=1)]
+    for q, k, v, o in zip(*by_head, strict=True):
+        scores = _spectral(q.T @ k) / len(q) ** 0.5
+        total = total + _spectral(o) * _spectral(v) * (3 * tokens + (12 * tokens + 3) * r**4 * scores**2).sqrt()
+    return total
+
+
+def _spectral(matrix: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.matrix_norm(matrix, ord=2)
+    return norm

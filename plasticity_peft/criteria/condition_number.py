@@ -1,0 +1,41 @@
+"""KappaTune's criterion: the condition number of the weights, lowest first.
+
+The rule as PEFT has it (`peft.helpers.KappaTuneSelector`): kappa = s_max / (s_min + 1e-8) of each linear
+layer's weight in float32. It needs no images. Attention takes the mean over its projections. KappaTune knows linear
+layers only; a layer norm is taken here as the diagonal matrix of its gains.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture, unwrap
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.probe import Probe
+
+EPSILON = 1e-8
+
+
+class ConditionNumber(Criterion):
+    """1 / condition number."""
+
+    name = "condition_number"
+    title = "1 / condition number"
+    observed = "weights"
+    power = -1.0
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the mean condition number of the weights of each component."""
+        kappas = []
+        for part in architecture.components:
+            weights = [unwrap(model.get_submodule(path)).get_parameter("weight") for path in part.modules]
+            kappas.append(torch.stack([_condition_number(weight) for weight in weights]).mean())
+        yield Observations(torch.stack(kappas).double()[None].cpu())
+
+
+def _condition_number(weight: torch.Tensor) -> torch.Tensor:
+    values = torch.linalg.svdvals(weight.float()) if weight.ndim > 1 else weight.float().abs()
+    return values.max() / (values.min() + EPSILON)

@@ -1,0 +1,52 @@
+"""What every criterion has in common: it looks at a model and a probe, and gives a number per component.
+
+A criterion is one short file with a subclass of `Criterion`, and one line in `criteria/__init__.py`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.probe import Probe
+
+
+class Observations(NamedTuple):
+    """What a criterion saw in one forward or backward pass, a column a component in the order of the architecture."""
+
+    values: torch.Tensor
+    """float64 of shape (observations, components), at least 0."""
+    skipped: int = 0
+    """Pairs that were left out because they have no value."""
+
+
+class Criterion(ABC):
+    """A rule that scores the components of a model: the higher, the rather a component should train.
+
+    The score is mean(observations) ** power. The mean over observations, and over blocks for a kind, is taken first;
+    so a power of -1 turns a ranking round exactly, and a power of 1/2 turns squares into a norm.
+    """
+
+    name: ClassVar[str]
+    """What `PlasticityConfig(criterion=...)` calls it."""
+    title: ClassVar[str]
+    """What the scores are, for the head of a column."""
+    observed: ClassVar[str] = "pairs"
+    """What one observation is: "pairs" or "batches" of images, or "weights" where no image is looked at."""
+    protocols: ClassVar[bool] = False
+    """True where `inputs` decides what components are fed."""
+    power: ClassVar[float] = 1.0
+
+    @abstractmethod
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields what is seen in the share of the probe that falls to this process.
+
+        The model is in evaluation mode and records no gradients; a criterion that needs them turns them on for itself
+        (`gradients.differentiable`). A criterion whose `observed` is "weights" yields one row, the same in every
+        process.
+        """

@@ -1,0 +1,71 @@
+"""PLoP's criterion: how well the weights are aligned with what they get, lowest first.
+
+The normalised feature norm (NFN) of a linear layer W with inputs z_i is
+
+    mean_i ||W z_i|| / mean_i ||W g_i||,   z_i and the Gaussian g_i scaled to norm 1
+
+as in PLoP's `calculate_nfn_scores` (its division of W by the root mean square of its entries cancels). A low value
+says that the layer has not adapted to its input. Averaged over batches, over the layers of a component and over
+blocks. PLoP leaves norms out; here a layer norm is the diagonal matrix of its gains, and z the standardised tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from plasticity_peft.architectures import Architecture, unwrap
+from plasticity_peft.calls import Call, hooked, run
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.probe import Probe
+
+
+class FeatureNorm(Criterion):
+    """1 / normalised feature norm."""
+
+    name = "feature_norm"
+    title = "1 / feature norm"
+    observed = "batches"
+    power = -1.0
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the normalised feature norm of each component for each batch of images."""
+        modules = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
+        for batch in probe.images():
+            generator = probe.generator(batch.numbers[0])
+            found: dict[str, torch.Tensor] = {}
+
+            def keep(name: str, call: Call, output: Any) -> None:
+                weight = unwrap(modules[name]).get_parameter("weight")
+                found[name] = feature_norm(weight, call.tokens, generator)  # noqa: B023 - used before the next batch
+
+            with hooked(modules, keep):
+                run(model, batch.images)
+            values = [torch.stack([found[path] for path in part.modules]).mean() for part in architecture.components]
+            yield Observations(torch.stack(values)[None])
+
+
+def feature_norm(weight: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns the normalised feature norm of a matrix, or of the diagonal matrix of a vector, for its input tokens.
+
+    Args:
+        weight: (outputs, inputs), or (inputs,) for the gains of a norm.
+        tokens: (..., inputs).
+        generator: of the Gaussian inputs to compare with, on the CPU.
+    """
+    tokens = tokens.flatten(0, -2).float()
+    gaussian = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+    if weight.ndim == 1:
+        tokens = F.layer_norm(tokens, tokens.shape[-1:])
+
+    def mean_norm(inputs: torch.Tensor) -> torch.Tensor:
+        inputs = F.normalize(inputs, dim=-1)
+        outputs = inputs * weight.float() if weight.ndim == 1 else F.linear(inputs, weight.float())
+        norms: torch.Tensor = torch.linalg.vector_norm(outputs, dim=-1)
+        return norms.double().mean()
+
+    return mean_norm(tokens) / mean_norm(gaussian)

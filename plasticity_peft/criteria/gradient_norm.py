@@ -1,0 +1,57 @@
+"""The norm of the gradient of the loss: what reacts most to the labels.
+
+    E_batch [ ||dL/dw||_2 ],   w: all weights and biases of a component
+
+The usual rule of thumb, with the model's own loss and its head as it is. It needs labels, and with a fresh head it
+judges by a head that knows nothing yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.errors import DataError, ModelError
+from plasticity_peft.gradients import differentiable, squared_norms
+from plasticity_peft.probe import Probe
+
+
+class GradientNorm(Criterion):
+    """Norm of the gradient."""
+
+    name = "gradient_norm"
+    title = "gradient norm"
+    observed = "batches"
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the norm of the gradient of the mean loss of each batch."""
+        if not architecture.heads:
+            raise ModelError(
+                f"{type(model).__name__} has no head, and criterion={self.name!r} needs one for its loss."
+            )
+        for batch in probe.images():
+            labels = probe.labels(batch)
+            with differentiable(model, architecture) as parameters:
+                norms = squared_norms(_loss(model, batch.images, labels), parameters).sqrt()
+                yield Observations(self.scale(norms.detach(), parameters)[None])
+
+    def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
+        """Returns what is observed, given the norm of the gradient of each component: shape (components,)."""
+        return norms
+
+
+def _loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    number = getattr(getattr(model, "config", None), "num_labels", None)
+    if number is not None and (labels.min() < 0 or labels.max() >= number):
+        raise DataError(
+            f"Labels must be from 0 to {number - 1}, as the model's head has {number} outputs. Got "
+            f"{int(labels.min())} to {int(labels.max())}."
+        )
+    loss = model(pixel_values=images, labels=labels).loss
+    if not isinstance(loss, torch.Tensor):
+        raise ModelError(f"{type(model).__name__} returns no loss for labels.")
+    return loss

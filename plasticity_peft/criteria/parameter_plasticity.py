@@ -1,0 +1,64 @@
+"""How far the features of the model move when the *parameters* of a component do. No labels are needed.
+
+    sqrt( E_x ||J(x)||_F^2 ),   J(x) = d features(x) / d parameters of the component
+
+The paper argues (section 4) that components with high plasticity finetune better because they get larger gradients.
+This measures that where it acts: whatever the loss, its gradient by the parameters is J^T times its gradient by the
+features. J itself is never formed: for v ~ N(0, I), E ||J^T v||^2 = ||J||_F^2, and as the features of different images
+get independent v, one backward pass gives the sum over a batch (Hutchinson's estimator).
+
+The features are what the head receives, or the last hidden states of a model without a head; a fresh head does not
+enter. The score does not depend on how large the tokens are at the input of a component, but on what is done with its
+output: so norms are not favoured in models with small tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.calls import Call, hooked, run
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.errors import ModelError
+from plasticity_peft.gradients import differentiable, squared_norms
+from plasticity_peft.probe import Probe
+
+
+class ParameterPlasticity(Criterion):
+    """Norm of the Jacobian of the features by the parameters."""
+
+    name = "parameter_plasticity"
+    title = "parameter plasticity"
+    observed = "batches"
+    power = 0.5
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields an estimate of the squared norm, the mean over the images of a batch, for each batch."""
+        for batch in probe.images():
+            generator = probe.generator(batch.numbers[0])
+            with differentiable(model, architecture) as parameters:
+                moved = features(model, architecture, batch.images)
+                direction = torch.randn(moved.shape, generator=generator).to(moved.device, moved.dtype)
+                squares = squared_norms((moved * direction).sum(), parameters)
+                yield Observations((squares / len(batch.images)).detach()[None])
+
+
+def features(model: nn.Module, architecture: Architecture, images: torch.Tensor) -> torch.Tensor:
+    """Returns what the head receives for images (n, channels, height, width), shape (n, features)."""
+    if not architecture.heads:
+        output = model(pixel_values=images)
+        return output.last_hidden_state.flatten(1)  # type: ignore[no-any-return]
+    found: list[torch.Tensor] = []
+
+    def keep(name: str, call: Call, output: Any) -> None:
+        found.append(call.tokens.flatten(1))
+
+    with hooked({name: model.get_submodule(name) for name in architecture.heads}, keep):
+        run(model, images)
+    if not found:
+        raise ModelError(f"{type(model).__name__} ran without calling its head, {', '.join(architecture.heads)}.")
+    return torch.cat(found, dim=1)

@@ -1,0 +1,66 @@
+"""Sensitivity to noise on a token: the rate of change for pairs of an image and itself with one token disturbed.
+
+    E_x [ ||f(x) - f(x + n)||_F / ||n||_F ],   n: Gaussian noise on one random token
+
+*Transformers Learn Low Sensitivity Functions* (arXiv 2403.06925) disturbs the patches of an image one at a time and
+looks at the model's predictions; here the tokens that enter block 0 are disturbed, and the components are looked at,
+by the machinery and the protocols of `rate_of_change`. The noise is as large as the tokens are: its standard deviation
+is the root mean square of the features of the image's tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.calls import Call
+from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.criteria.rate_of_change import PROTOCOLS, ratios
+from plasticity_peft.probe import Probe
+
+
+class TokenSensitivity(Criterion):
+    """Rate of change for disturbed tokens."""
+
+    name = "token_sensitivity"
+    title = "token sensitivity"
+    protocols = True
+
+    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
+        """Yields the rate of change of each image and its disturbed self."""
+        block = model.get_submodule(architecture.blocks[0])
+        for batch in probe.images():
+            with _second_half_disturbed(block, [probe.generator(number) for number in batch.numbers]):
+                distances = PROTOCOLS[probe.inputs](model, architecture, batch.images, batch.images)
+            yield ratios(architecture, distances)
+
+
+@contextmanager
+def _second_half_disturbed(block: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[None]:
+    """Inside, the second half of a batch of tokens enters the block with noise, a generator an image."""
+
+    def disturb(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        call = Call(args, kwargs)
+        first, second = call.tokens.chunk(2)
+        return call.with_tokens(torch.cat([first, disturbed(second, generators)]))
+
+    handle = block.register_forward_pre_hook(disturb, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def disturbed(tokens: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """Returns the tokens (images, tokens, features) with noise on one token of each image."""
+    tokens = tokens.clone()
+    for image, generator in zip(tokens, generators, strict=True):
+        place = int(torch.randint(len(image), (), generator=generator))
+        noise = torch.randn(image.shape[-1], generator=generator).to(image.device)
+        image[place] += (noise * image.float().square().mean().sqrt()).to(image.dtype)
+    return tokens
