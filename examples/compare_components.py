@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from comparison import Comparison, Run
+from comparison import Run, load
 from datasets import Array3D, Dataset, DatasetDict, Features, Value
 from methods import Method, by_blocks, by_default, by_kind, stock
 from torch import nn
@@ -81,6 +81,9 @@ class CompareArguments:
             "help": "kind: the paper's experiment; and at an equal number of parameters, default: what this package "
             "chooses by kind; blocks: the single components that each criterion chooses; stock: PEFT's own methods."
         },
+    )
+    methods: list[str] | None = field(
+        default=None, metadata={"help": "Run only these, such as MHA or everything, of the groups (default: all)."}
     )
     criteria: list[str] = field(
         default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to judge; the first is the default's."}
@@ -268,7 +271,9 @@ def main() -> None:
         loader = DataLoader(images["train"].select_columns("pixel_values"), batch_size=64, shuffle=True)
         methods += stock(model, budget, loader)
 
-    grid = [(method, rate, seed) for seed in compare.seeds for method in methods for rate in compare.learning_rates]
+    methods = [method for method in methods if compare.methods is None or method.name in compare.methods]
+    rates = {"lora": compare.learning_rates, "full": compare.full_learning_rates or compare.learning_rates}
+    grid = [(method, rate, seed) for seed in compare.seeds for method in methods for rate in rates[method.training]]
     paths = [runs / f"{method.folder}-lr{rate:g}-seed{seed}.json" for method, rate, seed in grid]
     missing = broadcast_object_list([not path.is_file() for path in paths])
     logger.info("%d of %d runs to do", sum(missing), len(grid))
@@ -283,8 +288,9 @@ def main() -> None:
                 path.stem, run.seconds, 100 * run.validation_accuracy, 100 * run.test_accuracy,
             )  # fmt: skip
     if arguments.should_save:
-        write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
-        Comparison([Run(**json.loads(path.read_text())) for path in paths], reports, picks).write(folder)
+        if picks:
+            write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
+        load(folder).write(folder)
         logger.info("The tables and figures are in %s", folder)
 
 

@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Image
-from PIL import Image as PILImage
-from pretrain import LABELS, read_idx
+from pretrain import LABELS, read_idx, write_images
 from transformers import HfArgumentParser
 
 
@@ -65,11 +63,7 @@ def main() -> None:
     if arguments.shift:
         images = SHIFTS[arguments.shift](images, generator)
     images = np.clip(np.rint(images), 0, 255).astype(np.uint8)
-    destination = Path(arguments.destination)
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    features = Features({"image": Image(), "label": ClassLabel(names=LABELS)})
-    pictures = [PILImage.fromarray(image) for image in images]
-    Dataset.from_dict({"image": pictures, "label": labels}, features=features).to_parquet(destination)
+    write_images(images, labels, Path(arguments.destination))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Finetune the most plastic components of a vision transformer on images with labels.
+"""Finetune the components of a vision transformer that are worth it, on images with labels.
 
 With no argument it needs no network: the small ViT beside this file, pretrained on Fashion-MNIST by pretrain.py, is
 finetuned to scikit-learn's handwritten digits, once with the head alone and once with the selected components.
@@ -42,6 +42,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from plasticity_peft import PlasticityConfig
+from plasticity_peft.criteria import CRITERIA
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
@@ -79,8 +80,8 @@ class DataArguments:
     source_name: str | None = field(
         default=None,
         metadata={
-            "help": "Pretraining-like images for the other half of each pair, in the same forms. Pairs are of two "
-            "target images when not given (the demo has a few hundred Fashion-MNIST images)."
+            "help": "Pretraining-like images for the other half of each pair, in the same forms, for criteria that "
+            "look at pairs. They are of two target images when not given (the demo has some Fashion-MNIST images)."
         },
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
@@ -106,14 +107,22 @@ class PlasticityArguments:
     top_k: int | None = field(default=None, metadata={"help": "How many of the best units to train (default 1)."})
     budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, for top_k."})
     report: str | None = field(default=None, metadata={"help": "Choose from this saved report; measure nothing."})
-    inputs: str = field(
-        default="embedding", metadata={"help": "Protocol of the measure.", "choices": ["embedding", "activation"]}
+    criterion: str | None = field(
+        default=None,
+        metadata={"help": "The rule that ranks; rate_of_change is the paper's measure.", "choices": sorted(CRITERIA)},
+    )
+    inputs: str | None = field(
+        default=None,
+        metadata={
+            "help": "Protocol of the paper's measure and its relatives; given alone it asks for the paper's measure.",
+            "choices": ["embedding", "activation"],
+        },
     )
     granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "block"]})
     candidates: list[str] = field(
-        default_factory=lambda: ["MHA", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
+        default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
     )
-    pairs: int = field(default=1024, metadata={"help": "Pairs of images to measure on."})
+    pairs: int = field(default=1024, metadata={"help": "Images, or pairs of images, to measure on."})
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
+from types import ModuleType
 
+import numpy as np
+import pandas as pd
 import pytest
 from peft import PeftModel
 from PIL import Image
@@ -19,15 +25,16 @@ from plasticity_peft import PlasticityReport
 from tests.conftest import REPOSITORY
 
 TRAIN = REPOSITORY / "examples" / "train.py"
+COMPARE = REPOSITORY / "examples" / "compare_components.py"
 MODEL = REPOSITORY / "examples" / "fashion-mnist-vit"
 SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--pairs", "16", "--disable_tqdm", "true"]
 LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
 LAUNCH_REST = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def run(*arguments: object, launch: bool = False) -> str:
-    """Returns what train.py logged, from a folder that is not the repository."""
-    command = [sys.executable, *(LAUNCH + LAUNCH_REST if launch else []), str(TRAIN), *map(str, arguments)]
+def run(*arguments: object, script: Path = TRAIN, launch: bool = False) -> str:
+    """Returns what the example logged, from a folder that is not the repository."""
+    command = [sys.executable, *(LAUNCH + LAUNCH_REST if launch else []), str(script), *map(str, arguments)]
     result = subprocess.run(
         command,
         capture_output=True,
@@ -43,13 +50,13 @@ def run(*arguments: object, launch: bool = False) -> str:
 
 def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> None:
     log = run(*SHORT, "--output_dir", tmp_path)
-    assert "| rank | kind | rate of change |" in log
-    assert "pairs of a source and a target image" in log
-    for name in ("head only", "head + FC1"):
+    assert "| rank | kind | parameter plasticity |" in log
+    assert "Parameter plasticity of vit" in log
+    for name in ("head only", "head + MHA"):
         assert f"{name} " in log
     assert log.count("test accuracy") == 2
     report = PlasticityReport.load(tmp_path / "plasticity.json")
-    assert (report.pairs, report.source) == (16, True)
+    assert (report.criterion, report.observed, report.pairs) == ("parameter_plasticity", "batches", 2)
     written = json.loads((tmp_path / "plasticity.json").read_text())
     assert list(written["adapter"]["id2label"].values()) == [str(digit) for digit in range(10)]
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)
@@ -76,8 +83,8 @@ def test_chooses_again_from_a_report(tmp_path: Path) -> None:
         *short, "--output_dir", tmp_path / "second", "--report", tmp_path / "first" / "plasticity.json",
         "--top_k", "2", "--candidates", "MHA", "FC2",
     )  # fmt: skip
-    assert "Selected: FC1 (lora)" in first
-    assert "Selected: FC2, MHA (lora)" in log
+    assert "Selected: MHA (lora)" in first
+    assert "Selected: MHA, FC2 (lora)" in log
     assert "Measuring plasticity" not in log
 
 
@@ -92,8 +99,9 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     else:
         name = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"
     log = run(
-        *SHORT, "--dataset_name", name, "--budget", "0.05", "--horizontal_flip", "true", "--output_dir", tmp_path
-    )
+        *SHORT, "--dataset_name", name, "--budget", "0.05", "--horizontal_flip", "true", "--output_dir", tmp_path,
+        "--criterion", "rate_of_change", "--candidates", "MHA", "FC1", "FC2",
+    )  # fmt: skip
     assert "pairs of two target images" in log
     assert "head only" not in log
     labels = json.loads((tmp_path / "plasticity.json").read_text())["adapter"]["id2label"]
@@ -108,8 +116,95 @@ def test_launched_by_accelerate(tmp_path: Path) -> None:
 
 def test_help_names_every_option_of_ours() -> None:
     text = run("--help")
-    for option in ("--training", "--top_k", "--budget", "--report", "--push_to_hub", "--dataset_name", "--inputs"):
+    for option in ("--training", "--top_k", "--budget", "--report", "--push_to_hub", "--dataset_name", "--criterion"):
         assert option in text
+
+
+SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "48"]
+SMALL += ["--max_steps", "2", "--test_fraction", "0.1", "--validation_fraction", "0.1", "--pairs", "16"]
+SMALL += ["--learning_rates", "1e-3", "--criteria", "parameter_plasticity", "condition_number"]
+
+
+def test_components_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--output_dir", tmp_path]
+    log = run(*arguments, "--seeds", "0", "--groups", "default", script=COMPARE)
+    assert "2 of 2 runs to do" in log
+    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
+    assert len(first) == 2
+    log = run(*arguments, "--seeds", "0", "--full_learning_rates", "1e-3", "1e-2", script=COMPARE)
+    done, total = map(int, re.search(r"(\d+) of (\d+) runs to do", log).groups())
+    assert total - done == 2
+    assert {path: path.stat().st_mtime_ns for path in first} == first
+    runs = pd.read_csv(tmp_path / "runs.csv")
+    assert set(runs["group"]) == {"kind", "default", "blocks", "stock"}
+    assert (runs["trainable_parameters"] > runs["head_parameters"]).sum() == len(runs) - 2
+    assert runs[runs["method"] == "head only"]["gradient_norm_mean"].eq(0).all()
+    assert runs[runs["method"] != "head only"]["gradient_norm_mean"].gt(0).all()
+    assert runs["seconds"].gt(0).all()
+    methods = pd.read_csv(tmp_path / "methods.csv").set_index(["group", "method", "training"])
+    head = methods.loc[("kind", "head only", "full")]
+    for name, row in methods.iterrows():
+        own = runs[(runs["group"] == name[0]) & (runs["method"] == name[1]) & (runs["training"] == name[2])]
+        best = own.loc[own["validation_accuracy"].idxmax()]
+        assert row["test_accuracy"] == pytest.approx(best["test_accuracy"], rel=1e-4)
+        assert row["gain"] == pytest.approx(row["test_accuracy"] - head["test_accuracy"], abs=1e-5)
+    criteria = pd.read_csv(tmp_path / "criteria.csv")
+    assert len(criteria) == 4
+    assert criteria["regret_points"].ge(0).all()
+    for name in ("results.md", "gain.png", "learning_rates.png"):
+        assert (tmp_path / name).stat().st_size > 1000
+    assert "LoRA on query and value" in (tmp_path / "results.md").read_text()
+    other = [*arguments, "--seeds", "0", "--per_device_train_batch_size", "4"]
+    with pytest.raises(AssertionError, match=r"results of other settings \(per_device_train_batch_size changed\)"):
+        run(*other, script=COMPARE)
+    run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("comparison.py"))
+    assert "Kendall's tau" in (tmp_path / "all" / "summary.md").read_text()
+
+
+def test_components_are_compared_by_two_processes(tmp_path: Path) -> None:
+    log = run(
+        *SMALL, "--output_dir", tmp_path, "--seeds", "0", "--groups", "default", "--per_device_train_batch_size", "8",
+        script=COMPARE, launch=True,
+    )  # fmt: skip
+    assert log.count("2 of 2 runs to do") == 1
+    assert len(pd.read_csv(tmp_path / "runs.csv")) == 2
+
+
+def test_rank_correlation_and_its_interval_over_seeds() -> None:
+    gains = np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+    comparison = load_example("comparison")
+    tau, low, high, p = comparison.rank_correlation([10, 20, 30, 40, 50], gains)
+    assert (tau, high, p) == pytest.approx((1, 1, 2 / 120))
+    assert low == pytest.approx(0.8)
+    assert comparison.rank_correlation([50, 40, 30, 20, 10], gains)[0] == pytest.approx(-1)
+    assert np.isnan(comparison.rank_correlation([1, 2, 3, 4, 5], gains[:1])[1])
+
+
+def test_a_shifted_dataset_keeps_its_labels(tmp_path: Path) -> None:
+    if not Path("/usr/share/datasets/fashion-mnist").is_dir():
+        pytest.skip("the Debian package dataset-fashion-mnist is not installed")
+    script = REPOSITORY / "examples" / "fashion_mnist.py"
+    tables = {}
+    for shift in (None, "inverted", "low_contrast", "noise"):
+        path = tmp_path / f"{shift}.parquet"
+        run("--samples", "40", "--destination", path, *(["--shift", shift] if shift else []), script=script)
+        rows = parquet.read_table(path).to_pylist()
+        images = [np.asarray(Image.open(BytesIO(row["image"]["bytes"])), dtype=float) for row in rows]
+        tables[shift] = (np.stack(images), [row["label"] for row in rows])
+    plain, labels = tables[None]
+    assert np.bincount(labels).tolist() == [4] * 10
+    assert all(found[1] == labels for found in tables.values())
+    assert np.array_equal(tables["inverted"][0], 255 - plain)
+    assert tables["low_contrast"][0].std() == pytest.approx(plain.std() / 5, rel=0.01)
+    assert 30 < (tables["noise"][0] - plain).std() < 64
+
+
+def load_example(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[name] = module
+    specification.loader.exec_module(module)
+    return module
 
 
 def test_the_model_of_the_demo_is_small_and_clean() -> None:
