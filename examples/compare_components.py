@@ -27,6 +27,7 @@ from accelerate.utils import broadcast_object_list
 from comparison import Run, load
 from datasets import Array3D, Dataset, DatasetDict, Features, Value
 from methods import Method, by_blocks, by_default, by_kind, stock
+from summarize import write
 from torch import nn
 from torch.utils.data import DataLoader
 from train import (
@@ -241,7 +242,12 @@ def main() -> None:
         keys = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps",
                 "weight_decay", "optim", "max_grad_norm")  # fmt: skip
         recipe = {key: str(getattr(arguments, key)) for key in keys}
-        check_settings(folder, {**asdict(model_arguments), **asdict(data), **recipe, "r": compare.r})
+        name = model_arguments.model_name_or_path
+        name = Path(name).name if Path(name).is_dir() else name
+        check_settings(
+            folder,
+            {**asdict(model_arguments), "model_name_or_path": name, **asdict(data), **recipe, "r": compare.r},
+        )
 
     processor = load_processor(model_arguments)
     parts = split(load_images(data.dataset_name, data.dataset_config_name), data, seed=0)
@@ -290,7 +296,7 @@ def main() -> None:
     if arguments.should_save:
         if picks:
             write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
-        load(folder).write(folder)
+        write(load(folder), folder)
         logger.info("The tables and figures are in %s", folder)
 
 

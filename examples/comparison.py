@@ -1,33 +1,20 @@
-"""From training runs to tables and figures: what each method reached, and how well each criterion foretold it.
-
-compare_components.py calls this for one pair of model and data. For several of them together:
-
-    python examples/comparison.py --folders outputs/compare/* --destination examples/results
-"""
+"""From training runs to statistics: what each method reached, and how well each criterion foretold it."""
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from scipy import stats
-from transformers import HfArgumentParser
 
 from plasticity_peft import PlasticityReport
-from plasticity_peft.files import write_text
-from plasticity_peft.formatting import table
-from plasticity_peft.plotting import COLOURS, MARKERS, STYLES
 
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 HEAD_ONLY = ("kind", "head only", "full")
-SHOWN = ("parameter_plasticity", "rate_of_change-embedding")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,10 +101,10 @@ class Comparison:
     def criteria(self) -> pd.DataFrame:
         """Returns a row for each criterion and mode of training: its ranking, rank correlation and regret."""
         rows = []
-        blocks = self.methods.loc["blocks"]["test_accuracy"].droplevel("training") if self._has("blocks") else None
+        blocks = self.methods.loc["blocks"]["test_accuracy"].droplevel("training") if self.has("blocks") else None
         for name, report in self.reports.items():
             scores = {row.kind: row.mean for row in report.kinds}
-            for training in ("full", "lora") if self._has("kind") else ():
+            for training in ("full", "lora") if self.has("kind") else ():
                 gains = self.gains(training)
                 mean = gains.mean()
                 ranking = [row.unit for row in report.ranking()]
@@ -140,126 +127,9 @@ class Comparison:
                 rows.append(row)
         return pd.DataFrame(rows)
 
-    def _has(self, group: str) -> bool:
+    def has(self, group: str) -> bool:
+        """Returns whether there are runs of this group of methods."""
         return group in self.methods.index.get_level_values("group")
-
-    def write(self, folder: Path) -> None:
-        """Writes runs.csv, methods.csv, criteria.csv, results.md and the figures into `folder`."""
-        self.runs.to_csv(folder / "runs.csv", index=False, float_format="%.6g")
-        self.methods.drop(columns=["tests", "seeds"]).to_csv(folder / "methods.csv", float_format="%.6g")
-        criteria = self.criteria()
-        criteria.to_csv(folder / "criteria.csv", index=False, float_format="%.6g")
-        write_text(folder / "results.md", self.as_markdown(criteria))
-        mpl.use("agg")
-        if self._has("kind"):
-            self.draw_gains(folder / "gain.png")
-            self.draw_learning_rates(folder / "learning_rates.png")
-
-    def as_markdown(self, criteria: pd.DataFrame) -> str:
-        """Returns the tables of the methods and of the criteria."""
-        names = {method: [c for c, pick in self.picks.items() if pick == method] for method in self.picks.values()}
-        rows = []
-        for (group, method, training), row in self.methods.iterrows():
-            shown = ", ".join(names[method]) if group == "blocks" else method
-            rows.append(
-                (
-                    group,
-                    shown,
-                    training,
-                    f"{row['parameters']:,}",
-                    f"{row['learning_rate']:g}" + (" *" if row["at_edge"] else ""),
-                    f"{100 * row['test_accuracy']:.1f}",
-                    f"{100 * row['test_standard_error']:.1f}",
-                    f"{100 * row['gain']:+.1f}" if "gain" in row else "",
-                    f"{row['gradient_norm_first']:.2g}",
-                    f"{row['seconds']:.0f}",
-                )
-            )
-        seeds = self.runs["seed"].nunique()
-        text = table(
-            f"Accuracy on test images in percent, {seeds} seeds; each method at its best rate on validation images\n"
-            "(* the lowest or highest that was tried). Parameters: what trains beside the head.\n",
-            ("group", "method", "mode", "parameters", "rate", "test", "s.e.", "gain", "gradient", "s"),
-            rows,
-        )
-        if len(criteria):
-            text += "\n\n" + table(
-                "Criteria: Kendall's tau between score and gain over the five kinds (95 % interval over seeds; exact\n"
-                "p); regret: points lost against the best kind by training the kind that ranks first; blocks: points\n"
-                "lost against the best choice of single components at an equal number of parameters.\n",
-                ("criterion", "mode", "ranking", "tau", "interval", "p", "regret", "blocks"),
-                [
-                    (
-                        row["criterion"],
-                        row["training"],
-                        row["ranking"].replace(" ", ""),
-                        f"{row['kendall_tau']:+.1f}",
-                        f"{row['tau_low']:+.1f} {row['tau_high']:+.1f}",
-                        f"{row['p_value']:.2f}",
-                        f"{row['regret_points']:.1f}",
-                        f"{row['block_regret_points']:.1f}" if row.get("block_regret_points", np.nan) >= 0 else "",
-                    )
-                    for _, row in criteria.iterrows()
-                ],
-            )
-        return text + "\n"
-
-    def draw_gains(self, path: Path) -> None:
-        """Draws the gain of each kind against its score, for the default and for the paper's measure."""
-        import matplotlib.pyplot as plt
-
-        shown = [name for name in SHOWN if name in self.reports] or list(self.reports)[:1]
-        figure, axes = plt.subplots(
-            1, len(shown), figsize=(4.5 * len(shown), 3.6), sharey=True, squeeze=False, layout="constrained"
-        )
-        for ax, name in zip(axes[0], shown, strict=True):
-            report = self.reports[name]
-            scores = {row.kind: row for row in report.kinds}
-            lines = []
-            for training, filled in (("full", True), ("lora", False)):
-                gains = 100 * self.gains(training)
-                tau, low, high, _ = rank_correlation([scores[kind].mean for kind in gains], gains.to_numpy())
-                lines.append(f"{training}: tau {tau:+.1f} [{low:+.1f}, {high:+.1f}]")
-                for index, kind in enumerate(KINDS):
-                    if kind not in gains or (training == "lora" and kind.startswith("LN")):
-                        continue
-                    ax.errorbar(
-                        scores[kind].mean, gains[kind].mean(),
-                        xerr=1.96 * scores[kind].standard_error, yerr=gains[kind].std() if len(gains) > 1 else None,
-                        fmt=MARKERS[index], color=COLOURS[index], capsize=2, label=f"{kind} ({training})",
-                        markerfacecolor=COLOURS[index] if filled else "white",
-                    )  # fmt: skip
-            ax.set(xscale="log", xlabel=f"{report.title} of the kind", title="\n".join([name, *lines]))
-            ax.title.set_fontsize(9)
-            ax.grid(alpha=0.3)
-        axes[0][0].set_ylabel("gain over the head alone, points")
-        axes[0][-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-
-    def draw_learning_rates(self, path: Path) -> None:
-        """Draws the test accuracy by learning rate, with the range over seeds, a line a kind."""
-        import matplotlib.pyplot as plt
-
-        figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True, layout="constrained")
-        for ax, training in zip(axes, ("full", "lora"), strict=True):
-            runs = self.runs[(self.runs["group"] == "kind") & (self.runs["training"] == training)]
-            for index, name in enumerate((*KINDS, "everything", "head only")):
-                own = runs[runs["method"] == name].groupby("learning_rate")["test_accuracy"]
-                if not len(own):
-                    continue
-                mean = 100 * own.mean()
-                look = {"color": COLOURS[index % len(COLOURS)]}
-                ax.plot(
-                    mean.index, mean, STYLES[index % 5], marker=MARKERS[index % 5], markersize=4, label=name, **look
-                )
-                ax.fill_between(mean.index, 100 * own.min(), 100 * own.max(), alpha=0.2, linewidth=0, **look)
-            ax.set(xscale="log", xlabel="learning rate", title=f"trained alone, {training}")
-            ax.grid(alpha=0.3)
-        axes[0].set_ylabel("test accuracy, percent")
-        axes[0].legend(fontsize=8)
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
 
 
 def rank_correlation(scores: Sequence[float], gains: np.ndarray) -> tuple[float, float, float, float]:
@@ -289,86 +159,3 @@ def load(folder: Path) -> Comparison:
     reports = {path.stem: PlasticityReport.load(path) for path in sorted((folder / "reports").glob("*.json"))}
     picks = folder / "picks.json"
     return Comparison(runs, reports, json.loads(picks.read_text()) if picks.is_file() else {})
-
-
-@dataclass
-class Arguments:
-    """Which comparisons are put together."""
-
-    folders: list[str] = field(metadata={"help": "Output folders of compare_components.py."})
-    destination: str = field(
-        default="examples/results", metadata={"help": "Where the tables and figures are written."}
-    )
-
-
-def summary(comparisons: Mapping[str, Comparison]) -> str:
-    """Returns tables over all pairs of model and data.
-
-    Regret and rank correlation of each criterion; accuracy at an equal number of parameters.
-    """
-    pairs = list(comparisons)
-    criteria = {pair: comparisons[pair].criteria().set_index(["criterion", "training"]) for pair in pairs}
-    names = list(dict.fromkeys(name for pair in pairs for name in comparisons[pair].reports))
-    parts = []
-    for training in ("full", "lora"):
-        for column, what in (
-            ("regret_points", "points lost against the best kind by training the kind that ranks first"),
-            ("kendall_tau", "Kendall's tau between score and gain over the five kinds"),
-        ):
-            rows = []
-            for name in names:
-                values = [criteria[pair][column].get((name, training), np.nan) for pair in pairs]
-                worst = np.nanmax(values) if column == "regret_points" else np.nanmean(values)
-                rows.append((worst, (name, *(f"{value:.1f}" for value in values), f"{worst:.1f}")))
-            rows.sort(key=lambda row: row[0] if column == "regret_points" else -row[0])
-            last = "worst" if column == "regret_points" else "mean"
-            parts.append(table(f"{training}: {what}\n", ("criterion", *pairs, last), [row for _, row in rows]))
-    return "\n\n".join([*parts, equal_parameters(comparisons)]) + "\n"
-
-
-def equal_parameters(comparisons: Mapping[str, Comparison]) -> str:
-    """Returns a table of the methods with an equal number of parameters, and of what has more or fewer."""
-    columns = {}
-    for pair, comparison in comparisons.items():
-        found = {}
-        defaults = 0
-        for (group, method, training), row in comparison.methods.iterrows():
-            name = re.sub(r" r=\d+$", "", method)
-            if group == "default":
-                defaults += 1
-                name = f"default criterion, top {defaults} by kind"
-            elif group == "blocks":
-                criteria = [criterion for criterion, pick in comparison.picks.items() if pick == method]
-                found |= {f"{criterion}, by block": row["test_accuracy"] for criterion in criteria}
-                continue
-            elif group == "kind":
-                if method not in ("head only", "everything"):
-                    continue
-                name = f"{method} ({training}; other number)"
-            name = re.sub(r"last \d+ blocks?", "last blocks", name)
-            found[name] = row["test_accuracy"]
-        columns[pair] = 100 * pd.Series(found)
-    frame = pd.DataFrame(columns)
-    frame["mean"] = frame.mean(axis=1, skipna=False)
-    frame = frame.sort_values("mean", ascending=False)
-    return table(
-        "lora: test accuracy in percent at an equal number of parameters (as near as ranks allow)\n",
-        ("method", *frame.columns),
-        [(name, *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()],
-    )
-
-
-def main() -> None:
-    """Parses the arguments and writes the summary, with the tables and figures of each pair."""
-    (arguments,) = HfArgumentParser(Arguments).parse_args_into_dataclasses()
-    comparisons = {Path(folder).name: load(Path(folder)) for folder in arguments.folders}
-    destination = Path(arguments.destination)
-    for name, comparison in comparisons.items():
-        (destination / name).mkdir(parents=True, exist_ok=True)
-        comparison.write(destination / name)
-        shutil.copy(Path(arguments.folders[list(comparisons).index(name)]) / "settings.json", destination / name)
-    write_text(destination / "summary.md", summary(comparisons))
-
-
-if __name__ == "__main__":
-    main()

@@ -157,7 +157,7 @@ def test_components_are_compared_and_an_interrupted_comparison_goes_on(tmp_path:
     other = [*arguments, "--seeds", "0", "--per_device_train_batch_size", "4"]
     with pytest.raises(AssertionError, match=r"results of other settings \(per_device_train_batch_size changed\)"):
         run(*other, script=COMPARE)
-    run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("comparison.py"))
+    run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("summarize.py"))
     assert "Kendall's tau" in (tmp_path / "all" / "summary.md").read_text()
 
 
