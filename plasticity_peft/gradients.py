@@ -46,6 +46,10 @@ def squared_norms(scalar: torch.Tensor, parameters: Sequence[Sequence[nn.Paramet
     """Returns the squared norm of the gradient of `scalar` by each group of parameters: float64 of shape (groups,)."""
     flat = [parameter for group in parameters for parameter in group]
     gradients = iter(torch.autograd.grad(scalar, flat, allow_unused=True, materialize_grads=True))
-    return torch.stack(
-        [torch.stack([next(gradients).double().square().sum() for _ in group]).sum() for group in parameters]
-    )
+    return torch.stack([torch.stack([_square(next(gradients)) for _ in group]).sum() for group in parameters])
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    precise = torch.promote_types(gradient.dtype, torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=precise)
+    return norm.double() ** 2

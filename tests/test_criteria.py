@@ -406,6 +406,14 @@ def test_the_default_is_the_same_in_one_step_and_in_two(vit: PreTrainedModel) ->
     assert config.report == report
 
 
+@pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if rule.observed == "weights"])
+def test_what_reads_only_weights_needs_no_images(vit: PreTrainedModel, criterion: str) -> None:
+    config = PlasticityConfig(criterion=criterion)
+    get_peft_model(vit, config)
+    assert config.report == measure_plasticity(tiny_model(), criterion=criterion)
+    assert {row.standard_error for row in config.report.scores} == {0}
+
+
 def test_a_protocol_alone_asks_for_the_papers_measure(vit: PreTrainedModel) -> None:
     report = measure_plasticity(vit, IMAGES, inputs="embedding")
     assert (report.criterion, report.inputs) == ("rate_of_change", "embedding")

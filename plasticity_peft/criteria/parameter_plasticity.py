@@ -42,7 +42,7 @@ class ParameterPlasticity(Criterion):
             generator = probe.generator(batch.numbers[0])
             with differentiable(model, architecture) as parameters:
                 moved = features(model, architecture, batch.images)
-                direction = torch.randn(moved.shape, generator=generator).to(moved.device, moved.dtype)
+                direction = torch.randn(moved.shape, generator=generator).to(moved.device)
                 squares = squared_norms((moved * direction).sum(), parameters)
                 yield Observations((squares / len(batch.images)).detach()[None])
 
