@@ -277,6 +277,8 @@ def main() -> None:
         loader = DataLoader(images["train"].select_columns("pixel_values"), batch_size=64, shuffle=True)
         methods += stock(model, budget, loader)
 
+    if picks and arguments.should_save:
+        write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
     methods = [method for method in methods if compare.methods is None or method.name in compare.methods]
     rates = {"lora": compare.learning_rates, "full": compare.full_learning_rates or compare.learning_rates}
     grid = [(method, rate, seed) for seed in compare.seeds for method in methods for rate in rates[method.training]]
@@ -294,8 +296,6 @@ def main() -> None:
                 path.stem, run.seconds, 100 * run.validation_accuracy, 100 * run.test_accuracy,
             )  # fmt: skip
     if arguments.should_save:
-        if picks:
-            write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
         write(load(folder), folder)
         logger.info("The tables and figures are in %s", folder)
 

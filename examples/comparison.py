@@ -106,14 +106,14 @@ class Comparison:
             scores = {row.kind: row.mean for row in report.kinds}
             for training in ("full", "lora") if self.has("kind") else ():
                 gains = self.gains(training)
-                mean = gains.mean()
+                mean = gains.mean().reindex(KINDS)  # NaN for a kind that was not trained
                 ranking = [row.unit for row in report.ranking()]
                 tau, low, high, p = rank_correlation([scores[kind] for kind in gains], gains.to_numpy())
                 row = {
                     "criterion": name,
                     "training": training,
                     "ranking": " > ".join(ranking),
-                    "truth": " > ".join(mean.sort_values(ascending=False).index),
+                    "truth": " > ".join(mean.dropna().sort_values(ascending=False).index),
                     "kendall_tau": tau,
                     "tau_low": low,
                     "tau_high": high,

@@ -22,6 +22,9 @@ from transformers import HfArgumentParser
 from plasticity_peft.files import write_text
 from plasticity_peft.formatting import table
 
+WIDE = 240
+"""Columns that a table may take: more than a terminal has, for all pairs side by side."""
+
 
 @dataclass
 class Arguments:
@@ -52,7 +55,7 @@ def as_markdown(comparison: Comparison, criteria: pd.DataFrame) -> str:
     }
     rows = []
     for (group, method, training), row in comparison.methods.iterrows():
-        shown = ", ".join(names[method]) if group == "blocks" else method
+        shown = ", ".join(names.get(method, [method])) if group == "blocks" else method
         rows.append(
             (
                 group,
@@ -73,6 +76,7 @@ def as_markdown(comparison: Comparison, criteria: pd.DataFrame) -> str:
         "(* the lowest or highest that was tried). Parameters: what trains beside the head.\n",
         ("group", "method", "mode", "parameters", "rate", "test", "s.e.", "gain", "gradient", "s"),
         rows,
+        width=WIDE,
     )
     if len(criteria):
         text += "\n\n" + table(
@@ -93,6 +97,7 @@ def as_markdown(comparison: Comparison, criteria: pd.DataFrame) -> str:
                 )
                 for _, row in criteria.iterrows()
             ],
+            width=WIDE,
         )
     return text + "\n"
 
@@ -105,20 +110,31 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
     pairs = list(comparisons)
     criteria = {pair: comparisons[pair].criteria().set_index(["criterion", "training"]) for pair in pairs}
     names = list(dict.fromkeys(name for pair in pairs for name in comparisons[pair].reports))
+    regret = "points lost against the best kind by training the kind that ranks first"
+    tau = "Kendall's tau between score and gain over the five kinds"
+    blocks = "points lost against the best of these choices of single components, at an equal number of parameters"
     parts = []
-    for training in ("full", "lora"):
-        for column, what in (
-            ("regret_points", "points lost against the best kind by training the kind that ranks first"),
-            ("kendall_tau", "Kendall's tau between score and gain over the five kinds"),
-        ):
-            rows = []
-            for name in names:
-                values = [criteria[pair][column].get((name, training), np.nan) for pair in pairs]
-                worst = np.nanmax(values) if column == "regret_points" else np.nanmean(values)
-                rows.append((worst, (name, *(f"{value:.1f}" for value in values), f"{worst:.1f}")))
-            rows.sort(key=lambda row: row[0] if column == "regret_points" else -row[0])
-            last = "worst" if column == "regret_points" else "mean"
-            parts.append(table(f"{training}: {what}\n", ("criterion", *pairs, last), [row for _, row in rows]))
+    for training, column, what in (
+        ("full", "regret_points", regret),
+        ("full", "kendall_tau", tau),
+        ("lora", "regret_points", regret),
+        ("lora", "kendall_tau", tau),
+        ("lora", "block_regret_points", blocks),
+    ):
+        found = {pair: criteria[pair][column].xs(training, level=1) for pair in pairs if column in criteria[pair]}
+        frame = pd.DataFrame(found, index=names).dropna(how="all")
+        if frame.empty:
+            continue
+        if column == "kendall_tau":
+            frame["mean"] = frame.mean(axis=1)
+            frame = frame.sort_values("mean", ascending=False)
+        else:
+            frame["worst"] = frame.max(axis=1)
+            frame = frame.sort_values("worst")
+        rows = [
+            (name, *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()
+        ]
+        parts.append(table(f"{training}: {what}\n", ("criterion", *frame.columns), rows, width=WIDE))
     return "\n\n".join([*parts, equal_parameters(comparisons)]) + "\n"
 
 
@@ -127,12 +143,10 @@ def equal_parameters(comparisons: Mapping[str, Comparison]) -> str:
     columns = {}
     for pair, comparison in comparisons.items():
         found = {}
-        defaults = 0
         for (group, method, training), row in comparison.methods.iterrows():
             name = re.sub(r" r=\d+$", "", method)
             if group == "default":
-                defaults += 1
-                name = f"default criterion, top {defaults} by kind"
+                name = f"default criterion, top {method.count('+') + 1} by kind"
             elif group == "blocks":
                 criteria = [criterion for criterion, pick in comparison.picks.items() if pick == method]
                 found |= {f"{criterion}, by block": row["test_accuracy"] for criterion in criteria}
@@ -147,11 +161,17 @@ def equal_parameters(comparisons: Mapping[str, Comparison]) -> str:
     frame = pd.DataFrame(columns)
     frame["mean"] = frame.mean(axis=1, skipna=False)
     frame = frame.sort_values("mean", ascending=False)
-    return table(
-        "lora: test accuracy in percent at an equal number of parameters (as near as ranks allow)\n",
-        ("method", *frame.columns),
-        [(name, *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()],
+    return as_table(
+        "lora: test accuracy in percent at an equal number of parameters (as near as ranks allow)", "method", frame
     )
+
+
+def as_table(title: str, index: str, frame: pd.DataFrame) -> str:
+    """Returns numbers to one decimal, with the rows' names in a column called `index`; NaN is left empty."""
+    rows = [
+        (str(name), *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()
+    ]
+    return table(f"{title}\n", (index, *frame.columns), rows, width=WIDE)
 
 
 def main() -> None:

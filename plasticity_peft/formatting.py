@@ -9,8 +9,10 @@ WIDTH = 119
 """Columns that a table may take: the same wherever it is printed, so that it can be compared with a stored text."""
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
     """Returns the rows as a Markdown table below its title: numbers to the right, words to the left.
+
+    What does not fit into `width` columns is cut off.
 
     Examples:
         >>> print(table("Fruit", ("name", "count"), [("apple", "12"), ("fig", "7")]))
@@ -27,10 +29,10 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> 
     rows = [tuple(row) for row in rows]
     grid = Table(box=box.MARKDOWN)
     for index, name in enumerate(columns):
-        numeric = all(row[index][:1].isdigit() for row in rows)
+        numeric = all(row[index].lstrip("+-")[:1].isdigit() for row in rows if row[index])
         grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         grid.add_row(*row)
     text = StringIO()
-    Console(file=text, width=WIDTH, color_system=None, markup=False, emoji=False, highlight=False).print(grid)
+    Console(file=text, width=width, color_system=None, markup=False, emoji=False, highlight=False).print(grid)
     return "\n".join([title, *(line.rstrip() for line in text.getvalue().splitlines() if line.strip())])

@@ -288,8 +288,8 @@ class PlasticityReport:
         return (
             f"{norms[0]} ranks high because a layer norm divides by the spread of its input, which is "
             f"{self.input_std:.2g} in the tokens that enter block 0: its rate of change is its gain over that, and "
-            "says little about how well it trains. Trained alone, norms gained least in every experiment of "
-            'examples/results. criterion="parameter_plasticity" does not depend on this scale, and '
+            "says little about how well it trains. In four of the five experiments of examples/results norms gained "
+            'less than attention. criterion="parameter_plasticity" does not depend on this scale, and '
             'candidates=("MHA", "FC1", "FC2") leaves the norms out.'
         )
 
