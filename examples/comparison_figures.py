@@ -79,7 +79,10 @@ def draw_learning_rates(comparison: Comparison, path: Path) -> None:
             look = {"color": COLOURS[index % len(COLOURS)]}
             ax.plot(mean.index, mean, STYLES[index % 5], marker=MARKERS[index % 5], markersize=4, label=name, **look)
             ax.fill_between(mean.index, 100 * own.min(), 100 * own.max(), alpha=0.2, linewidth=0, **look)
+        rates = sorted(runs["learning_rate"].unique())
         ax.set(xscale="log", xlabel="learning rate", title=f"trained alone, {training}")
+        ax.set_xticks(rates, [f"{rate:g}" for rate in rates])
+        ax.xaxis.set_minor_locator(NullLocator())
         ax.grid(alpha=0.3)
     axes[0].set_ylabel("test accuracy, percent")
     axes[0].legend(fontsize=8)
