@@ -147,18 +147,22 @@ def measure(
     model: PreTrainedModel, images: DatasetDict, compare: CompareArguments, folder: Path
 ) -> dict[str, PlasticityReport]:
     """Returns the report of each criterion, measured or read from `folder`."""
-    reports = {}
-    for criterion in compare.criteria:
-        for inputs in PROTOCOLS if CRITERIA[criterion].protocols else (None,):
-            path = folder / f"{criterion}{'-' + inputs if inputs else ''}.json"
-            if not path.is_file():
-                options = {"criterion": criterion, "inputs": inputs, "pairs": compare.pairs}
-                report = measure_plasticity(model, images["train"], images.get("source"), **options)
-                if PartialState().is_main_process:
-                    report.save(path)
-                PartialState().wait_for_everyone()
-            reports[path.stem] = PlasticityReport.load(path)
-    return reports
+    wanted = [
+        (criterion, inputs)
+        for criterion in compare.criteria
+        for inputs in (PROTOCOLS if CRITERIA[criterion].protocols else (None,))
+    ]
+    paths = [folder / f"{criterion}{'-' + inputs if inputs else ''}.json" for criterion, inputs in wanted]
+    # One process looks for all: a slower one would find what a faster one has just written, and not take part.
+    missing = broadcast_object_list([not path.is_file() for path in paths])
+    for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
+        if needed:
+            options = {"criterion": criterion, "inputs": inputs, "pairs": compare.pairs}
+            report = measure_plasticity(model, images["train"], images.get("source"), **options)
+            if PartialState().is_main_process:
+                report.save(path)
+    PartialState().wait_for_everyone()
+    return {path.stem: PlasticityReport.load(path) for path in paths}
 
 
 def train(
