@@ -3,6 +3,7 @@
 from plasticity_peft.architectures import find_components
 from plasticity_peft.config import PlasticityConfig
 from plasticity_peft.errors import PlasticityError
+from plasticity_peft.layouts import BlockLayout, register_architecture
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
@@ -11,6 +12,7 @@ from plasticity_peft.tuner import PlasticityModel
 __version__ = "0.1.0"
 
 __all__ = [
+    "BlockLayout",
     "PlasticityConfig",
     "PlasticityError",
     "PlasticityModel",
@@ -18,4 +20,5 @@ __all__ = [
     "Selection",
     "find_components",
     "measure_plasticity",
+    "register_architecture",
 ]

@@ -1,67 +1,26 @@
 """Which modules of a model are the components: names say it, structure checks it.
 
-Each architecture is a row of data, `BlockLayout`, with the names that its block uses; families that were renamed have
-one row per naming, and what exists in the model decides between them, not a version number. A row is believed only if
-the structure agrees: the named modules are all the linear layers and norms that the block has, and their widths fit
-together. Whether they are called, and in which order, shows only in a forward pass: `calls.py` checks that.
+The names are rows of data (`layouts.py`), looked up by the model type of the part of the model that holds the blocks.
+A row is believed only if the structure agrees: the named modules are all the linear layers and norms that a block has,
+no block is left over, and the widths fit together. Whether they are called, and in which order, shows only in a
+forward pass: `calls.py` checks that.
 
-LayerScale (Dinov2) is a bare parameter of the block that multiplies a component's output. It belongs to no component:
-it is not measured and not trained.
+LayerScale (DINOv2) and tables of position biases (BEiT, Swin) are bare parameters of a block. They belong to no
+component: they are not measured and not trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from plasticity_peft.components import KINDS, Component
 from plasticity_peft.errors import ModelError
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """Where a block keeps its components: paths relative to the block."""
-
-    LN1: str
-    MHA: str
-    projections: tuple[str, ...]
-    """The linear layers of the attention: query, key, value, and last the output projection."""
-    LN2: str
-    FC1: str
-    FC2: str
-
-    def path(self, kind: str) -> str:
-        """Returns the path of the module that computes the component of this kind."""
-        return str(getattr(self, kind))
-
-    def weights(self, kind: str) -> tuple[str, ...]:
-        """Returns the paths of the modules that hold the weights of the component of this kind."""
-        return self.projections if kind == "MHA" else (self.path(kind),)
-
-
-_SPLIT = ("attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj")
-_NESTED = (
-    "attention.attention.query",
-    "attention.attention.key",
-    "attention.attention.value",
-    "attention.output.dense",
-)
-
-VIT = BlockLayout("layernorm_before", "attention", _SPLIT, "layernorm_after", "mlp.fc1", "mlp.fc2")
-VIT_UNTIL_5_8 = BlockLayout(
-    "layernorm_before", "attention", _NESTED, "layernorm_after", "intermediate.dense", "output.dense"
-)
-DINOV2 = BlockLayout("norm1", "attention", _SPLIT, "norm2", "mlp.fc1", "mlp.fc2")
-DINOV2_UNTIL_5_17 = BlockLayout("norm1", "attention", _NESTED, "norm2", "mlp.fc1", "mlp.fc2")
-
-LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
-    "deit": (VIT, VIT_UNTIL_5_8),
-    "dinov2": (DINOV2, DINOV2_UNTIL_5_17),
-    "vit": (VIT, VIT_UNTIL_5_8),
-}
-"""The supported values of `config.model_type`, each with the namings of its block, newest first."""
+from plasticity_peft.layouts import LAYOUTS, BlockLayout
 
 
 @dataclass(frozen=True)
@@ -69,27 +28,42 @@ class Architecture:
     """The components of one model, and what the probe needs beside them. Holds names, no modules."""
 
     model_type: str
+    """`config.model_type` of the backbone."""
+    backbone: str
+    """Path of the module that holds embeddings and blocks; "" if that is the model itself."""
+    entry: str
+    """Path of the module that is run on images: "" for the model, or the backbone where the model needs text too."""
     blocks: tuple[str, ...]
-    """Paths of the blocks, in the order of their indices."""
+    """Paths of the blocks, in the order in which they run."""
     components: tuple[Component, ...]
     """Block by block, and within a block in the order of `KINDS`."""
     heads: tuple[str, ...]
     """Paths of the modules outside the backbone that hold weights: they always train. Empty for a bare backbone."""
     hidden_size: int
-    """Features of a token."""
+    """Features of a token at the input of the first block."""
     parameters: int
     """Number of weights and biases of the whole model, adapters not counted."""
+    layout: BlockLayout
+    """Names of the parts of a block."""
+
+    @property
+    def hierarchical(self) -> bool:
+        """True where tokens change their width or their number on the way, so that no input suits all blocks."""
+        return self.components[0].stage is not None
 
 
-def find_components(model: nn.Module) -> tuple[Component, ...]:
+def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Component, ...]:
     """Returns the components of `model`, block by block, in the order LN1, MHA, LN2, FC1, FC2.
 
     Args:
-        model: a vision transformer of transformers, with or without a head; it may carry PEFT adapters, or be a
-            PeftModel, whose base model is then looked at.
+        model: a vision transformer of transformers, with or without a head, or a model that has one as a part; it may
+            carry PEFT adapters, or be a PeftModel, whose base model is then looked at.
+        backbone: path of the vision transformer in `model`, such as "model.vision_tower"; needed where there are
+            several.
 
     Raises:
-        ModelError: the model is not a supported vision transformer, or its structure disagrees with its names.
+        ModelError: there is no supported vision transformer, or more than one, or its structure disagrees with its
+            names. `register_architecture` makes others known.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -101,33 +75,32 @@ def find_components(model: nn.Module) -> tuple[Component, ...]:
         ((64, 16),)
     """
     get_base_model = getattr(model, "get_base_model", None)
-    return find_architecture(get_base_model() if callable(get_base_model) else model).components
+    return find_architecture(get_base_model() if callable(get_base_model) else model, backbone).components
 
 
-def find_architecture(model: nn.Module) -> Architecture:
+def find_architecture(model: nn.Module, backbone: str | None = None) -> Architecture:
     """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in LAYOUTS:
-        raise ModelError(
-            f"{type(model).__name__} (model_type {model_type!r}) is not a vision transformer whose components are "
-            f"known. Supported values of config.model_type: {', '.join(sorted(LAYOUTS))}."
-        )
-    stack, blocks, layout = _find_blocks(model, LAYOUTS[model_type])
-    paths = tuple(f"{stack}.{name}" for name, _ in blocks)
-    for path, (_, block) in zip(paths, blocks, strict=True):
+    stack = _one_stack(model, backbone)
+    layout = stack.layout
+    names = [(path, _indices(path, layout)) for path in stack.paths]
+    stages = sorted({indices[0] for _, indices in names}) if len(names[0][1]) == 2 else None
+    components = []
+    for path, indices in names:
+        block = model.get_submodule(path)
         _check_structure(path, block, layout)
-    hidden_size = _linear(blocks[0][1].get_submodule(layout.projections[0])).in_features
+        stage = None if stages is None else stages.index(indices[0])
+        components += [_component(stage, indices[-1], kind, path, block, layout) for kind in KINDS]
+    entry = "" if _takes_images_alone(model) else stack.backbone
     return Architecture(
-        model_type=model_type,
-        blocks=paths,
-        components=tuple(
-            _component(index, kind, path, block, layout)
-            for index, (path, (_, block)) in enumerate(zip(paths, blocks, strict=True))
-            for kind in KINDS
-        ),
-        heads=_find_heads(model),
-        hidden_size=hidden_size,
+        model_type=stack.model_type,
+        backbone=stack.backbone,
+        entry=entry,
+        blocks=stack.paths,
+        components=tuple(components),
+        heads=() if entry else _find_heads(model, stack.backbone),
+        hidden_size=_norm_width(model.get_submodule(f"{stack.paths[0]}.{layout.LN1}")),
         parameters=sum(_own_parameters(module) for _, module in walk(model)),
+        layout=layout,
     )
 
 
@@ -149,41 +122,152 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield from walk(child, f"{path}.{name}" if path else name)
 
 
+def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
+    """Returns the modules of the base model that hold the weights of a component."""
+    return [unwrap(model.get_submodule(path)) for path in component.modules]
+
+
+def main_input(module: nn.Module) -> str:
+    """Returns the name of the argument in which a model takes images: "pixel_values", as a rule."""
+    return str(getattr(module, "main_input_name", "pixel_values"))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """The blocks of one vision transformer in a model."""
+
+    model_type: str
+    backbone: str
+    layout: BlockLayout
+    paths: tuple[str, ...]
+
+
 def _own_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
-def _find_blocks(
-    model: nn.Module, layouts: tuple[BlockLayout, ...]
-) -> tuple[str, list[tuple[str, nn.Module]], BlockLayout]:
-    """Returns (path of the list of blocks, its named children, the layout that they all have)."""
-    stacks = [
-        (path, list(module.named_children()))
-        for path, module in walk(model)
-        if isinstance(module, nn.ModuleList) and len(module) > 0
-    ]
-    found = [
-        (path, blocks, layout)
-        for path, blocks in stacks
-        for layout in layouts
-        if all(_has_layout(block, layout) for _, block in blocks)
-    ]
-    if len(found) != 1:
-        names = [f"{path}.0: {', '.join(name for name, _ in _leaves(blocks[0][1]))}" for path, blocks in stacks]
+def _indices(path: str, layout: BlockLayout) -> tuple[int, ...]:
+    match = layout.pattern.fullmatch(path)
+    assert match
+    return tuple(map(int, match.groups()[1:]))
+
+
+def _one_stack(model: nn.Module, backbone: str | None) -> _Stack:
+    """Returns the blocks of the vision transformer. Raises ModelError where there is none, or more than one."""
+    stacks = _told_apart(list(_stacks(model)))
+    if backbone is not None:
+        names = [path for path, _ in walk(model)]
+        if backbone not in names:
+            raise ModelError(
+                f"{type(model).__name__} has no module {backbone!r} to take as backbone. Vision transformers found in "
+                f"it: {', '.join(stack.backbone or type(model).__name__ for stack in stacks) or 'none'}."
+            )
+        stacks = [stack for stack in stacks if f"{stack.paths[0]}.".startswith(f"{backbone}." if backbone else "")]
+    if len(stacks) > 1:
         raise ModelError(
-            f"{type(model).__name__}: expected one list of blocks with the layers {_expected(layouts)}; found "
-            f"{len(found)}. The lists of modules that it has hold: {'; '.join(names) or 'none'}."
+            f"{type(model).__name__} holds {len(stacks)} vision transformers. Say which one with backbone=, one of "
+            f"{', '.join(repr(stack.backbone) for stack in stacks)}."
         )
-    return found[0]
+    if not stacks:
+        raise ModelError(_nothing_found(model, backbone))
+    return stacks[0]
 
 
-def _expected(layouts: tuple[BlockLayout, ...]) -> str:
-    return " or ".join(", ".join(name for kind in KINDS for name in layout.weights(kind)) for layout in layouts)
+def _told_apart(stacks: list[_Stack]) -> list[_Stack]:
+    """Returns the stacks with backbones of different paths: those that share one are named by the part they lie in."""
+    shared = {stack.backbone for stack in stacks if sum(stack.backbone == other.backbone for other in stacks) > 1}
+    named = []
+    for stack in stacks:
+        below = stack.paths[0].removeprefix(f"{stack.backbone}." if stack.backbone else "").partition(".")[0]
+        path = f"{stack.backbone}.{below}" if stack.backbone else below
+        named.append(replace(stack, backbone=path) if stack.backbone in shared else stack)
+    return named
 
 
-def _has_layout(block: nn.Module, layout: BlockLayout) -> bool:
+def _stacks(model: nn.Module) -> Iterator[_Stack]:
+    """Yields the stacks of blocks whose names are known, in the order in which the model holds them.
+
+    Raises:
+        ModelError: some blocks of a stack have the expected names, and others don't.
+    """
+    owners: dict[str, str] = {}  # the model type that the nearest config above a module names
+    found: dict[tuple[str, str], list[tuple[str, BlockLayout | None]]] = {}
+    modules = dict(walk(model))
+    for path, module in modules.items():
+        own = getattr(getattr(module, "config", None), "model_type", None)
+        owners[path] = str(own) if own else owners.get(path.rpartition(".")[0], "")
+        layouts = LAYOUTS.get(owners[path], ())
+        for blocks in dict.fromkeys(layout.blocks for layout in layouts):
+            named = [layout for layout in layouts if layout.blocks == blocks]
+            match = named[0].pattern.fullmatch(path)
+            if match and not isinstance(module, (nn.ModuleList, nn.Sequential)):
+                found.setdefault((match[1], blocks), []).append((path, _layout_of(module, named)))
+    for (prefix, _), named_blocks in found.items():
+        used = {layout for _, layout in named_blocks}
+        if used == {None}:
+            continue
+        if len(used) > 1:
+            path = next(path for path, layout in named_blocks if layout != named_blocks[0][1])
+            raise ModelError(
+                f"{type(model).__name__}: the blocks {named_blocks[0][0]} and {path} have different layers: "
+                f"{_leaf_names(modules[named_blocks[0][0]])}; {_leaf_names(modules[path])}."
+            )
+        first, layout = named_blocks[0]
+        assert layout
+        yield _Stack(
+            model_type=owners[first],
+            backbone=_backbone(prefix, owners, modules),
+            layout=layout,
+            paths=tuple(path for path, _ in named_blocks),
+        )
+
+
+def _backbone(prefix: str, owners: dict[str, str], modules: dict[str, nn.Module]) -> str:
+    """Returns the path of the outermost module above the blocks that has their model type."""
+    path = prefix.removesuffix(".")
+    own = owners[path]
+    best = path
+    while path:
+        path = path.rpartition(".")[0]
+        if owners[path] != own:
+            break
+        if hasattr(modules[path], "config"):
+            best = path
+    return best
+
+
+def _nothing_found(model: nn.Module, backbone: str | None) -> str:
+    """Returns what to say where no block is known: what was looked for, what is there, what can be done."""
+    part = model if backbone is None else model.get_submodule(backbone)
+    model_type = getattr(getattr(part, "config", None), "model_type", None)
+    lists: list[tuple[str, str]] = []
+    for path, module in walk(part):
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and len(_leaves(module[0])) >= 4:
+            owner = "" if any(path.startswith(f"{other}.") for other, _ in lists) else _leaf_names(module[0])
+            lists += [(path, owner)] if owner else []
+    there = "; ".join(f"{path}.*: {names}" for path, names in lists) or "none with as many as four layers"
+    expected = ""
+    if model_type in LAYOUTS:
+        rows = [", ".join(name for kind in KINDS for name in row.weights(kind)) for row in LAYOUTS[model_type]]
+        expected = f" Its blocks were expected to hold the layers {' or '.join(rows)}."
+    return (
+        f"{type(part).__name__} (model_type {model_type!r}) has no vision transformer whose components are known."
+        f"{expected} Lists of modules that it has: {there}. If it is a vision transformer whose blocks have a norm, "
+        "self-attention, a norm and an MLP, describe it: plasticity_peft.register_architecture(model_type, "
+        "BlockLayout(blocks=..., LN1=..., MHA=..., projections=..., LN2=..., FC1=..., FC2=...)). Known values of "
+        f"config.model_type: {', '.join(sorted(LAYOUTS))}."
+    )
+
+
+def _layout_of(block: nn.Module, layouts: Iterable[BlockLayout]) -> BlockLayout | None:
+    """Returns the layout that names the most layers of the block, of those whose names it all has."""
     names = {name for name, _ in walk(block)}
-    return all(name in names for kind in KINDS for name in (layout.path(kind), *layout.weights(kind)))
+    having = [
+        layout
+        for layout in layouts
+        if all(name in names for kind in KINDS for name in (layout.path(kind), *layout.weights(kind)))
+    ]
+    return max(having, key=lambda layout: sum(len(layout.weights(kind)) for kind in KINDS), default=None)
 
 
 def _leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -195,32 +279,53 @@ def _leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
     ]
 
 
+def _leaf_names(block: nn.Module) -> str:
+    return ", ".join(name for name, _ in _leaves(block))
+
+
 def _check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
     """Raises ModelError unless the structure of the block is what the names of the layout promise."""
     leaves = dict(_leaves(block))
     named = {name for kind in KINDS for name in layout.weights(kind)}
-    if set(leaves) != named:
+    if set(leaves) - set(layout.others) != named:
         raise ModelError(
             f"Block {path}: its linear layers and norms are {sorted(leaves)}, but the names of this architecture "
-            f"account for {sorted(named)}. A layer that belongs to no component would be passed over."
+            f"account for {sorted({*named, *layout.others})}. A layer that belongs to no component would be passed "
+            "over."
         )
-    query, key, value, output = (_linear(leaves[name]) for name in layout.projections)
-    fc1, fc2 = _linear(leaves[layout.FC1]), _linear(leaves[layout.FC2])
-    width = query.in_features
-    widths = {
-        "key": key.in_features,
-        "value": value.in_features,
-        "output projection (outputs)": output.out_features,
-        "LN1": _norm_width(leaves[layout.LN1]),
-        "LN2": _norm_width(leaves[layout.LN2]),
-        "FC1": fc1.in_features,
-        "FC2 (outputs)": fc2.out_features,
-    }
-    wrong = {name: found for name, found in widths.items() if found != width}
-    if wrong or fc1.out_features != fc2.in_features or output.in_features != value.out_features:
+    owner = layout.projections[0].rpartition(".")[0]
+    if hasattr(block.get_submodule(owner), "q_bias"):
+        # VideoMAE until transformers 5: biases of their own tell that only the weights of these layers are read.
         raise ModelError(
-            f"Block {path}: its layers do not fit together as a transformer block of width {width}: "
-            f"{wrong or widths}, FC1 {fc1.in_features}->{fc1.out_features}, FC2 {fc2.in_features}->{fc2.out_features}."
+            f"Block {path}: its attention holds biases beside its query, key and value layers and uses their weights "
+            "without calling them. LoRA on them would do nothing. Use a release of transformers that calls them (for "
+            "VideoMAE, 5.0 or later)."
+        )
+    *inputs, output = (_linear(leaves[name]) for name in layout.projections)
+    hidden, fc2 = [_linear(leaves[name]) for name in layout.weights("FC1")], _linear(leaves[layout.FC2])
+    # What enters the block may be narrower than what leaves it (Hiera). A norm after its layer has the layer's width.
+    entering, leaving = inputs[0].in_features, output.out_features
+    attended = [layer.out_features for layer in inputs]
+    if len(inputs) == 1:
+        attended = [attended[0] // 3 if attended[0] % 3 == 0 else attended[0]] * 3
+    widths = {
+        "LN1": (_norm_width(leaves[layout.LN1]), leaving if layout.post_norm else entering),
+        "inputs of the projections": (sorted({layer.in_features for layer in inputs}), [entering]),
+        "outputs of value": (attended[2], output.in_features),
+        "outputs of query and key": (attended[0], attended[1]),
+        "LN2": (_norm_width(leaves[layout.LN2]), leaving),
+        "inputs of FC1": (sorted({layer.in_features for layer in hidden}), [leaving]),
+        "outputs of FC2": (fc2.out_features, leaving),
+    }
+    wrong = {name: got for name, (got, due) in widths.items() if got != due}
+    outputs = {layer.out_features for layer in hidden}
+    # The two halves of a gated FC1 may lie in one layer (DINOv2 until transformers 5.17).
+    if outputs != {fc2.in_features} and not (len(hidden) == 1 and outputs == {2 * fc2.in_features}):
+        wrong["outputs of FC1"] = sorted(outputs)
+    if wrong:
+        raise ModelError(
+            f"Block {path}: its layers do not fit together as a transformer block that takes {entering} features and "
+            f"returns {leaving}: {wrong}; FC2 takes {fc2.in_features}."
         )
 
 
@@ -232,12 +337,15 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 
 def _norm_width(module: nn.Module) -> int:
-    return sum(parameter.numel() for name, parameter in module.named_parameters() if name == "weight")
+    return sum(parameter.numel() for name, parameter in unwrap(module).named_parameters() if name == "weight")
 
 
-def _component(index: int, kind: str, path: str, block: nn.Module, layout: BlockLayout) -> Component:
+def _component(
+    stage: int | None, index: int, kind: str, path: str, block: nn.Module, layout: BlockLayout
+) -> Component:
     modules = [unwrap(block.get_submodule(name)) for name in layout.weights(kind)]
     return Component(
+        stage=stage,
         block=index,
         kind=kind,
         path=f"{path}.{layout.path(kind)}",
@@ -247,13 +355,27 @@ def _component(index: int, kind: str, path: str, block: nn.Module, layout: Block
     )
 
 
-def _find_heads(model: nn.Module) -> tuple[str, ...]:
-    """Returns the direct children of the model, outside its backbone, that hold weights."""
+def _takes_images_alone(model: nn.Module) -> bool:
+    """Returns False where a forward pass of the model needs more than images: text, for a vision-language model."""
+    parameters = inspect.signature(model.forward).parameters
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    return main_input(model) in parameters and "input_ids" not in parameters and set(needed) <= {main_input(model)}
+
+
+def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
+    """Returns the direct children of the model, outside its backbone, that hold weights.
+
+    In transformers, only the classes that are *for* a task have a head: `...ForImageClassification`.
+    """
+    if type(model).__module__.startswith("transformers.") and not re.search("For[A-Z]", type(model).__name__):
+        return ()
+    children = dict(model.named_children())
     prefix = getattr(model, "base_model_prefix", "")
-    if prefix not in dict(model.named_children()):
+    part = backbone.partition(".")[0] or (prefix if prefix in children else "")
+    if not part:
         return ()
     return tuple(
         name
-        for name, child in model.named_children()
-        if name != prefix and any(_own_parameters(module) for _, module in walk(child))
+        for name, child in children.items()
+        if name != part and any(_own_parameters(module) for _, module in walk(child))
     )

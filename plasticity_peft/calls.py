@@ -5,6 +5,7 @@ Every hook here lives inside a context manager, so that none outlasts an excepti
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -12,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
-from plasticity_peft.components import KINDS
+from plasticity_peft.architectures import Architecture, main_input
 from plasticity_peft.errors import DataError, ModelError, PlasticityError
+from plasticity_peft.images import LABEL_KEYS, Inputs
 
 
 class Call(NamedTuple):
@@ -25,17 +26,29 @@ class Call(NamedTuple):
 
     @property
     def tokens(self) -> torch.Tensor:
-        """The tensor that the module maps: its first argument, positional or `hidden_states`."""
-        value = self.args[0] if self.args else self.kwargs["hidden_states"]
+        """The tensor that the module maps: its first argument, or the first that is given by name."""
+        value = self.args[0] if self.args else self.kwargs[self._name]
         if not isinstance(value, torch.Tensor):
             raise ModelError(f"A module was expected to take tokens first. It got {type(value).__name__}.")
         return value
+
+    @property
+    def extras(self) -> tuple[Any, ...]:
+        """What is passed beside the tokens."""
+        if self.args:
+            return (*self.args[1:], self.kwargs)
+        return ({name: value for name, value in self.kwargs.items() if name != self._name},)
 
     def with_tokens(self, tokens: torch.Tensor) -> Call:
         """Returns the same call on other tokens."""
         if self.args:
             return Call((tokens, *self.args[1:]), self.kwargs)
-        return Call((), {**self.kwargs, "hidden_states": tokens})
+        return Call((), {**self.kwargs, self._name: tokens})
+
+    @property
+    def _name(self) -> str:
+        tensors = (name for name, value in self.kwargs.items() if isinstance(value, torch.Tensor))
+        return "hidden_states" if "hidden_states" in self.kwargs else next(tensors, "hidden_states")
 
 
 def first_tensor(output: Any) -> torch.Tensor:
@@ -63,65 +76,159 @@ def hooked(modules: dict[str, nn.Module], hook: Callable[[str, Call, Any], None]
         yield
 
 
-def run(model: nn.Module, pixel_values: torch.Tensor) -> None:
-    """Runs the model on images of shape (n, channels, height, width), and says so if it refuses them."""
+def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **arguments: Any) -> Any:
+    """Runs the model on images and returns its output; where it needs text as well, its vision backbone.
+
+    Args:
+        model: the model that `architecture` describes.
+        architecture: see `model`.
+        inputs: what the model takes for n images, each tensor (n, ...).
+        arguments: what it takes beside them, such as labels.
+
+    Raises:
+        DataError: the model refuses the images.
+    """
+    entry = model.get_submodule(architecture.entry)
+    if architecture.layout.random_masking:
+        inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
     try:
-        model(pixel_values=pixel_values)
+        return entry(**inputs, **arguments)
     except (PlasticityError, torch.OutOfMemoryError):
         raise
     except (ValueError, RuntimeError, TypeError) as error:
-        raise DataError(
-            f"{type(model).__name__} refused pixel_values of shape {tuple(pixel_values.shape[1:])} (channels, height, "
-            f"width) and type {pixel_values.dtype}: {error}"
-        ) from error
+        given = ", ".join(
+            f"{name} of shape {tuple(value.shape[1:])} ({value.dtype})" for name, value in inputs.items()
+        )
+        raise DataError(f"{type(entry).__name__} refused {given}: {error}") from error
 
 
-def block_input(model: nn.Module, architecture: Architecture, pixel_values: torch.Tensor) -> tuple[torch.Tensor, Call]:
-    """Returns the tokens e that enter block 0, shape (n, tokens, features), and the call of block 0's attention.
+def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the names of what a forward pass may take for an image, the images themselves first."""
+    entry = model.get_submodule(architecture.entry)
+    main = main_input(entry)
+    others = (name for name in inspect.signature(entry.forward).parameters if name not in (main, *LABEL_KEYS))
+    return (main, *others)
 
-    The call holds what the block passes to its attention beside the tokens (a mask, position embeddings), for exactly
-    these images. The pass ends there.
+
+def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:
+    """Returns the noise that decides which patches are hidden, the same for all images: float32 (n, patches)."""
+    images = inputs[main_input(backbone)]
+    size = int(backbone.config.patch_size)  # type: ignore[arg-type, union-attr]
+    patches = (images.shape[-2] // size) * (images.shape[-1] // size)
+    noise = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+    return {"noise": noise.to(images.device).expand(len(images), -1)}
+
+
+def block_input(model: nn.Module, architecture: Architecture, inputs: Inputs) -> Call:
+    """Returns the call of the first block: the tokens e, (n, tokens, features), and what is passed beside them.
+
+    The pass ends there.
     """
+    call = _first_call(model.get_submodule(architecture.blocks[0]), lambda: run(model, architecture, inputs))
+    if call is None:
+        raise ModelError(f"{type(model).__name__} ran without calling its first block, {architecture.blocks[0]}.")
+    return call
+
+
+def attention_call(model: nn.Module, architecture: Architecture, index: int, call: Call) -> Call:
+    """Returns what block `index` passes to its attention when the block is called with `call`: a mask, for instance.
+
+    The block does no more than that: its norm, and what it makes for the attention.
+    """
+    block = model.get_submodule(architecture.blocks[index])
+    attention = block.get_submodule(architecture.layout.MHA)
+    found = _first_call(attention, lambda: block(*call.args, **call.kwargs))
+    if found is None:
+        raise ModelError(f"{type(model).__name__}: block {architecture.blocks[index]} ran without its attention.")
+    return found
+
+
+def _first_call(module: nn.Module, forward: Callable[[], Any]) -> Call | None:
+    """Returns the first call of `module` in `forward`, which ends there; None where there is none."""
     seen: list[Call] = []
 
     def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(Call(args, kwargs))
-        if len(seen) == 2:
-            raise _StopForwardError
+        raise _StopForwardError
 
-    attention = next(component.path for component in architecture.components if component.kind == "MHA")
-    with ExitStack() as stack:
-        for path in (architecture.blocks[0], attention):
-            handle = model.get_submodule(path).register_forward_pre_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
-        try:
-            run(model, pixel_values)
-        except _StopForwardError:
-            return seen[0].tokens, seen[1]
-    raise ModelError(f"{type(model).__name__} ran without calling its first block, {architecture.blocks[0]}.")
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        forward()
+    except _StopForwardError:
+        return seen[0]
+    finally:
+        handle.remove()
+    return None
 
 
-def check_calls(model: nn.Module, architecture: Architecture, pixel_values: torch.Tensor) -> None:
-    """Raises ModelError unless a forward pass calls every layer of every component once, in a pre-norm block's order.
+def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
+    """Raises ModelError unless a forward pass calls every layer of every component once, in the order of a block.
 
     This is what names and widths cannot tell: a projection whose weight is used without calling it would take no
     LoRA, and norms that follow their layer make another kind of block.
     """
     order: list[str] = []
-    names = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
+    parts = architecture.components
+    names = {path: model.get_submodule(path) for part in parts for path in part.modules}
     with hooked(names, lambda name, call, output: order.append(name)):
-        run(model, pixel_values)
+        run(model, architecture, inputs)
     for name in names:
         if order.count(name) != 1:
             raise ModelError(
                 f"{type(model).__name__}: a forward pass calls {name} {order.count(name)} times, and a component's "
                 "layers must be called once each: to adapt a layer that is not called does nothing."
             )
-    stage = {path: KINDS.index(part.kind) for part in architecture.components for path in part.modules}
-    block = {path: part.block for part in architecture.components for path in part.modules}
-    places = [(block[name], stage[name]) for name in order]
+    kinds = architecture.layout.order
+    place = {
+        path: (number // len(kinds), kinds.index(part.kind))
+        for number, part in enumerate(parts)
+        for path in part.modules
+    }
+    places = [place[name] for name in order]
     if places != sorted(places):
-        wrong = next(name for name, place, due in zip(order, places, sorted(places), strict=True) if place != due)
+        wrong = next(name for name, here, due in zip(order, places, sorted(places), strict=True) if here != due)
         raise ModelError(
-            f"{type(model).__name__}: {wrong} is called out of the order {', '.join(KINDS)} of a pre-norm block."
+            f"{type(model).__name__}: {wrong} is called out of the order {', '.join(kinds)} of a "
+            f"{'post' if architecture.layout.post_norm else 'pre'}-norm block."
         )
+
+
+def check_alike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
+    """Raises ModelError unless one and the same input can be fed to all components, as the paper's protocol does."""
+    reason = _why_unlike(model, architecture, inputs)
+    if reason:
+        raise ModelError(
+            f'inputs="embedding" feeds the tokens that enter the first block to every component, and {reason} '
+            f'({type(model).__name__}, model type {architecture.model_type}). Use inputs="activation".'
+        )
+
+
+def _why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> str:
+    if architecture.hierarchical:
+        return "in a hierarchical model they change in width and number from stage to stage"
+    width = architecture.hidden_size
+    for part in architecture.components:
+        got = part.features[0][0] if part.features else part.parameters
+        if (part.kind == "FC2" and got < width) or (part.kind in ("MHA", "FC1") and got != width):
+            return f"{part.id} takes {got} features where a token has {width}"
+    calls: dict[str, Call] = {}
+    with hooked(
+        {path: model.get_submodule(path) for path in architecture.blocks}, lambda n, c, _: calls.update({n: c})
+    ):
+        run(model, architecture, inputs)
+    first = calls[architecture.blocks[0]]
+    for path in architecture.blocks[1:]:
+        if calls[path].tokens.shape != first.tokens.shape or not _equal(calls[path].extras, first.extras):
+            return f"block {path} is called otherwise than the first"
+    return ""
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two arguments are the same, tensors by value."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return one is other or (type(one) is type(other) and bool(one == other))

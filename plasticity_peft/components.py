@@ -18,12 +18,14 @@ MATRIX_KINDS = ("MHA", "FC1", "FC2")
 class Component:
     """One component of one block: what the paper measures, and what is trained or left alone as a whole."""
 
+    stage: int | None = None
+    """Index of the stage that holds the block, in a hierarchical model; None in all others."""
     block: int
-    """Index of the block, 0 next to the embeddings."""
+    """Index of the block, 0 next to the embeddings; in a hierarchical model, 0 at the start of each stage."""
     kind: str
     """One of `KINDS`."""
     path: str
-    """Path of the module that maps the component's input to its output."""
+    """Path of the module that maps the component's input to its output; of a gated FC1, which has two, the first."""
     modules: tuple[str, ...]
     """Paths of the linear layers or the norm that hold its weights, in the model that was looked at."""
     parameters: int
@@ -32,6 +34,11 @@ class Component:
     """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot take."""
 
     @property
+    def block_id(self) -> str:
+        """The block as canonical ids name it: "3", or "2.3" for block 3 of stage 2."""
+        return str(self.block) if self.stage is None else f"{self.stage}.{self.block}"
+
+    @property
     def id(self) -> str:
         """Canonical id, such as "3.MHA": stable while module paths move between releases of transformers."""
-        return f"{self.block}.{self.kind}"
+        return f"{self.block_id}.{self.kind}"

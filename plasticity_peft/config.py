@@ -139,6 +139,12 @@ class PlasticityConfig(LoraConfig):
     pairs: int = field(default=1024, metadata={"help": "Pairs of images, or images, to measure on; at least 2."})
     batch_size: int = field(default=32, metadata={"help": "Pairs, or images, in one pass while measuring."})
     seed: int = field(default=0, metadata={"help": "Seed of the drawing of images."})
+    backbone: str | None = field(
+        default=None,
+        metadata={
+            "help": "Path of the vision transformer in a model that holds more than one, such as 'model.vision_tower'."
+        },
+    )
 
     selection: Selection | None = field(
         default=None, init=False, repr=False, metadata={"help": "What was chosen; None until a model was adapted."}

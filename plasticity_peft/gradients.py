@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, unwrap
+from plasticity_peft.architectures import Architecture, weights_of
 from plasticity_peft.errors import ModelError
 
 
@@ -24,7 +24,7 @@ def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[lis
     """
     parameters = []
     for part in architecture.components:
-        own = [p for path in part.modules for p in unwrap(model.get_submodule(path)).parameters(recurse=False)]
+        own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
         if not all(parameter.is_floating_point() for parameter in own):
             raise ModelError(
                 f"{part.id}: its weights are {own[0].dtype}, which have no gradient. Use a criterion that needs none, "

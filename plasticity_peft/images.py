@@ -1,6 +1,8 @@
 """Images out of whatever holds them: a dataset, a tensor, a DataLoader, a stream.
 
-Labels are read only for the criteria that ask for them.
+An image is what a model takes for it: `pixel_values`, and whatever else its image processor makes and its forward pass
+has an argument for (`pixel_attention_mask` and `spatial_shapes` for SigLIP 2). Labels are read only for the criteria
+that ask for them.
 """
 
 from __future__ import annotations
@@ -14,7 +16,10 @@ import torch
 
 from plasticity_peft.errors import DataError, NonFiniteError
 
-KEY = "pixel_values"
+Inputs = dict[str, torch.Tensor]
+"""What a model takes for an image, or, stacked, for several: by the names of its arguments."""
+
+PIXELS = ("pixel_values",)
 LABEL_KEYS = ("labels", "label")
 ALLOWED = (
     "a datasets.Dataset or torch Dataset whose items have pixel_values, a DataLoader of such items, or a "
@@ -23,46 +28,54 @@ ALLOWED = (
 
 
 class Images:
-    """Images by index, each a floating-point tensor of shape (channels, height, width).
+    """Images by index, each a dictionary of tensors, of which the first is floating-point.
 
     A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its first images are read, in its own
     order, and held.
     """
 
-    def __init__(self, data: Any, name: str, read_at_most: int) -> None:
-        """Takes `data`, which the messages call `name`; of a stream, the first `read_at_most` images."""
+    def __init__(self, data: Any, name: str, read_at_most: int, names: tuple[str, ...] = PIXELS) -> None:
+        """Takes `data`, which the messages call `name`; of a stream, the first `read_at_most` images.
+
+        `names` are the arguments that a model may take for an image; the first is required.
+        """
         self.name = name
-        collate = None
+        self._names = names
+        self._data, self._collate = data, None
         if isinstance(data, torch.utils.data.DataLoader):
             if isinstance(data.dataset, torch.utils.data.IterableDataset):
-                data = _unbatched(data, name)
+                self._data = self._unbatched(data)
             else:
-                data, collate = data.dataset, data.collate_fn
+                self._data, self._collate = data.dataset, data.collate_fn
+        data = self._data
         if data is None or isinstance(data, (str, bytes, Mapping)):
             raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             if not isinstance(data, Iterable):
                 raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
-            data = list(islice(data, read_at_most))
-        self._data = data
-        self._collate = collate
+            self._data = list(islice(data, read_at_most))
 
     def __len__(self) -> int:
         return len(self._data)
 
-    def __getitem__(self, index: int) -> torch.Tensor:
+    def __getitem__(self, index: int) -> Inputs:
         """Returns image `index`. Raises DataError or NonFiniteError, naming the image, where it is not usable."""
         place = f"{self.name}[{index}]"
-        image = _tensor(_values(self._item(index, place), place), place)
-        if image.ndim != 3:
-            raise DataError(f"{place} must have the shape (channels, height, width). Got {tuple(image.shape)}.")
+        inputs = {name: _tensor(value, place) for name, value in self._inputs(self._item(index, place), place).items()}
+        image = inputs[self._names[0]]
+        if not 2 <= image.ndim <= 4:
+            raise DataError(
+                f"{place} must have the shape (channels, height, width), or that of a video, (frames, channels, "
+                f"height, width). Got {tuple(image.shape)}."
+            )
         if not image.is_floating_point():
             raise DataError(
-                f"{place} must hold floating-point pixel_values, as an image processor makes them. Got {image.dtype}."
+                f"{place} must hold floating-point {self._names[0]}, as an image processor makes them. Got "
+                f"{image.dtype}."
             )
         if not torch.isfinite(image).all():
             raise NonFiniteError(f"{place} holds NaN or infinity.")
-        return image
+        return inputs
 
     def label(self, index: int) -> int:
         """Returns the label of image `index`. Raises DataError where it has none."""
@@ -84,13 +97,28 @@ class Images:
             return item
         batch = self._collate([item])
         label = _label(batch)
-        return {KEY: _values(batch, place)[0]} | ({} if label is None else {"labels": label[0]})
+        first = {name: values[0] for name, values in self._inputs(batch, place).items()}
+        return first if label is None else {**first, "labels": label[0]}
 
+    def _unbatched(self, loader: Iterable[Any]) -> Iterator[Any]:
+        for batch in loader:
+            inputs, labels = self._inputs(batch, self.name), _label(batch)
+            for number in range(len(inputs[self._names[0]])):
+                item = {name: values[number] for name, values in inputs.items()}
+                yield item if labels is None else {**item, "labels": labels[number]}
 
-def _unbatched(loader: Iterable[Any], name: str) -> Iterator[Any]:
-    for batch in loader:
-        images, labels = _values(batch, name), _label(batch)
-        yield from images if labels is None else zip(images, labels, strict=True)
+    def _inputs(self, item: Any, place: str) -> dict[str, Any]:
+        """Returns what an item holds for the model: its entries, the item itself, or the first of (image, label)."""
+        if isinstance(item, Mapping):
+            if self._names[0] not in item:
+                raise DataError(
+                    f"{place} has no {self._names[0]!r}; it has {sorted(map(str, item))}. Let the model's image "
+                    "processor make them, for instance with dataset.with_transform."
+                )
+            return {name: item[name] for name in self._names if item.get(name) is not None}
+        if isinstance(item, (tuple, list)) and len(item) and isinstance(item[0], (torch.Tensor, np.ndarray)):
+            return {self._names[0]: item[0]}
+        return {self._names[0]: item}
 
 
 def _label(item: Any) -> Any:
@@ -100,20 +128,6 @@ def _label(item: Any) -> Any:
     if isinstance(item, (tuple, list)) and len(item) > 1 and isinstance(item[0], (torch.Tensor, np.ndarray)):
         return item[1]
     return None
-
-
-def _values(item: Any, place: str) -> Any:
-    """Returns the pixel values of an item: its entry, the item itself, or the first of (image, label)."""
-    if isinstance(item, Mapping):
-        if KEY not in item:
-            raise DataError(
-                f"{place} has no {KEY!r}; it has {sorted(map(str, item))}. Let the model's image processor make them, "
-                "for instance with dataset.with_transform."
-            )
-        return item[KEY]
-    if isinstance(item, (tuple, list)) and len(item) and isinstance(item[0], (torch.Tensor, np.ndarray)):
-        return item[0]
-    return item
 
 
 def _tensor(values: Any, place: str) -> torch.Tensor:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
-from plasticity_peft.calls import block_input, check_calls
+from plasticity_peft.calls import block_input, check_alike, check_calls, input_names
 from plasticity_peft.checks import check_count
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import CRITERIA, resolve
@@ -38,6 +38,7 @@ def measure_plasticity(
     pairs: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
+    backbone: str | None = None,
 ) -> PlasticityReport:
     """Returns a score for every component of `model`: how much it is worth to train.
 
@@ -45,13 +46,15 @@ def measure_plasticity(
     the same report.
 
     Args:
-        model: a vision transformer of transformers, with or without a head, on any one device. It is run in evaluation
-            mode and in its own dtype; differences and norms are taken at least in float32. Adapters that it carries
-            are part of what is measured.
+        model: a vision transformer of transformers, with or without a head, on any one device, or a model that has one
+            as a part (of a model that also needs text, only that part is run). It is run in evaluation mode and in its
+            own dtype; differences and norms are taken at least in float32. Adapters that it carries are part of what
+            is measured.
         target: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point pixel_values of
-            shape (channels, height, width), a DataLoader of such items (its dataset and collate_fn are used), a tensor
-            (images, channels, height, width), or a stream, of which the first images are read. Criteria that use
-            labels need items with labels too; those that read only weights need no images.
+            shape (channels, height, width), and whatever else the model takes for an image; a DataLoader of such items
+            (its dataset and collate_fn are used), a tensor (images, channels, height, width), or a stream, of which
+            the first images are read. Criteria that use labels need items with labels too; those that read only
+            weights need no images.
         source: pretraining-like images, in the same forms. With them a pair is one source and one target image, as in
             the paper; without, two different target images. Criteria that look at single images take the target's.
         criterion: the rule that scores, by name. "parameter_plasticity", the default, is the norm of the Jacobian of
@@ -69,6 +72,7 @@ def measure_plasticity(
             used where the images do not make as many different ones.
         batch_size: pairs or images in one pass, on each process.
         seed: of the drawing of images, of what a criterion draws, and of the dataset's own transforms.
+        backbone: path of the vision transformer in a model that holds several, such as "model.vision_tower".
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -95,16 +99,20 @@ def measure_plasticity(
     check_count("seed", seed, 0)
     check_target(rule, target)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    architecture = find_architecture(model)
+    architecture = find_architecture(model, backbone)
     spread: list[float] = []
 
     def measure(share: Share) -> tuple[Moments, int]:
         _check_weights(model)
-        probe = _probe(model, target, source, pairs, share, inputs=inputs or "", batch_size=batch_size, seed=seed)
-        example = probe.example(model)
+        probe = _probe(
+            model, architecture, target, source, pairs, share, inputs=inputs or "", batch_size=batch_size, seed=seed
+        )
+        example = probe.example(model, architecture)
         check_calls(model, architecture, example)
+        if inputs == "embedding":
+            check_alike(model, architecture, example)
         if rule.protocols:
-            tokens = block_input(model, architecture, example)[0].float()
+            tokens = block_input(model, architecture, example).tokens.float()
             spread.append(float(tokens.std(dim=-1, correction=0).mean()))
         return _accumulate(model, architecture, rule, probe)
 
@@ -138,11 +146,12 @@ def check_target(criterion: Criterion, target: Any) -> None:
 
 
 def _probe(
-    model: nn.Module, target: Any, source: Any, count: int, share: Share, *, inputs: str, batch_size: int, seed: int
+    model: nn.Module, architecture: Architecture, target: Any, source: Any, count: int, share: Share, **settings: Any
 ) -> Probe:
     """Returns what a criterion may look at. Raises DataError where there are too few images."""
-    images = None if target is None else Images(target, "target", read_at_most=2 * count)
-    others = None if source is None else Images(source, "source", read_at_most=count)
+    names = input_names(model, architecture)
+    images = None if target is None else Images(target, "target", read_at_most=2 * count, names=names)
+    others = None if source is None else Images(source, "source", read_at_most=count, names=names)
     for held in (images, others):
         if held is not None and len(held) < 2:
             raise DataError(f"{held.name} must hold at least 2 images. Got {len(held)}.")
@@ -150,13 +159,11 @@ def _probe(
     return Probe(
         target=images,
         source=others,
-        inputs=inputs,
         count=count,
-        batch_size=batch_size,
-        seed=seed,
         share=share,
         device=parameter.device,
         dtype=parameter.dtype,
+        **settings,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from plasticity_peft.errors import DataError
-from plasticity_peft.images import Images
+from plasticity_peft.images import Images, Inputs
 
 
 def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.ndarray:
@@ -51,8 +51,8 @@ def _deal(images: int, generator: np.random.Generator) -> Iterator[int]:
 
 def batches(
     target: Images, source: Images | None, indices: np.ndarray, batch_size: int
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yields (x, y), each of shape (n, channels, height, width), for the pairs in `indices`, `batch_size` at a time.
+) -> Iterator[tuple[Inputs, Inputs]]:
+    """Yields (x, y), n images each, for the pairs in `indices`, `batch_size` at a time.
 
     Raises:
         DataError: images differ in shape; the message names two of them.
@@ -60,22 +60,35 @@ def batches(
     first = target if source is None else source
     for start in range(0, len(indices), batch_size):
         rows = indices[start : start + batch_size]
-        x, y = stack([(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]]).chunk(2)
-        yield x, y
+        both = stack([(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]])
+        n = len(rows)
+        yield {name: v[:n] for name, v in both.items()}, {name: v[n:] for name, v in both.items()}
 
 
-def stack(images: Sequence[tuple[Images, int]]) -> torch.Tensor:
-    """Returns the given images as one tensor (n, channels, height, width).
+def join(x: Inputs, y: Inputs) -> Inputs:
+    """Returns the images of both as one batch, x first."""
+    return {name: torch.cat([x[name], y[name]]) for name in x}
+
+
+def stack(images: Sequence[tuple[Images, int]]) -> Inputs:
+    """Returns the given images as one batch: tensors of shape (n, ...).
 
     Raises:
-        DataError: images differ in shape; the message names two of them.
+        DataError: images differ in shape, or in what they hold; the message names two of them.
     """
-    tensors = [holder[index] for holder, index in images]
-    for (holder, index), tensor in zip(images, tensors, strict=True):
-        if tensor.shape != tensors[0].shape:
+    items = [holder[index] for holder, index in images]
+    shapes = {name: tuple(value.shape) for name, value in items[0].items()}
+    for (holder, index), item in zip(images, items, strict=True):
+        found = {name: tuple(value.shape) for name, value in item.items()}
+        if found != shapes:
             raise DataError(
-                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has "
-                f"{tuple(tensors[0].shape)}, {holder.name}[{index}] has {tuple(tensor.shape)}. Let the image "
-                "processor resize them."
+                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has {_shapes(shapes)}, "
+                f"{holder.name}[{index}] has {_shapes(found)}. Let the image processor resize them."
             )
-    return torch.stack(tensors)
+    return {name: torch.stack([item[name] for item in items]) for name in shapes}
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    if len(shapes) == 1:
+        return str(next(iter(shapes.values())))
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -14,24 +14,25 @@ import numpy as np
 import torch
 from torch import nn
 
+from plasticity_peft.architectures import Architecture, main_input
 from plasticity_peft.errors import DataError, ModelError
-from plasticity_peft.images import Images
+from plasticity_peft.images import Images, Inputs
 from plasticity_peft.pairs import batches, draw_pairs, stack
 from plasticity_peft.processes import Share
 
 
 class PairBatch(NamedTuple):
-    """Pairs of images, each (pairs, channels, height, width)."""
+    """Pairs of images: what the model takes for all x, and for all y."""
 
-    x: torch.Tensor
-    y: torch.Tensor
+    x: Inputs
+    y: Inputs
 
 
 class ImageBatch(NamedTuple):
     """Images on their own."""
 
-    images: torch.Tensor
-    """(images, channels, height, width)"""
+    images: Inputs
+    """What the model takes for them."""
     numbers: tuple[int, ...]
     """Place of each image in the order in which all were drawn."""
     places: tuple[int, ...]
@@ -65,7 +66,7 @@ class Probe:
         with self._progress(len(mine), "pair") as progress:
             for x, y in batches(target, source, mine, self.batch_size):
                 yield PairBatch(self._to_model(x), self._to_model(y))
-                progress.update(len(x))
+                progress.update(len(next(iter(x.values()))))
 
     def images(self) -> Iterator[ImageBatch]:
         """Yields the batches of target images of this process: at least 2 in all, equal in size but for one image.
@@ -93,28 +94,36 @@ class Probe:
         state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint32)
         return torch.Generator().manual_seed(int(state[0]))
 
-    def example(self, model: nn.Module) -> torch.Tensor:
-        """Returns one image, (1, channels, height, width): the first of the target, or a grey one without data."""
+    def example(self, model: nn.Module, architecture: Architecture) -> Inputs:
+        """Returns one image: the first of the target, or a grey one without data."""
         if self.target is None:
-            return self.grey_image(model)
+            return self.grey_image(model, architecture)
         return self._to_model(stack([(self.target, 0)]))
 
-    def grey_image(self, model: nn.Module) -> torch.Tensor:
+    def grey_image(self, model: nn.Module, architecture: Architecture) -> Inputs:
         """Returns an image of zeros, the mean of what an image processor makes, in the size that the model is for."""
-        config = getattr(model, "config", None)
-        size, channels = getattr(config, "image_size", None), getattr(config, "num_channels", 3)
+        backbone = model.get_submodule(architecture.backbone)
+        config = getattr(backbone, "config", None)
+        size, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
         if size is None:
-            raise ModelError(f"{type(model).__name__}: its config has no image_size to make a blank image of.")
+            raise ModelError(
+                f"{type(backbone).__name__}: its config has no image_size to make a blank image of. Give images to "
+                "measure on."
+            )
         height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.zeros(1, channels, height, width, device=self.device, dtype=self.dtype)
+        shape = (1, *([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
+        return {main_input(backbone): torch.zeros(shape, device=self.device, dtype=self.dtype)}
 
     def _target(self) -> Images:
         if self.target is None:
             raise DataError("This criterion looks at images: give target (target_data in a PlasticityConfig).")
         return self.target
 
-    def _to_model(self, images: torch.Tensor) -> torch.Tensor:
-        return images.to(self.device, self.dtype)
+    def _to_model(self, images: Inputs) -> Inputs:
+        return {
+            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
+            for name, value in images.items()
+        }
 
     def _progress(self, total: int, unit: str) -> Any:
         from transformers.utils.logging import tqdm

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -199,8 +200,11 @@ class PlasticityReport:
         if self.observed not in OBSERVED:
             raise ReportError(f"observed: expected one of {', '.join(OBSERVED)}, got {self.observed!r}")
         fewest = 0 if self.observed == "weights" else 2
-        expected = [(block, kind) for block in range(len(self.scores) // len(KINDS)) for kind in KINDS]
-        if not expected or [(row.block, row.kind) for row in self.scores] != expected:
+        blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
+        expected = [(stage, block, kind) for stage, block in blocks for kind in KINDS]
+        if not blocks or not _consecutive(blocks):
+            raise ReportError("scores: expected blocks (in stages, if the model has stages) numbered from 0, in order")
+        if [(row.stage, row.block, row.kind) for row in self.scores] != expected:
             raise ReportError(f"scores: expected one row per block and kind, in the order {', '.join(KINDS)}")
         if [row.kind for row in self.kinds] != list(KINDS):
             raise ReportError(f"kinds: expected one row per kind, in the order {', '.join(KINDS)}")
@@ -295,4 +299,11 @@ class PlasticityReport:
 
 
 def _with_block(row: Score) -> str:
-    return f"{row.mean:.4f} (block {row.block})"
+    return f"{row.mean:.4f} (block {row.block_id})"
+
+
+def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:
+    """Returns whether blocks are numbered 0, 1, ..., or, in a model with stages, (0, 0), (0, 1), ..., (1, 0), ..."""
+    stages = [(stage, len(list(rows))) for stage, rows in groupby(blocks, key=lambda block: block[0])]
+    numbered = [(stage, block) for stage, count in stages for block in range(count)]
+    return blocks == numbered and [stage for stage, _ in stages] in ([None], list(range(len(stages))))

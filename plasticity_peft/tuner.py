@@ -80,7 +80,7 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
-    architecture = find_architecture(model)
+    architecture = find_architecture(model, config.backbone)
     if config.top_k is not None:
         # Said before anything is measured; report.select says it too.
         units = len(config.candidates) * (len(architecture.blocks) if config.granularity == "block" else 1)
@@ -115,6 +115,7 @@ def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
             pairs=config.pairs,
             batch_size=config.batch_size,
             seed=config.seed,
+            backbone=config.backbone,
         )
 
 

@@ -161,8 +161,14 @@ WHEN_USED = {
         "scores by criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
         lambda folder: {**report_of(tiny_model())(folder), "inputs": "embedding"},
     ),
-    "a ResNet": Case("ResNetForImageClassification .*'resnet'.* Supported .*: deit, dinov2, vit", given(), resnet),
-    "a text model": Case("BertForSequenceClassification .*'bert'.* is not a vision transformer", given(), bert),
+    "a ResNet": Case(
+        "ResNetForImageClassification .*'resnet'.* has no vision transformer .* Known values .*: aimv2_",
+        given(),
+        resnet,
+    ),
+    "a text model": Case(
+        "BertForSequenceClassification .*'bert'.* has no vision transformer whose components are known", given(), bert
+    ),
     "NaN in the weights": Case("weights of the model hold NaN or infinity: vit.*weight", given(), with_nan),
     "a report of a deeper model": Case(
         "measured on another architecture: 'vit', 15 components", report_of(tiny_model(num_hidden_layers=3))

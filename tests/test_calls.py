@@ -16,7 +16,7 @@ from plasticity_peft.errors import DataError, ModelError
 from tests.conftest import random_images, tiny_model
 from tests.snapshots import assert_same, snapshot
 
-IMAGES = random_images(3)
+IMAGES = {"pixel_values": random_images(3)}
 
 
 def test_supported_models_call_every_layer_once_in_order(model: PreTrainedModel) -> None:
@@ -69,10 +69,9 @@ def test_a_block_that_works_otherwise_is_refused(
 
 def test_the_block_input_is_the_first_hidden_state(model: PreTrainedModel) -> None:
     with torch.no_grad():
-        tokens, call = block_input(model, find_architecture(model), IMAGES)
-        expected = model(pixel_values=IMAGES, output_hidden_states=True).hidden_states[0]
-    torch.testing.assert_close(tokens, expected)
-    assert call.tokens.shape == tokens.shape
+        call = block_input(model, find_architecture(model), IMAGES)
+        expected = model(**IMAGES, output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(call.tokens, expected)
 
 
 def test_no_hook_outlasts_a_pass_or_a_failure(model: PreTrainedModel) -> None:
@@ -81,7 +80,8 @@ def test_no_hook_outlasts_a_pass_or_a_failure(model: PreTrainedModel) -> None:
     with torch.no_grad():
         block_input(model, architecture, IMAGES)
         check_calls(model, architecture, IMAGES)
-        for images in (torch.rand(2, 1, 8, 8), torch.rand(2, 3, 8)):
+        for shape in ((2, 1, 8, 8), (2, 3, 8)):
+            images = {"pixel_values": torch.rand(shape)}
             with pytest.raises(DataError, match="refused pixel_values of shape"):
                 block_input(model, architecture, images)
             with pytest.raises(DataError, match="refused pixel_values of shape"):

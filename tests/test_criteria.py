@@ -214,10 +214,14 @@ def test_heads_are_rows() -> None:
     assert float(both) == pytest.approx(float(first))
 
 
+def pixels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    return inputs["pixel_values"]
+
+
 @pytest.mark.parametrize("inputs", ["embedding", "activation"])
 def test_relative_rates_are_those_of_the_formula(model: PreTrainedModel, inputs: str) -> None:
     report = measure(model, "relative_rate_of_change", inputs, pairs=6, batch_size=4)
-    x, y = (np.concatenate(side) for side in zip(*((a.x, a.y) for a in probe(count=6).pairs()), strict=True))
+    x, y = (np.concatenate(side) for side in zip(*(map(pixels, pair) for pair in probe(count=6).pairs()), strict=True))
 
     def d(one: torch.Tensor, two: torch.Tensor) -> float:
         return float((one - two).norm() / ((one.norm() + two.norm()) / 2))

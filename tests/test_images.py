@@ -57,8 +57,9 @@ def test_every_holder_gives_the_same_images(name: str) -> None:
     images = Images(HOLDERS[name](), "target", read_at_most=100)
     assert len(images) == len(IMAGES)
     for index, expected in enumerate(IMAGES):
-        assert images[index].dtype == torch.float32
-        torch.testing.assert_close(images[index], expected)
+        assert list(images[index]) == ["pixel_values"]
+        assert images[index]["pixel_values"].dtype == torch.float32
+        torch.testing.assert_close(images[index]["pixel_values"], expected)
 
 
 def test_no_more_of_a_stream_is_read_than_needed() -> None:
@@ -73,7 +74,7 @@ def test_no_more_of_a_stream_is_read_than_needed() -> None:
     ("item", "error", "text"),
     [
         ({"image": 1, "label": 2}, DataError, r"target\[0\] has no 'pixel_values'; it has \['image', 'label'\]"),
-        (torch.zeros(3, 8), DataError, r"must have the shape \(channels, height, width\). Got \(3, 8\)"),
+        (torch.zeros(8), DataError, r"must have the shape \(channels, height, width\), .* Got \(8,\)"),
         (torch.zeros(3, 8, 8, dtype=torch.uint8), DataError, "must hold floating-point pixel_values.*uint8"),
         (torch.full((3, 8, 8), torch.inf), NonFiniteError, r"target\[0\] holds NaN or infinity"),
         ({"pixel_values": "cat.png"}, DataError, r"target\[0\]: cannot make a tensor of str"),

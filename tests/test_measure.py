@@ -39,7 +39,7 @@ def rates(model: PreTrainedModel, inputs: str, x: torch.Tensor, y: torch.Tensor)
     """Returns the rate of change of each pair, by canonical id."""
     architecture = find_architecture(model)
     with torch.no_grad():
-        outputs, distances = PROTOCOLS[inputs](model, architecture, x, y)
+        outputs, distances = PROTOCOLS[inputs](model, architecture, {"pixel_values": x}, {"pixel_values": y})
     values = (outputs / distances).T.numpy()
     return {part.id: row for part, row in zip(architecture.components, values, strict=True)}
 
@@ -183,7 +183,8 @@ def test_half_precision_ranks_as_float32(golden: ViTForImageClassification, inpu
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_distances_of_half_precision_models_are_taken_in_float32(vit: PreTrainedModel, inputs: str) -> None:
-    model, x, y = vit.bfloat16(), IMAGES[:5].bfloat16(), IMAGES[5:10].bfloat16()
+    model = vit.bfloat16()
+    x, y = ({"pixel_values": half.bfloat16()} for half in (IMAGES[:5], IMAGES[5:10]))
     with torch.no_grad():
         for distances in PROTOCOLS[inputs](model, find_architecture(model), x, y):
             assert distances.dtype == torch.float64
@@ -226,7 +227,7 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
     config = copy.deepcopy(tiny_model().config)
     config.intermediate_size = 12
     model = ViTForImageClassification(config).eval()
-    with pytest.raises(ModelError, match=r'0.FC2 takes 12 features, fewer than the 16 .* Use inputs="activation"'):
+    with pytest.raises(ModelError, match=r'0.FC2 takes 12 features where a token has 16 .* Use inputs="activation"'):
         measure(model, IMAGES, pairs=4)
     assert measure(model, IMAGES, pairs=4, inputs="activation").pairs == 4
 

@@ -52,6 +52,7 @@ def test_batches_hold_the_images_of_their_pairs(batch_size: int) -> None:
     source = target + 100
     indices = draw_pairs(7, target=10, source=10, seed=0)
     seen = list(batches(Images(target, "target", 0), Images(source, "source", 0), indices, batch_size))
+    seen = [(x["pixel_values"], y["pixel_values"]) for x, y in seen]
     assert [len(x) for x, _ in seen] == [len(rows) for rows in np.split(indices, range(batch_size, 7, batch_size))]
     x, y = (torch.cat(side)[:, 0, 0, 0].numpy() for side in zip(*seen, strict=True))
     np.testing.assert_array_equal(x, indices[:, 0] + 100)

@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
     errors components moments checks files formatting plotting selection scores report
-    architectures calls isolation images pairs processes probe gradients
+    layouts architectures images calls isolation pairs processes probe gradients
     criteria.criterion criteria.rate_of_change criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config measure tuner
@@ -25,6 +25,7 @@ ORDER = """
 def test_the_public_names() -> None:
     assert plasticity_peft.__all__ == sorted(plasticity_peft.__all__)
     assert plasticity_peft.__all__ == [
+        "BlockLayout",
         "PlasticityConfig",
         "PlasticityError",
         "PlasticityModel",
@@ -32,6 +33,7 @@ def test_the_public_names() -> None:
         "Selection",
         "find_components",
         "measure_plasticity",
+        "register_architecture",
     ]
     for name in plasticity_peft.__all__:
         assert inspect.getdoc(getattr(plasticity_peft, name))

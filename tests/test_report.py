@@ -197,7 +197,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
     return values
 
 
-ADDED_SINCE = ("features", "criterion", "title", "observed", "input_std")
+ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 

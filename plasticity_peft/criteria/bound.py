@@ -17,8 +17,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, unwrap
-from plasticity_peft.calls import block_input
+from plasticity_peft.architectures import Architecture, weights_of
+from plasticity_peft.calls import block_input, check_alike
 from plasticity_peft.components import Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.probe import Probe
@@ -33,22 +33,27 @@ class Bound(Criterion):
 
     def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
         """Yields the upper bound of each component."""
-        tokens = block_input(model, architecture, probe.grey_image(model))[0][0].double()
-        heads = int(model.config.num_attention_heads)  # type: ignore[arg-type, union-attr]
+        image = probe.grey_image(model, architecture)
+        check_alike(model, architecture, image)
+        tokens = block_input(model, architecture, image).tokens[0].double()
+        config = model.get_submodule(architecture.backbone).config
+        heads = int(config.num_attention_heads)  # type: ignore[arg-type, union-attr]
         bounds = [_bound(model, part, tokens, heads) for part in architecture.components]
         yield Observations(torch.stack(bounds)[None].cpu())
 
 
 def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    modules = [unwrap(model.get_submodule(path)) for path in part.modules]
+    modules = weights_of(model, part)
     weights = [module.get_parameter("weight").double() for module in modules]
     if part.kind == "MHA":
-        query, key, value, output = weights
+        query, key, value, output = weights if len(weights) == 4 else (*weights[0].chunk(3), weights[1])
         r = float(tokens.square().sum(dim=1).mean().sqrt())
         return attention_bound(query, key, value, output, heads=heads, tokens=len(tokens), r=r)
     if part.features:
-        return _spectral(weights[0])
-    variance = tokens.var(dim=1, correction=0) + getattr(modules[0], "eps", 0.0)
+        return _spectral(torch.cat(weights))
+    # A root mean square norm, which has no bias, does not subtract the mean.
+    centred = tokens - tokens.mean(dim=1, keepdim=True) if "bias" in dict(modules[0].named_parameters()) else tokens
+    variance = centred.square().mean(dim=1) + getattr(modules[0], "eps", 0.0)
     return weights[0].abs().max() / variance.sqrt().mean()
 
 

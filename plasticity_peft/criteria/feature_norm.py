@@ -44,7 +44,7 @@ class FeatureNorm(Criterion):
                 found[name] = feature_norm(weight, call.tokens, generator)  # noqa: B023 - used before the next batch
 
             with hooked(modules, keep):
-                run(model, batch.images)
+                run(model, architecture, batch.images)
             values = [torch.stack([found[path] for path in part.modules]).mean() for part in architecture.components]
             yield Observations(torch.stack(values)[None])
 

@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from plasticity_peft.architectures import Architecture
+from plasticity_peft.calls import run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.gradients import differentiable, squared_norms
+from plasticity_peft.images import Inputs
 from plasticity_peft.probe import Probe
 
 
@@ -36,7 +38,7 @@ class GradientNorm(Criterion):
         for batch in probe.images():
             labels = probe.labels(batch)
             with differentiable(model, architecture) as parameters:
-                norms = squared_norms(_loss(model, batch.images, labels), parameters).sqrt()
+                norms = squared_norms(_loss(model, architecture, batch.images, labels), parameters).sqrt()
                 yield Observations(self.scale(norms.detach(), parameters)[None])
 
     def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
@@ -44,14 +46,14 @@ class GradientNorm(Criterion):
         return norms
 
 
-def _loss(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def _loss(model: nn.Module, architecture: Architecture, images: Inputs, labels: torch.Tensor) -> torch.Tensor:
     number = getattr(getattr(model, "config", None), "num_labels", None)
     if number is not None and (labels.min() < 0 or labels.max() >= number):
         raise DataError(
             f"Labels must be from 0 to {number - 1}, as the model's head has {number} outputs. Got "
             f"{int(labels.min())} to {int(labels.max())}."
         )
-    loss = model(pixel_values=images, labels=labels).loss
+    loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
     if not isinstance(loss, torch.Tensor):
         raise ModelError(f"{type(model).__name__} returns no loss for labels.")
     return loss

@@ -14,7 +14,7 @@ output: so norms are not favoured in models with small tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from plasticity_peft.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ModelError
 from plasticity_peft.gradients import differentiable, squared_norms
+from plasticity_peft.images import Inputs
 from plasticity_peft.probe import Probe
 
 
@@ -44,21 +45,38 @@ class ParameterPlasticity(Criterion):
                 moved = features(model, architecture, batch.images)
                 direction = torch.randn(moved.shape, generator=generator).to(moved.device)
                 squares = squared_norms((moved * direction).sum(), parameters)
-                yield Observations((squares / len(batch.images)).detach()[None])
+                yield Observations((squares / len(moved)).detach()[None])
 
 
-def features(model: nn.Module, architecture: Architecture, images: torch.Tensor) -> torch.Tensor:
-    """Returns what the head receives for images (n, channels, height, width), shape (n, features)."""
-    if not architecture.heads:
-        output = model(pixel_values=images)
-        return output.last_hidden_state.flatten(1)  # type: ignore[no-any-return]
+def features(model: nn.Module, architecture: Architecture, images: Inputs) -> torch.Tensor:
+    """Returns what the head receives for n images, or what a model without a head returns: shape (n, features).
+
+    Raises:
+        ModelError: the model runs without its head, or returns no tensors.
+    """
     found: list[torch.Tensor] = []
 
     def keep(name: str, call: Call, output: Any) -> None:
-        found.append(call.tokens.flatten(1))
+        found.extend(_tensors([*call.args, *call.kwargs.values()][:1]))
 
     with hooked({name: model.get_submodule(name) for name in architecture.heads}, keep):
-        run(model, images)
-    if not found:
+        output = run(model, architecture, images)
+    if architecture.heads and not found:
         raise ModelError(f"{type(model).__name__} ran without calling its head, {', '.join(architecture.heads)}.")
-    return torch.cat(found, dim=1)
+    if not found:
+        found = list(_tensors([getattr(output, "last_hidden_state", output)]))
+    count = len(next(iter(images.values())))
+    if not found or any(len(tensor) % count for tensor in found):
+        raise ModelError(f"{type(model).__name__} gives no features of {count} images: {[f.shape for f in found]}.")
+    return torch.cat([tensor.reshape(count, -1) for tensor in found], dim=1)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Yields the floating-point tensors in values, which may hold sequences and mappings of them."""
+    for value in values:
+        if isinstance(value, torch.Tensor) and value.is_floating_point():
+            yield value
+        elif isinstance(value, Mapping):
+            yield from _tensors(value.values())
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)

@@ -21,10 +21,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from plasticity_peft.architectures import Architecture
-from plasticity_peft.calls import Call, block_input, first_tensor, hooked, run
-from plasticity_peft.components import Component
+from plasticity_peft.calls import Call, attention_call, block_input, first_tensor, hooked, run
+from plasticity_peft.components import KINDS, Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ModelError, NonFiniteError
+from plasticity_peft.images import Inputs
+from plasticity_peft.pairs import join
 from plasticity_peft.probe import Probe
 
 
@@ -46,29 +48,57 @@ Distance = Callable[[torch.Tensor], torch.Tensor]
 
 
 def embedding_distances(
-    model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor, distance: Distance = euclidean
+    model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs, distance: Distance = euclidean
 ) -> Distances:
-    """Returns the distances of the paper's protocol for images `x` and `y`, each (pairs, channels, height, width)."""
-    tokens, attention_call = block_input(model, architecture, torch.cat([x, y]))
-    outputs = [_output_distance(model, part, tokens, attention_call, distance) for part in architecture.components]
-    return Distances(torch.stack(outputs, dim=1), distance(tokens)[:, None].expand(-1, len(outputs)))
+    """Returns the distances of the paper's protocol for the images `x` and `y` of some pairs."""
+    call = block_input(model, architecture, join(x, y))
+    outputs = []
+    for number, part in enumerate(architecture.components):
+        if part.kind == "MHA":
+            # Each block passes its attention what it would pass it in the network: a mask, positions, a bias.
+            attend = attention_call(model, architecture, number // len(KINDS), call).with_tokens(call.tokens)
+            attention = model.get_submodule(part.path)
+            outputs.append(distance(first_tensor(attention(*attend.args, **attend.kwargs))))
+        else:
+            modules = [model.get_submodule(path) for path in part.modules]
+            outputs.append(_together([_output_distance(module, part, call.tokens, distance) for module in modules]))
+    return Distances(torch.stack(outputs, dim=1), distance(call.tokens)[:, None].expand(-1, len(outputs)))
 
 
 def activation_distances(
-    model: nn.Module, architecture: Architecture, x: torch.Tensor, y: torch.Tensor, distance: Distance = euclidean
+    model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs, distance: Distance = euclidean
 ) -> Distances:
-    """Returns the distances in the running network for images `x` and `y`, each (pairs, channels, height, width)."""
+    """Returns the distances in the running network for the images `x` and `y` of some pairs."""
+    both = join(x, y)
+    images = len(next(iter(both.values())))
     outputs: dict[str, torch.Tensor] = {}
     inputs: dict[str, torch.Tensor] = {}
 
     def reduce(name: str, call: Call, output: Any) -> None:
-        inputs[name] = distance(call.tokens)
-        outputs[name] = distance(first_tensor(output))
+        inputs[name] = distance(_per_image(call.tokens, images))
+        outputs[name] = distance(_per_image(first_tensor(output), images))
 
-    with hooked({part.id: model.get_submodule(part.path) for part in architecture.components}, reduce):
-        run(model, torch.cat([x, y]))
-    order = [part.id for part in architecture.components]
-    return Distances(*(torch.stack([found[name] for name in order], dim=1) for found in (outputs, inputs)))
+    paths = {part.id: (part.path,) if part.kind == "MHA" else part.modules for part in architecture.components}
+    with hooked({path: model.get_submodule(path) for found in paths.values() for path in found}, reduce):
+        run(model, architecture, both)
+    return Distances(
+        torch.stack([_together([outputs[path] for path in found]) for found in paths.values()], dim=1),
+        torch.stack([inputs[found[0]] for found in paths.values()], dim=1),
+    )
+
+
+def _per_image(tokens: torch.Tensor, images: int) -> torch.Tensor:
+    """Returns tokens with one row an image: windowed attention (Swin) takes the windows of an image as a batch."""
+    if len(tokens) == images:
+        return tokens
+    if len(tokens) % images:
+        raise ModelError(f"Tokens of shape {tuple(tokens.shape)} cannot be dealt out to {images} images.")
+    return tokens.reshape(images, -1, *tokens.shape[1:])
+
+
+def _together(distances: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the distance of what several modules return (a gated FC1 has two), seen as one matrix."""
+    return distances[0] if len(distances) == 1 else torch.stack(distances).square().sum(dim=0).sqrt()
 
 
 PROTOCOLS: dict[str, Callable[..., Distances]] = {
@@ -111,22 +141,11 @@ def ratios(architecture: Architecture, distances: Distances) -> Observations:
     return Observations(distances.outputs[apart] / distances.inputs[apart], int((~apart).sum()))
 
 
-def _output_distance(
-    model: nn.Module, component: Component, tokens: torch.Tensor, attention_call: Call, distance: Distance
-) -> torch.Tensor:
+def _output_distance(module: nn.Module, part: Component, tokens: torch.Tensor, distance: Distance) -> torch.Tensor:
     """Returns the distance of f(x) and f(y) of each pair, for the tokens of all x followed by those of all y."""
-    module = model.get_submodule(component.path)
-    if component.kind == "MHA":
-        call = attention_call.with_tokens(tokens)
-        return distance(first_tensor(module(*call.args, **call.kwargs)))
-    if not component.features:
+    if not part.features:
         return distance(module(tokens))
-    missing = component.features[0][0] - tokens.shape[-1]
-    if missing < 0:
-        raise ModelError(
-            f"{component.id} takes {component.features[0][0]} features, fewer than the {tokens.shape[-1]} of a token: "
-            'inputs="embedding" is not defined for it. Use inputs="activation".'
-        )
+    missing = part.features[0][0] - tokens.shape[-1]
     if type(module) is nn.Linear and distance is euclidean:
         # The bias cancels, and the zeros of the padding meet the last columns: W f(x) - W f(y) = W[:, :d] (x - y).
         weight = module.weight[:, : tokens.shape[-1]]
