@@ -22,6 +22,8 @@ from plasticity_peft.components import KINDS, Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.layouts import LAYOUTS, BlockLayout
 
+PIXELS = "pixel_values"
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -129,7 +131,9 @@ def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
 
 def main_input(module: nn.Module) -> str:
     """Returns the name of the argument in which a model takes images: "pixel_values", as a rule."""
-    return str(getattr(module, "main_input_name", "pixel_values"))
+    parameters = inspect.signature(module.forward).parameters
+    names = (getattr(module, "main_input_name", PIXELS), PIXELS, f"{PIXELS}_videos")
+    return next((name for name in names if str(name).startswith(PIXELS) and name in parameters), PIXELS)
 
 
 @dataclass(frozen=True)
@@ -305,14 +309,16 @@ def _check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
     hidden, fc2 = [_linear(leaves[name]) for name in layout.weights("FC1")], _linear(leaves[layout.FC2])
     # What enters the block may be narrower than what leaves it (Hiera). A norm after its layer has the layer's width.
     entering, leaving = inputs[0].in_features, output.out_features
-    attended = [layer.out_features for layer in inputs]
+    query, key, value = (layer.out_features for layer in (inputs if len(inputs) == 3 else inputs * 3))
     if len(inputs) == 1:
-        attended = [attended[0] // 3 if attended[0] % 3 == 0 else attended[0]] * 3
+        query, key, value = (output.in_features if query == 3 * output.in_features else query,) * 3
     widths = {
         "LN1": (_norm_width(leaves[layout.LN1]), leaving if layout.post_norm else entering),
         "inputs of the projections": (sorted({layer.in_features for layer in inputs}), [entering]),
-        "outputs of value": (attended[2], output.in_features),
-        "outputs of query and key": (attended[0], attended[1]),
+        "outputs of key": (key, value),
+        # With grouped queries (Sapiens 2), several heads share a key and a value.
+        "outputs of query": (query % key, 0),
+        "inputs of the output projection": (output.in_features % value, 0),
         "LN2": (_norm_width(leaves[layout.LN2]), leaving),
         "inputs of FC1": (sorted({layer.in_features for layer in hidden}), [leaving]),
         "outputs of FC2": (fc2.out_features, leaving),
@@ -359,7 +365,8 @@ def _takes_images_alone(model: nn.Module) -> bool:
     """Returns False where a forward pass of the model needs more than images: text, for a vision-language model."""
     parameters = inspect.signature(model.forward).parameters
     needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    return main_input(model) in parameters and "input_ids" not in parameters and set(needed) <= {main_input(model)}
+    text = any(name.endswith("input_ids") for name in parameters)
+    return main_input(model) in parameters and not text and set(needed) <= {main_input(model)}
 
 
 def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:

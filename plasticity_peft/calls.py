@@ -212,14 +212,16 @@ def _why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
         if (part.kind == "FC2" and got < width) or (part.kind in ("MHA", "FC1") and got != width):
             return f"{part.id} takes {got} features where a token has {width}"
     calls: dict[str, Call] = {}
-    with hooked(
-        {path: model.get_submodule(path) for path in architecture.blocks}, lambda n, c, _: calls.update({n: c})
-    ):
+    attentions = {path: f"{path}.{architecture.layout.MHA}" for path in architecture.blocks}
+    watched = {path: model.get_submodule(path) for both in attentions.items() for path in both}
+    with hooked(watched, lambda name, call, _: calls.update({name: call})):
         run(model, architecture, inputs)
     first = calls[architecture.blocks[0]]
-    for path in architecture.blocks[1:]:
-        if calls[path].tokens.shape != first.tokens.shape or not _equal(calls[path].extras, first.extras):
-            return f"block {path} is called otherwise than the first"
+    for block, attention in attentions.items():
+        if calls[block].tokens.shape != first.tokens.shape or not _equal(calls[block].extras, first.extras):
+            return f"block {block} is called otherwise than the first"
+        if calls[attention].tokens.shape != first.tokens.shape:
+            return f"the attention of {block} gets them in another shape than the block, in windows for instance"
     return ""
 
 

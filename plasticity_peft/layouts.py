@@ -111,6 +111,9 @@ _CLIP = BlockLayout(
     FC2="mlp.fc2",
 )
 _BLIP = replace(_CLIP, projections=("self_attn.qkv", "self_attn.projection"))
+_SAM = replace(
+    _BLIP, blocks="layers.*", MHA="attn", projections=("attn.qkv", "attn.proj"), FC1="mlp.lin1", FC2="mlp.lin2"
+)
 _AIMV2 = BlockLayout(
     blocks="encoder.layers.*",
     LN1="rms_norm1",
@@ -192,6 +195,7 @@ LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
             "clip_vision_model",
             "clipseg_vision_model",
             "git_vision_model",
+            "idefics3_vision",
             "kosmos_2_vision_model",
             "metaclip_2_vision_model",
             "mlcd_vision_model",
@@ -199,6 +203,7 @@ LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
             "owlvit_vision_model",
             "siglip2_vision_model",
             "siglip_vision_model",
+            "smolvlm_vision",
         ),
         (_CLIP,),
     ),
@@ -209,6 +214,15 @@ LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
     "groupvit_vision_model": (replace(_CLIP, blocks="encoder.stages.*.layers.*"),),
     "janus_vision_model": (replace(_CLIP, projections=_split("self_attn", "self_attn.projection_layer", _Q_PROJ)),),
     "aimv2_vision_model": (_AIMV2,),
+    "eomt": (replace(_VIT, LN1="norm1", LN2="norm2", projections=_split("attention", "attention.out_proj", _Q_PROJ)),),
+    "eomt_dinov3": (replace(_DINOV3, blocks="layers.*"), replace(_DINOV3_GATED, blocks="layers.*")),
+    "sapiens2": (
+        replace(_DINOV3_GATED, others=("attention.q_norm", "attention.k_norm")),
+        replace(_DINOV3, others=("attention.q_norm", "attention.k_norm")),
+    ),
+    **dict.fromkeys(("sam_hq_vision_model", "sam_vision_model"), (_SAM,)),
+    "sam3_vit_model": (replace(_VIT, LN1="layer_norm1", LN2="layer_norm2"),),
+    "vitdet": (replace(_DINOV2, projections=("attention.qkv", "attention.proj")),),
     "internvl_vision": (_INTERNVL,),
     "swin": (_SWIN, _SWIN_UNTIL_5_8),
     **dict.fromkeys(("donut-swin", "maskformer-swin"), (_SWIN_UNTIL_5_8,)),

@@ -19,6 +19,11 @@ MLP_RATIO = {**{key: value for key, value in PLAIN.items() if key != "intermedia
 SWIN = {"image_size": 32, "patch_size": 4, "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 6], "window_size": 4}
 PYRAMID = {"image_size": 32, "depths": [1, 2], "num_encoder_blocks": 2, "sr_ratios": [2, 1], "mlp_ratios": [2, 2]}
 
+SAM = {
+    **PLAIN, "image_size": 32, "output_channels": 8, "global_attn_indexes": [1], "mlp_dim": 32, "num_pos_feats": 8,
+    "window_size": 2,
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Family:
@@ -53,6 +58,7 @@ class Family:
         """Returns what the model takes for `count` images."""
         generator = torch.Generator().manual_seed(seed)
         name = getattr(getattr(transformers, self.model), "main_input_name", "pixel_values")
+        name = name if name.startswith("pixel_values") else "pixel_values"
         images = {name: torch.rand(count, *self.shape, generator=generator)}
         if self.model.startswith("Siglip2"):
             # Images of 2 x 3 and of 2 x 2 patches, padded to 6.
@@ -155,6 +161,30 @@ FAMILIES = {
          "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2, "num_pooler_layers": 1},
         VIDEO,
     ),
+    "eomt": Family(
+        "EomtForUniversalSegmentation",
+        {**PLAIN, "num_blocks": 1, "num_queries": 3, "num_upscale_blocks": 1, "mlp_ratio": 2}, embedding=False,
+    ),
+    "eomt_dinov3": Family(
+        "EomtDinov3ForUniversalSegmentation",
+        {**PLAIN, "num_blocks": 1, "num_queries": 3, "num_upscale_blocks": 1}, embedding=False,
+    ),
+    "sapiens2": Family("Sapiens2Model", {**PLAIN}),
+    "sam": Family("SamVisionModel", SAM, (3, 32, 32), embedding=False),
+    "sam_hq": Family("SamHQVisionModel", SAM, (3, 32, 32), embedding=False),
+    "sam3": Family(
+        "Sam3ViTModel",
+        {**PLAIN, "image_size": 32, "window_size": 2, "global_attn_indexes": [1], "pretrain_image_size": 32},
+        (3, 32, 32), embedding=False,
+    ),
+    "vitdet": Family(
+        "VitDetModel",
+        {**MLP_RATIO, "image_size": 32, "pretrain_image_size": 32, "window_size": 2, "window_block_indices": [0, 2],
+         "use_relative_position_embeddings": True},
+        (3, 32, 32), embedding=False,
+    ),
+    "idefics3": Family("Idefics3VisionTransformer", PLAIN),
+    "smolvlm": Family("SmolVLMVisionTransformer", PLAIN),
     "yolos": Family(
         "YolosForObjectDetection",
         {**PLAIN, **LABELS, "image_size": [16, 16], "num_detection_tokens": 3, "use_mid_position_embeddings": False},

@@ -21,6 +21,7 @@ from plasticity_peft.architectures import Architecture, weights_of
 from plasticity_peft.calls import block_input, check_alike
 from plasticity_peft.components import Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.errors import ModelError
 from plasticity_peft.probe import Probe
 
 
@@ -47,6 +48,10 @@ def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) 
     weights = [module.get_parameter("weight").double() for module in modules]
     if part.kind == "MHA":
         query, key, value, output = weights if len(weights) == 4 else (*weights[0].chunk(3), weights[1])
+        if len(key) != len(query):
+            raise ModelError(
+                f"{part.id}: the bound is for attention whose heads have keys of their own. Here they share."
+            )
         r = float(tokens.square().sum(dim=1).mean().sqrt())
         return attention_bound(query, key, value, output, heads=heads, tokens=len(tokens), r=r)
     if part.features:
