@@ -71,13 +71,10 @@ def vision_classes() -> Iterator[type[PreTrainedModel]]:
             found = getattr(transformers, name)
         except Exception:  # a class whose library is missing
             continue
-        if (
-            inspect.isclass(found)
-            and issubclass(found, PreTrainedModel)
-            and found.__module__.startswith("transformers.")
-        ):
-            if found.config_class and "pixel_values" in str(found.main_input_name):
-                yield found
+        if not (inspect.isclass(found) and issubclass(found, PreTrainedModel) and found.config_class):
+            continue
+        if found.__module__.startswith("transformers.") and "pixel_values" in str(found.main_input_name):
+            yield found
 
 
 def build(model_class: type[PreTrainedModel]) -> PreTrainedModel | None:
