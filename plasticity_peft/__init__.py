@@ -4,6 +4,7 @@ from plasticity_peft.architectures import find_components
 from plasticity_peft.config import PlasticityConfig
 from plasticity_peft.errors import PlasticityError
 from plasticity_peft.layouts import BlockLayout, register_architecture
+from plasticity_peft.loading import load_adapter
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
@@ -19,6 +20,7 @@ __all__ = [
     "PlasticityReport",
     "Selection",
     "find_components",
+    "load_adapter",
     "measure_plasticity",
     "register_architecture",
 ]

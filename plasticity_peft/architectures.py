@@ -16,6 +16,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 
 from plasticity_peft.components import KINDS, Component
@@ -127,6 +128,18 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
     """Returns the modules of the base model that hold the weights of a component."""
     return [unwrap(model.get_submodule(path)) for path in component.modules]
+
+
+def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Tensor]]:
+    """Returns (path, weight) for each matrix of a component, or for the gains of a norm.
+
+    The input layers of a gated MLP count as one matrix, whose outputs are those of all, because some releases of
+    transformers hold them in one layer: a score must not depend on that. The path is that of the first.
+    """
+    weights = [module.get_parameter("weight") for module in weights_of(model, component)]
+    if component.kind == "FC1":
+        return [(component.modules[0], torch.cat([*weights]))]
+    return list(zip(component.modules, weights, strict=True))
 
 
 def main_input(module: nn.Module) -> str:

@@ -25,5 +25,9 @@ class NonFiniteError(PlasticityError, ArithmeticError):
     """NaN or infinity where a number is needed: in a weight, an image or an activation."""
 
 
+class AdapterError(PlasticityError, ValueError):
+    """An adapter that cannot be read, or that does not fit the model."""
+
+
 class ReportError(PlasticityError, ValueError):
     """A report that cannot be read, or that was measured on another architecture."""

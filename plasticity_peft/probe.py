@@ -89,9 +89,12 @@ class Probe:
         target = self._target()
         return torch.tensor([target.label(place) for place in batch.places], device=self.device)
 
-    def generator(self, number: int) -> torch.Generator:
-        """Returns a random generator on the CPU that belongs to one image or batch, whatever process looks at it."""
-        state = np.random.SeedSequence([self.seed, number]).generate_state(1, np.uint32)
+    def generator(self, *numbers: int) -> torch.Generator:
+        """Returns a random generator on the CPU that belongs to one image or batch, whatever process looks at it.
+
+        `numbers` say which: the place of the image among those drawn, and what else tells uses apart.
+        """
+        state = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint32)
         return torch.Generator().manual_seed(int(state[0]))
 
     def example(self, model: nn.Module, architecture: Architecture) -> Inputs:

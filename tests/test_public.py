@@ -19,6 +19,7 @@ ORDER = """
     criteria.criterion criteria.rate_of_change criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config measure tuner
+    renames loading
 """.split()  # noqa: SIM905
 
 
@@ -32,6 +33,7 @@ def test_the_public_names() -> None:
         "PlasticityReport",
         "Selection",
         "find_components",
+        "load_adapter",
         "measure_plasticity",
         "register_architecture",
     ]

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, weights_of
+from plasticity_peft.architectures import Architecture, matrices, weights_of
 from plasticity_peft.calls import block_input, check_alike
 from plasticity_peft.components import Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
@@ -44,8 +44,7 @@ class Bound(Criterion):
 
 
 def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) -> torch.Tensor:
-    modules = weights_of(model, part)
-    weights = [module.get_parameter("weight").double() for module in modules]
+    weights = [weight.double() for _, weight in matrices(model, part)]
     if part.kind == "MHA":
         query, key, value, output = weights if len(weights) == 4 else (*weights[0].chunk(3), weights[1])
         if len(key) != len(query):
@@ -55,10 +54,11 @@ def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) 
         r = float(tokens.square().sum(dim=1).mean().sqrt())
         return attention_bound(query, key, value, output, heads=heads, tokens=len(tokens), r=r)
     if part.features:
-        return _spectral(torch.cat(weights))
+        return _spectral(weights[0])
+    norm = weights_of(model, part)[0]
     # A root mean square norm, which has no bias, does not subtract the mean.
-    centred = tokens - tokens.mean(dim=1, keepdim=True) if "bias" in dict(modules[0].named_parameters()) else tokens
-    variance = centred.square().mean(dim=1) + getattr(modules[0], "eps", 0.0)
+    centred = tokens - tokens.mean(dim=1, keepdim=True) if "bias" in dict(norm.named_parameters()) else tokens
+    variance = centred.square().mean(dim=1) + getattr(norm, "eps", 0.0)
     return weights[0].abs().max() / variance.sqrt().mean()
 
 

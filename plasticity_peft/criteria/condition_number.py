@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, weights_of
+from plasticity_peft.architectures import Architecture, matrices
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.probe import Probe
 
@@ -31,8 +31,7 @@ class ConditionNumber(Criterion):
         """Yields the mean condition number of the weights of each component."""
         kappas = []
         for part in architecture.components:
-            weights = [module.get_parameter("weight") for module in weights_of(model, part)]
-            kappas.append(torch.stack([_condition_number(weight) for weight in weights]).mean())
+            kappas.append(torch.stack([_condition_number(weight) for _, weight in matrices(model, part)]).mean())
         yield Observations(torch.stack(kappas).double()[None].cpu())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plasticity_peft.architectures import Architecture, unwrap
+from plasticity_peft.architectures import Architecture, matrices
 from plasticity_peft.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.probe import Probe
@@ -34,18 +34,20 @@ class FeatureNorm(Criterion):
 
     def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
         """Yields the normalised feature norm of each component for each batch of images."""
-        modules = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
+        parts = [matrices(model, part) for part in architecture.components]
+        weights = dict(matrix for part in parts for matrix in part)
+        numbers = {path: number for number, path in enumerate(weights)}
         for batch in probe.images():
-            generator = probe.generator(batch.numbers[0])
             found: dict[str, torch.Tensor] = {}
 
-            def keep(name: str, call: Call, output: Any) -> None:
-                weight = unwrap(modules[name]).get_parameter("weight")
-                found[name] = feature_norm(weight, call.tokens, generator)  # noqa: B023 - used before the next batch
+            def keep(name: str, call: Call, output: Any, first: int = batch.numbers[0]) -> None:
+                # A generator each: in which order a model calls its projections changes between releases.
+                generator = probe.generator(first, numbers[name])
+                found[name] = feature_norm(weights[name], call.tokens, generator)  # noqa: B023 - before the next batch
 
-            with hooked(modules, keep):
+            with hooked({path: model.get_submodule(path) for path in weights}, keep):
                 run(model, architecture, batch.images)
-            values = [torch.stack([found[path] for path in part.modules]).mean() for part in architecture.components]
+            values = [torch.stack([found[path] for path, _ in part]).mean() for part in parts]
             yield Observations(torch.stack(values)[None])
 
 
