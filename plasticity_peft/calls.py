@@ -193,17 +193,8 @@ def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
         )
 
 
-def check_alike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
-    """Raises ModelError unless one and the same input can be fed to all components, as the paper's protocol does."""
-    reason = _why_unlike(model, architecture, inputs)
-    if reason:
-        raise ModelError(
-            f'inputs="embedding" feeds the tokens that enter the first block to every component, and {reason} '
-            f'({type(model).__name__}, model type {architecture.model_type}). Use inputs="activation".'
-        )
-
-
-def _why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> str:
+def why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> str:
+    """Returns why the tokens that enter the first block cannot be fed to all components; "" where they can."""
     if architecture.hierarchical:
         return "in a hierarchical model they change in width and number from stage to stage"
     width = architecture.hidden_size

@@ -214,8 +214,6 @@ LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
     "groupvit_vision_model": (replace(_CLIP, blocks="encoder.stages.*.layers.*"),),
     "janus_vision_model": (replace(_CLIP, projections=_split("self_attn", "self_attn.projection_layer", _Q_PROJ)),),
     "aimv2_vision_model": (_AIMV2,),
-    "eomt": (replace(_VIT, LN1="norm1", LN2="norm2", projections=_split("attention", "attention.out_proj", _Q_PROJ)),),
-    "eomt_dinov3": (replace(_DINOV3, blocks="layers.*"), replace(_DINOV3_GATED, blocks="layers.*")),
     "sapiens2": (
         replace(_DINOV3_GATED, others=("attention.q_norm", "attention.k_norm")),
         replace(_DINOV3, others=("attention.q_norm", "attention.k_norm")),

@@ -11,13 +11,13 @@ from peft import PeftModel
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
-from plasticity_peft.calls import block_input, check_alike, check_calls, input_names
+from plasticity_peft.calls import block_input, check_calls, input_names, why_unlike
 from plasticity_peft.checks import check_count
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import Criterion
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
-from plasticity_peft.images import Images
+from plasticity_peft.images import Images, Inputs
 from plasticity_peft.isolation import left_as_found
 from plasticity_peft.moments import Moments
 from plasticity_peft.probe import Probe
@@ -110,7 +110,7 @@ def measure_plasticity(
         example = probe.example(model, architecture)
         check_calls(model, architecture, example)
         if inputs == "embedding":
-            check_alike(model, architecture, example)
+            _check_alike(model, architecture, example)
         if rule.protocols:
             tokens = block_input(model, architecture, example).tokens.float()
             spread.append(float(tokens.std(dim=-1, correction=0).mean()))
@@ -134,6 +134,16 @@ def measure_plasticity(
         seed=seed,
         source=source is not None and rule.protocols,
     )
+
+
+def _check_alike(model: nn.Module, architecture: Architecture, example: Inputs) -> None:
+    """Raises ModelError unless one and the same input can be fed to all components, as the paper's protocol does."""
+    reason = why_unlike(model, architecture, example)
+    if reason:
+        raise ModelError(
+            f'inputs="embedding" feeds the tokens that enter the first block to every component, and {reason} '
+            f'({type(model).__name__}, model type {architecture.model_type}). Use inputs="activation".'
+        )
 
 
 def check_target(criterion: Criterion, target: Any) -> None:

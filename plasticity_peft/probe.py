@@ -104,7 +104,14 @@ class Probe:
         return self._to_model(stack([(self.target, 0)]))
 
     def grey_image(self, model: nn.Module, architecture: Architecture) -> Inputs:
-        """Returns an image of zeros, the mean of what an image processor makes, in the size that the model is for."""
+        """Returns an image of zeros, the mean of what an image processor makes.
+
+        It has the size of the first target image, or, without data, the one that the model is for.
+        """
+        if self.target is not None:
+            image = self._to_model(stack([(self.target, 0)]))
+            main = next(iter(image))
+            return {**image, main: torch.zeros_like(image[main])}
         backbone = model.get_submodule(architecture.backbone)
         config = getattr(backbone, "config", None)
         size, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)

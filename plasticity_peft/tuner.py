@@ -22,7 +22,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, find_architecture
+from plasticity_peft.architectures import Architecture, find_architecture, walk
 from plasticity_peft.checks import check_count
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
@@ -95,6 +95,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     modules_to_save = [*others, *architecture.heads]
     modules_to_save += [name for name in config.modules_to_save or () if name not in modules_to_save]
     _check_free(model, linears, others)
+    _check_only(model, linears, [*others, *architecture.heads])
     config.resolve(
         report,
         selection,
@@ -139,6 +140,20 @@ def _check_free(model: nn.Module, linears: list[str], others: list[str]) -> None
                     f'Another adapter of this model trains {path} with training="{held}", and PEFT cannot hold both '
                     f'modes on one module: use training="{held}" here too, or merge or unload that adapter first.'
                 )
+
+
+def _check_only(model: nn.Module, linears: list[str], modules_to_save: list[str]) -> None:
+    """Raises ModelError where PEFT, which goes by how a path ends, would take modules that were not chosen."""
+    ends = tuple(f".{path}" for path in linears)
+    for path, _ in walk(model):
+        taken = [end[1:] for end in ends if path.endswith(end)]
+        if not any(f"{path}.".startswith(f"{saved}.") for saved in modules_to_save):
+            taken += [saved for saved in modules_to_save if path.endswith(saved)]
+        if taken and path not in linears:
+            raise ModelError(
+                f"{type(model).__name__}: PEFT finds modules by how their paths end, so that {path} would be trained "
+                f"along with {taken[0]}. Adapt the part of the model that holds the blocks, as a model of its own."
+            )
 
 
 @contextmanager

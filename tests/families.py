@@ -161,14 +161,6 @@ FAMILIES = {
          "pred_num_hidden_layers": 1, "pred_num_attention_heads": 2, "num_pooler_layers": 1},
         VIDEO,
     ),
-    "eomt": Family(
-        "EomtForUniversalSegmentation",
-        {**PLAIN, "num_blocks": 1, "num_queries": 3, "num_upscale_blocks": 1, "mlp_ratio": 2}, embedding=False,
-    ),
-    "eomt_dinov3": Family(
-        "EomtDinov3ForUniversalSegmentation",
-        {**PLAIN, "num_blocks": 1, "num_queries": 3, "num_upscale_blocks": 1}, embedding=False,
-    ),
     "sapiens2": Family("Sapiens2Model", {**PLAIN}),
     "sam": Family("SamVisionModel", SAM, (3, 32, 32), embedding=False),
     "sam_hq": Family("SamHQVisionModel", SAM, (3, 32, 32), embedding=False),

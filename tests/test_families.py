@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -17,10 +18,11 @@ from plasticity_peft import BlockLayout, PlasticityConfig, find_components, meas
 from plasticity_peft.architectures import Architecture, find_architecture
 from plasticity_peft.calls import Call, attention_call
 from plasticity_peft.components import KINDS, Component
+from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
-from plasticity_peft.errors import ModelError
+from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.layouts import LAYOUTS
-from tests.families import FAMILIES, PLAIN, Family, disturbed, items
+from tests.families import FAMILIES, LABELS, PLAIN, Family, disturbed, items
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 NEVER_CALLED = () if FIVE else ("videomae",)
@@ -95,7 +97,6 @@ def test_every_layout_has_a_family() -> None:
             "radio",
             "tipsv2_vision_model",
             "videomae",
-            "eomt_dinov3",
             "sapiens2",
             "sam3_vit_model",
         }
@@ -236,6 +237,33 @@ def test_eager_and_sdpa_attention_give_the_same_report(name: str) -> None:
         assert [row.mean for row in sdpa.scores] == pytest.approx([row.mean for row in eager.scores], rel=1e-4)
 
 
+UNDEFINED = {
+    "bound": r"takes the tokens that enter the first block .* Use another criterion",
+    "token_sensitivity": "not tokens of 16 features",
+    "gradient_norm": "has no head|no loss for labels|not for one whole number|Labels must be",
+}
+
+
+@every_family
+@pytest.mark.parametrize(
+    "criterion",
+    ["bound", "condition_number", "feature_norm", "gradient_norm", "parameter_plasticity", "token_sensitivity"],
+)
+def test_a_criterion_scores_every_component_or_says_why_not(name: str, criterion: str) -> None:
+    found = family(name)
+    model = found.build()
+    images = [{**item, "labels": number % 3} for number, item in enumerate(items(found.images()))]
+    inputs = "activation" if CRITERIA[criterion].protocols else None
+    try:
+        report = measure_plasticity(model, images, criterion=criterion, inputs=inputs, pairs=4, batch_size=2)
+    except PlasticityError as error:
+        assert re.search(UNDEFINED[criterion], str(error)), error  # noqa: PT017 - most families raise nothing
+        assert criterion != "bound" or not found.embedding
+        assert criterion != "gradient_norm" or found.others != LABELS
+        return
+    assert all(row.mean > 0 for row in report.scores)
+
+
 def test_attention_that_is_not_called_is_refused() -> None:
     if FIVE:
         pytest.skip("transformers 5 calls the projections of VideoMAE")
@@ -295,6 +323,19 @@ def test_of_several_vision_towers_one_must_be_named() -> None:
     assert find_components(model, "right")[0].path.startswith("right.")
     with pytest.raises(ModelError, match=r"has no module 'middle' .* found in it: left, right"):
         find_components(model, "middle")
+
+
+def test_a_module_whose_path_ends_like_a_chosen_one_is_not_trained_along() -> None:
+    model = FAMILIES["clip-vision"].build()
+    name = find_components(model)[3].modules[0]
+    model.extra = inner = nn.Module()
+    for part in name.split(".")[:-1]:
+        inner.add_module(part, nn.Module())
+        inner = inner.get_submodule(part)
+    inner.add_module(name.split(".")[-1], nn.Linear(2, 2))
+    report = measure_plasticity(model, criterion="bound")
+    with pytest.raises(ModelError, match=rf"extra.{name} would be trained along with {name}"):
+        get_peft_model(model, PlasticityConfig(report=report, candidates=("FC1",)))
 
 
 class Config:

@@ -49,7 +49,8 @@ REFUSED = {
         minicpm_ocr_vision minicpmv4_7_vision minimax_m3_vl_vision molmo2_vision muse_glimmer_vision muse_spark_vision
         paddleocr_vl_vision phi4_multimodal_vision pixtral video_llama_3_vision
     """,
-    "blocks that are not described yet": "pp_formulanet pp_formulanet_vision videomt",
+    "the head lies among the parts of the backbone": "eomt eomt_dinov3 videomt",
+    "blocks that are not described yet": "pp_formulanet pp_formulanet_vision",
     "more than one vision transformer: backbone= says which": "depth_pro",
 }
 TYPES = {model_type: reason for reason, types in REFUSED.items() for model_type in types.split()}

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, matrices, weights_of
-from plasticity_peft.calls import block_input, check_alike
+from plasticity_peft.calls import block_input, why_unlike
 from plasticity_peft.components import Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ModelError
@@ -35,7 +35,12 @@ class Bound(Criterion):
     def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
         """Yields the upper bound of each component."""
         image = probe.grey_image(model, architecture)
-        check_alike(model, architecture, image)
+        reason = why_unlike(model, architecture, image)
+        if reason:
+            raise ModelError(
+                f"criterion='bound' takes the tokens that enter the first block for the input of every component, and "
+                f"{reason} ({type(model).__name__}). Use another criterion."
+            )
         tokens = block_input(model, architecture, image).tokens[0].double()
         config = model.get_submodule(architecture.backbone).config
         heads = int(config.num_attention_heads)  # type: ignore[arg-type, union-attr]

@@ -53,7 +53,12 @@ def _loss(model: nn.Module, architecture: Architecture, images: Inputs, labels: 
             f"Labels must be from 0 to {number - 1}, as the model's head has {number} outputs. Got "
             f"{int(labels.min())} to {int(labels.max())}."
         )
-    loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
+    try:
+        loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
+    except (IndexError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"{type(model).__name__} has a loss that is not for one whole number an image as label ({error!r})."
+        ) from error
     if not isinstance(loss, torch.Tensor):
         raise ModelError(f"{type(model).__name__} returns no loss for labels.")
     return loss

@@ -18,9 +18,10 @@ import torch
 from torch import nn
 
 from plasticity_peft.architectures import Architecture
-from plasticity_peft.calls import Call
+from plasticity_peft.calls import Call, block_input
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS, ratios
+from plasticity_peft.errors import ModelError
 from plasticity_peft.probe import Probe
 
 
@@ -34,6 +35,12 @@ class TokenSensitivity(Criterion):
     def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
         """Yields the rate of change of each image and its disturbed self."""
         block = model.get_submodule(architecture.blocks[0])
+        tokens = block_input(model, architecture, probe.example(model, architecture)).tokens
+        if tokens.shape[-1] != architecture.hidden_size:
+            raise ModelError(
+                f"{type(model).__name__}: its blocks take {tuple(tokens.shape[1:])} an image, not tokens of "
+                f"{architecture.hidden_size} features. Use another criterion."
+            )
         for batch in probe.images():
             with _second_half_disturbed(block, [probe.generator(number) for number in batch.numbers]):
                 distances = PROTOCOLS[probe.inputs](model, architecture, batch.images, batch.images)
@@ -58,8 +65,9 @@ def _second_half_disturbed(block: nn.Module, generators: Sequence[torch.Generato
 
 def disturbed(tokens: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Returns the tokens (images, tokens, features) with noise on one token of each image."""
-    tokens = tokens.clone()
-    for image, generator in zip(tokens, generators, strict=True):
+    tokens = tokens.clone(memory_format=torch.contiguous_format)
+    # Windows or patches of an image may be rows of their own.
+    for image, generator in zip(tokens.view(len(generators), -1, tokens.shape[-1]), generators, strict=True):
         place = int(torch.randint(len(image), (), generator=generator))
         noise = torch.randn(image.shape[-1], generator=generator).to(image.device)
         image[place] += (noise * image.float().square().mean().sqrt()).to(image.dtype)
