@@ -101,7 +101,8 @@ def test_every_layout_has_a_family() -> None:
             "sam3_vit_model",
         }
     )
-    assert known | newer | {"kosmos_2_vision_model"} >= set(LAYOUTS)
+    # Kosmos-2 has no class for its vision part alone; the documentation registers the last one.
+    assert known | newer | {"kosmos_2_vision_model", "my_vit"} >= set(LAYOUTS)
 
 
 @every_family
@@ -341,7 +342,7 @@ def test_a_module_whose_path_ends_like_a_chosen_one_is_not_trained_along() -> No
 class Config:
     """The config of a model of one's own."""
 
-    model_type = "my_vit"
+    model_type = "home_made"
     num_attention_heads = 2
     image_size = 16
 
@@ -386,7 +387,7 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_can_be_described() 
     with pytest.raises(ModelError) as refused:
         find_components(model)
     for text in (
-        "MyViT (model_type 'my_vit')",
+        "MyViT (model_type 'home_made')",
         "trunk.*: first, second, attention.qkv",
         "register_architecture",
         "vit_mae",
@@ -396,9 +397,9 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_can_be_described() 
         blocks="trunk.*", LN1="first", MHA="attention", projections=("attention.qkv", "attention.out"), LN2="second",
         FC1="up", FC2="down",
     )  # fmt: skip
-    register_architecture("my_vit", layout)
+    register_architecture("home_made", layout)
     try:
-        register_architecture("my_vit", layout)
+        register_architecture("home_made", layout)
         assert [part.id for part in find_components(model)[:5]] == [f"0.{kind}" for kind in KINDS]
         images = torch.rand(6, 3, 16, 16)
         for options in ({"inputs": "embedding"}, {"inputs": "activation"}, {}):
@@ -409,7 +410,7 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_can_be_described() 
         ):
             find_components(model)
     finally:
-        del LAYOUTS["my_vit"]
+        del LAYOUTS["home_made"]
 
 
 @pytest.mark.parametrize(

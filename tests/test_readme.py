@@ -11,6 +11,7 @@ from matplotlib import pyplot as plt
 from transformers import ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig
+from plasticity_peft.layouts import LAYOUTS
 from tests.conftest import REPOSITORY, random_images, tiny_model
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
@@ -20,21 +21,27 @@ def test_the_snippets_run_one_after_the_other(tmp_path: Path, monkeypatch: pytes
     matplotlib.use("agg")
     monkeypatch.chdir(tmp_path)
     tiny_model().save_pretrained("base")
-    model, base_model, fresh = (ViTForImageClassification.from_pretrained("base") for _ in range(3))
+    model, base_model = (ViTForImageClassification.from_pretrained("base") for _ in range(2))
     names = {
         "model": model,
         "base_model": base_model,
-        "fresh_base_model": fresh,
         "train_dataset": [{"pixel_values": image} for image in random_images(12)],
     }
-    assert len(SNIPPETS) == 3
+    assert len(SNIPPETS) == 5
     for snippet in SNIPPETS:
+        names["fresh_base_model"] = ViTForImageClassification.from_pretrained("base")
         exec(compile(snippet, "README.md", "exec"), names)
         if "print_trainable_parameters" in snippet:
             names["model"].save_pretrained("adapter")
     assert names["config"].load_report() == names["report"]
     assert isinstance(names["config"], PlasticityConfig)
     plt.close("all")
+
+
+def test_every_known_architecture_is_named() -> None:
+    text = (REPOSITORY / "README.md").read_text()
+    table = text[text.index("## Architectures") : text.index("- Ids of hierarchical models")]
+    assert set(LAYOUTS) - {"my_vit"} == set(re.findall(r"(?<=[|,] )[a-z0-9_-]+(?=[ ,])", table)) & set(LAYOUTS)
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:
