@@ -122,7 +122,14 @@ class PlasticityArguments:
     candidates: list[str] = field(
         default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
     )
-    pairs: int = field(default=1024, metadata={"help": "Images, or pairs of images, to measure on."})
+    pairs: int = field(default=1024, metadata={"help": "Images, or pairs of images, to measure on at most."})
+    settle: float | None = field(
+        default=0.95,
+        metadata={"help": "End measuring when the choice is settled at this confidence; 0 looks at all pairs."},
+    )
+    dtype: str | None = field(
+        default=None, metadata={"help": "Precision to measure in.", "choices": ["bfloat16", "float16"]}
+    )
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
@@ -329,6 +336,7 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments)
     options = asdict(plasticity)
     head_only = options.pop("head_only")
+    options["settle"] = options["settle"] or None
 
     results = {}
     if demo if head_only is None else head_only:

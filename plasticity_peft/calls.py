@@ -6,16 +6,18 @@ Every hook here lives inside a context manager, so that none outlasts an excepti
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, main_input
 from plasticity_peft.errors import DataError, ModelError, PlasticityError
 from plasticity_peft.images import LABEL_KEYS, Inputs
+from plasticity_peft.offloading import offloaded
 
 
 class Call(NamedTuple):
@@ -59,6 +61,15 @@ def first_tensor(output: Any) -> torch.Tensor:
     return tensor
 
 
+def per_image(tokens: torch.Tensor, images: int) -> torch.Tensor:
+    """Returns tokens with one row an image: windowed attention (Swin) takes the windows of an image as a batch."""
+    if len(tokens) == images:
+        return tokens
+    if len(tokens) % images:
+        raise ModelError(f"Tokens of shape {tuple(tokens.shape)} cannot be dealt out to {images} images.")
+    return tokens.reshape(images, -1, *tokens.shape[1:])
+
+
 class _StopForwardError(Exception):
     """Ends a forward pass whose rest is not needed."""
 
@@ -93,9 +104,11 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
         inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
     try:
         return entry(**inputs, **arguments)
-    except (PlasticityError, torch.OutOfMemoryError):
+    except PlasticityError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:
+        if should_reduce_batch_size(error):
+            raise
         given = ", ".join(
             f"{name} of shape {tuple(value.shape[1:])} ({value.dtype})" for name, value in inputs.items()
         )
@@ -124,7 +137,9 @@ def block_input(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
 
     The pass ends there.
     """
-    call = _first_call(model.get_submodule(architecture.blocks[0]), lambda: run(model, architecture, inputs))
+    block = model.get_submodule(architecture.blocks[0])
+    # A module that brings its weights from elsewhere sends them back at its end.
+    call = call_of(block, lambda: run(model, architecture, inputs), stop=not offloaded(model))
     if call is None:
         raise ModelError(f"{type(model).__name__} ran without calling its first block, {architecture.blocks[0]}.")
     return call
@@ -137,28 +152,29 @@ def attention_call(model: nn.Module, architecture: Architecture, index: int, cal
     """
     block = model.get_submodule(architecture.blocks[index])
     attention = block.get_submodule(architecture.layout.MHA)
-    found = _first_call(attention, lambda: block(*call.args, **call.kwargs))
+    found = call_of(attention, lambda: block(*call.args, **call.kwargs), stop=not offloaded(block))
     if found is None:
         raise ModelError(f"{type(model).__name__}: block {architecture.blocks[index]} ran without its attention.")
     return found
 
 
-def _first_call(module: nn.Module, forward: Callable[[], Any]) -> Call | None:
-    """Returns the first call of `module` in `forward`, which ends there; None where there is none."""
+def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) -> Call | None:
+    """Returns the first call of `module` in `forward`, which ends there if `stop`; None where there is none."""
     seen: list[Call] = []
 
     def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
         seen.append(Call(args, kwargs))
-        raise _StopForwardError
+        if stop:
+            raise _StopForwardError
 
     handle = module.register_forward_pre_hook(keep, with_kwargs=True)
     try:
         forward()
     except _StopForwardError:
-        return seen[0]
+        pass
     finally:
         handle.remove()
-    return None
+    return seen[0] if seen else None
 
 
 def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
@@ -214,6 +230,16 @@ def why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> 
         if calls[attention].tokens.shape != first.tokens.shape:
             return f"the attention of {block} gets them in another shape than the block, in windows for instance"
     return ""
+
+
+def has_tensors(value: Any) -> bool:
+    """Returns whether an argument is a tensor, or holds one."""
+    if isinstance(value, Mapping):
+        return has_tensors(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(has_tensors, value))
+    # What is no plain value may hold anything.
+    return not isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None)))
 
 
 def _equal(one: Any, other: Any) -> bool:

@@ -9,7 +9,7 @@ from plasticity_peft.errors import ConfigError
 
 GRANULARITIES = ("kind", "block")
 PROTOCOLS = ("embedding", "activation")
-OBSERVED = ("pairs", "batches", "weights")
+OBSERVED = ("pairs", "images", "batches", "weights")
 TRAINING_MODES = ("lora", "full")
 
 
@@ -33,6 +33,17 @@ def check_budget(budget: object) -> None:
         raise ConfigError(
             "budget must be a share of the model's parameters, above 0 and at most 1 (0.01 is one percent). "
             f"Got {budget!r}."
+        )
+
+
+def check_settle(settle: object) -> None:
+    """Raises ConfigError unless `settle` is a confidence, or None."""
+    if settle is None:
+        return
+    if isinstance(settle, bool) or not isinstance(settle, (int, float)) or not 0 < settle < 1:
+        raise ConfigError(
+            "settle must be a confidence above 0 and below 1 (0.95: a wrong choice is called settled in 5 % of cases "
+            f"at most), or None to look at all pairs. Got {settle!r}."
         )
 
 

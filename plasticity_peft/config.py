@@ -18,11 +18,13 @@ from plasticity_peft.checks import (
     check_candidates,
     check_choice,
     check_count,
+    check_settle,
 )
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import write_text
+from plasticity_peft.precision import check_dtype
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
 
@@ -136,9 +138,20 @@ class PlasticityConfig(LoraConfig):
             "take, in full) or 'full' (all of their weights)."
         },
     )
-    pairs: int = field(default=1024, metadata={"help": "Pairs of images, or images, to measure on; at least 2."})
+    pairs: int = field(default=1024, metadata={"help": "Pairs of images, or images, to measure on at most."})
     batch_size: int = field(default=32, metadata={"help": "Pairs, or images, in one pass while measuring."})
     seed: int = field(default=0, metadata={"help": "Seed of the drawing of images."})
+    settle: float | None = field(
+        default=0.95,
+        metadata={
+            "help": "Measuring ends as soon as the chosen units differ from the rest at this confidence; None: it "
+            "looks at all pairs."
+        },
+    )
+    dtype: str | None = field(
+        default=None,
+        metadata={"help": "'bfloat16' or 'float16' to measure in that precision (autocast); None: the model's own."},
+    )
     backbone: str | None = field(
         default=None,
         metadata={
@@ -171,6 +184,8 @@ class PlasticityConfig(LoraConfig):
         check_count("pairs", self.pairs, 2)
         check_count("batch_size", self.batch_size, 1)
         check_count("seed", self.seed, 0)
+        check_settle(self.settle)
+        self.dtype = check_dtype(self.dtype)
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
             raise ConfigError(f"report must be a PlasticityReport or the path of a saved one. Got {self.report!r}.")
         if self.report is not None and self.target_data is not None:
@@ -199,17 +214,13 @@ class PlasticityConfig(LoraConfig):
                 f"config asks for criterion={self.criterion!r} with inputs={self.inputs!r}. Leave both out to take "
                 "the report as it is, or measure again."
             )
-        return report.select(
-            self.top_k,
-            self.budget,
-            granularity=self.granularity,
-            candidates=self.candidates,
-            training=self.training,
-            r=self.r,
-            rank_pattern=self.rank_pattern,
-            use_dora=self.use_dora,
-            lora_bias=self.lora_bias,
-        )
+        return report.select(**self.wanted)
+
+    @property
+    def wanted(self) -> dict[str, Any]:
+        """What is to be chosen, as the arguments of `PlasticityReport.select`."""
+        names = ("top_k", "budget", "granularity", "candidates", "training")
+        return {name: getattr(self, name) for name in (*names, "r", "rank_pattern", "use_dora", "lora_bias")}
 
     def resolve(
         self,

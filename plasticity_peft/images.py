@@ -30,8 +30,8 @@ ALLOWED = (
 class Images:
     """Images by index, each a dictionary of tensors, of which the first is floating-point.
 
-    A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its first images are read, in its own
-    order, and held.
+    A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its images are read in its own order,
+    as far as they are asked for, and held.
     """
 
     def __init__(self, data: Any, name: str, read_at_most: int, names: tuple[str, ...] = PIXELS) -> None:
@@ -40,7 +40,10 @@ class Images:
         `names` are the arguments that a model may take for an image; the first is required.
         """
         self.name = name
+        self.stream = False
+        """True where images come in an order that is not ours to choose."""
         self._names = names
+        self._unread: Iterator[Any] = iter(())
         self._data, self._collate = data, None
         if isinstance(data, torch.utils.data.DataLoader):
             if isinstance(data.dataset, torch.utils.data.IterableDataset):
@@ -53,14 +56,25 @@ class Images:
         if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             if not isinstance(data, Iterable):
                 raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
-            self._data = list(islice(data, read_at_most))
+            self.stream = True
+            self._data, self._unread = [], islice(data, read_at_most)
 
     def __len__(self) -> int:
+        """Number of images. A stream is read to its end, or as far as it may be read."""
+        if self.stream:
+            self._data.extend(self._unread)
         return len(self._data)
+
+    def has(self, index: int) -> bool:
+        """Returns whether there is an image `index`. A stream is read so far."""
+        if self.stream:
+            self._data.extend(islice(self._unread, max(0, index + 1 - len(self._data))))
+        return index < len(self._data)
 
     def __getitem__(self, index: int) -> Inputs:
         """Returns image `index`. Raises DataError or NonFiniteError, naming the image, where it is not usable."""
         place = f"{self.name}[{index}]"
+        self.has(index)
         inputs = {name: _tensor(value, place) for name, value in self._inputs(self._item(index, place), place).items()}
         image = inputs[self._names[0]]
         if not 2 <= image.ndim <= 4:

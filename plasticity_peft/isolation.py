@@ -12,8 +12,10 @@ from torch import nn
 
 
 @contextmanager
-def left_as_found(model: nn.Module, seed: int) -> Iterator[None]:
-    """Inside: evaluation mode, no gradients, no autocast, random numbers from `seed`. Afterwards: all as before.
+def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iterator[None]:
+    """Inside: evaluation mode, no gradients, random numbers from `seed`, autocast to `dtype` or to nothing.
+
+    Afterwards all is as before.
 
     What is restored, on success and on failure: the mode of every module, and the random state of torch (CPU and the
     model's devices), numpy and python. Nothing else of the model may be changed inside; hooks remove themselves.
@@ -28,7 +30,7 @@ def left_as_found(model: nn.Module, seed: int) -> Iterator[None]:
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
             model.eval()
-            with _no_autocast({"cpu", *(device.type for device in devices if device.type != "meta")}):
+            with _autocast({"cpu", *(device.type for device in devices if device.type != "meta")}, dtype):
                 yield
     finally:
         random.setstate(python_state)
@@ -38,9 +40,10 @@ def left_as_found(model: nn.Module, seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def _no_autocast(device_types: set[str]) -> Iterator[None]:
+def _autocast(device_types: set[str], dtype: str | None) -> Iterator[None]:
     if not device_types:
         yield
         return
-    with torch.autocast(device_types.pop(), enabled=False), _no_autocast(device_types):
+    lower = None if dtype is None else getattr(torch, dtype)
+    with torch.autocast(device_types.pop(), dtype=lower, enabled=lower is not None), _autocast(device_types, dtype):
         yield

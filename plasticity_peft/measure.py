@@ -2,28 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers.utils import logging
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
 from plasticity_peft.calls import block_input, check_calls, input_names, why_unlike
-from plasticity_peft.checks import check_count
+from plasticity_peft.checks import check_count, check_settle
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import CRITERIA, resolve
-from plasticity_peft.criteria.criterion import Criterion
+from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images import Images, Inputs
 from plasticity_peft.isolation import left_as_found
-from plasticity_peft.moments import Moments
+from plasticity_peft.offloading import execution_device, onloaded
+from plasticity_peft.precision import check_dtype
 from plasticity_peft.probe import Probe
-from plasticity_peft.processes import Share, merge_over_processes
+from plasticity_peft.processes import Share, in_step, this_process
 from plasticity_peft.report import PlasticityReport
+from plasticity_peft.rounds import Seen, Table, check_finite, check_same, observe_until_settled
 from plasticity_peft.scores import KindScore, Score
+from plasticity_peft.selection import choice_of
+from plasticity_peft.settling import Ending, Settling, looks
+
+# Below the logger of transformers, so that its verbosity, set once, holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 PACKAGES = ("plasticity_peft", "torch", "transformers", "peft", "accelerate")
 
@@ -38,7 +47,15 @@ def measure_plasticity(
     pairs: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
+    settle: float | None = 0.95,
+    top_k: int | None = None,
+    budget: float | None = None,
+    granularity: str = "kind",
+    candidates: Iterable[str] = KINDS,
+    training: str = "lora",
+    dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
+    **lora: Any,
 ) -> PlasticityReport:
     """Returns a score for every component of `model`: how much it is worth to train.
 
@@ -46,10 +63,10 @@ def measure_plasticity(
     the same report.
 
     Args:
-        model: a vision transformer of transformers, with or without a head, on any one device, or a model that has one
-            as a part (of a model that also needs text, only that part is run). It is run in evaluation mode and in its
-            own dtype; differences and norms are taken at least in float32. Adapters that it carries are part of what
-            is measured.
+        model: a vision transformer of transformers, with or without a head, on any device or, with a `device_map`, on
+            several, or a model that has one as a part (of a model that also needs text, only that part is run). It is
+            run in evaluation mode and, without `dtype`, in its own dtype; differences and norms are taken at least in
+            float32. Adapters that it carries are part of what is measured.
         target: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point pixel_values of
             shape (channels, height, width), and whatever else the model takes for an image; a DataLoader of such items
             (its dataset and collate_fn are used), a tensor (images, channels, height, width), or a stream, of which
@@ -68,11 +85,22 @@ def measure_plasticity(
         inputs: what components are fed by "rate_of_change" (which it stands for if `criterion` is not given) and its
             relatives: "embedding", the paper's protocol: every component gets the tokens that enter block 0; or
             "activation": every component gets what it receives in the running network.
-        pairs: how many pairs of images, or images where a criterion looks at them one by one; at least 2. Fewer are
-            used where the images do not make as many different ones.
-        batch_size: pairs or images in one pass, on each process.
+        pairs: how many pairs of images at most, or images where a criterion looks at them one by one; at least 2.
+            There are fewer where the images do not make as many different ones.
+        batch_size: pairs or images in one pass, on each process. Where memory does not suffice it is halved.
         seed: of the drawing of images, of what a criterion draws, and of the dataset's own transforms.
+        settle: ends as soon as the units that would be chosen differ from the rest at this confidence (see
+            `plasticity_peft/settling.py`); None looks at all `pairs`. `report.ending` tells how it went.
+        top_k: what is to be chosen, as in `PlasticityReport.select`, so that it is settled what to settle; with
+            neither this nor `budget`, the best unit. The report may be cut elsewhere all the same.
+        budget: see `top_k`.
+        granularity: see `top_k`.
+        candidates: see `top_k`.
+        training: see `top_k`.
+        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None in its own. Differences,
+            norms and scores are float32 or more in any case.
         backbone: path of the vision transformer in a model that holds several, such as "model.vision_tower".
+        lora: `r`, `rank_pattern`, `use_dora`, `lora_bias`, which count in a `budget`.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -97,43 +125,100 @@ def measure_plasticity(
     check_count("pairs", pairs, 2)
     check_count("batch_size", batch_size, 1)
     check_count("seed", seed, 0)
+    check_settle(settle)
+    dtype = check_dtype(dtype)
     check_target(rule, target)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
-    spread: list[float] = []
+    choice = choice_of(
+        architecture.components,
+        architecture.parameters,
+        top_k,
+        budget,
+        granularity=granularity,
+        candidates=candidates,
+        training=training,
+        **lora,
+    )
+    # What reads only weights gives the same in every process: there is nothing to merge.
+    share = Share(0, 1) if rule.observed == "weights" else this_process()
+    ready: list[_Ready] = []
 
-    def measure(share: Share) -> tuple[Moments, int]:
+    def get_ready() -> tuple[int, int, str]:
         _check_weights(model)
-        probe = _probe(
-            model, architecture, target, source, pairs, share, inputs=inputs or "", batch_size=batch_size, seed=seed
-        )
+        names = input_names(model, architecture)
+        probe = _probe(model, target, source, pairs, names, inputs=inputs or "", batch_size=batch_size, seed=seed)
         example = probe.example(model, architecture)
         check_calls(model, architecture, example)
         if inputs == "embedding":
             _check_alike(model, architecture, example)
-        if rule.protocols:
-            tokens = block_input(model, architecture, example).tokens.float()
-            spread.append(float(tokens.std(dim=-1, correction=0).mean()))
-        return _accumulate(model, architecture, rule, probe)
+        spread = _spread(model, architecture, example) if rule.protocols else None
+        ready.append(_Ready(probe, rule.prepare(model, architecture, probe), spread))
+        planned = 1 if rule.observed == "weights" else probe.planned(rule.observed)
+        return planned, len(architecture.components), architecture.model_type
 
-    with left_as_found(model, seed):
-        # What reads only weights gives the same in every process: there is nothing to merge.
-        moments, skipped = measure(Share(0, 1)) if rule.observed == "weights" else merge_over_processes(measure)
-    if rule.observed != "weights" and moments.count < 2:
-        raise DataError(
-            f"Only {moments.count} of {moments.count + skipped} pairs have a rate of change; in the others a "
-            "component gets the same input for both images. Give images that differ."
-        )
+    with left_as_found(model, seed, dtype):
+        planned, *_ = check_same("number of images, or model", in_step(share, get_ready))
+        (at,) = ready
+        settling = Settling(choice, confidence=settle or 0.0, looks=_number_of_looks(rule, planned))
+        table = Table(architecture, rule, settling)
+        if rule.observed == "weights":
+            values, _ = at.observe(None)
+            check_finite(table, values)
+            seen = Seen(table.moments(values), skipped=0)
+        else:
+            seen = observe_until_settled(at.observe, table, at.probe, share, stop_early=settle is not None)
+            if seen.moments.count < 2:
+                raise DataError(
+                    f"Only {seen.moments.count} of {seen.moments.count + seen.skipped} pairs have a rate of change; "
+                    "in the others a component gets the same input for both images. Give images that differ."
+                )
+    ending = None
+    if settle is not None and rule.observed != "weights":
+        chosen = choice.chosen(table.ranking(seen.moments))
+        ending = Ending(seen.settled, chosen, granularity, settle, planned)
+        _tell(ending, rule, seen, share)
     return _report(
-        architecture,
-        rule,
-        moments,
-        skipped=skipped,
+        table,
+        seen,
+        ending=ending,
         inputs=inputs,
-        input_std=spread[0] if spread else None,
+        input_std=at.spread,
         seed=seed,
         source=source is not None and rule.protocols,
     )
+
+
+class _Ready(NamedTuple):
+    """What is made before the first round."""
+
+    probe: Probe
+    observe: Callable[[Any], Observations]
+    spread: float | None
+
+
+def _number_of_looks(rule: Criterion, planned: int) -> int:
+    return 1 if rule.observed == "weights" else len(looks(planned, rule.observed))
+
+
+def _spread(model: nn.Module, architecture: Architecture, example: Inputs) -> float:
+    """Returns the spread of the features of a token that enters block 0, mean over the tokens of an image."""
+    tokens = block_input(model, architecture, example).tokens.float()
+    return float(tokens.std(dim=-1, correction=0).mean())
+
+
+def _tell(ending: Ending, rule: Criterion, seen: Seen, share: Share) -> None:
+    if share.rank > 0:
+        return
+    units, count = ", ".join(ending.units) or "nothing", seen.moments.count
+    if ending.settled:
+        logger.info("Settled after %s of %s %s: %s", count, ending.most, rule.observed, units)
+    else:
+        logger.warning(
+            "Not settled: after %s %s, the choice of %s does not stand out from the rest at a confidence of %s. More "
+            "images (pairs=...), or another top_k, may settle it; the standard errors tell how close it is.",
+            count, rule.observed, units, ending.confidence,
+        )  # fmt: skip
 
 
 def _check_alike(model: nn.Module, architecture: Architecture, example: Inputs) -> None:
@@ -155,73 +240,37 @@ def check_target(criterion: Criterion, target: Any) -> None:
         )
 
 
-def _probe(
-    model: nn.Module, architecture: Architecture, target: Any, source: Any, count: int, share: Share, **settings: Any
-) -> Probe:
+def _probe(model: nn.Module, target: Any, source: Any, count: int, names: tuple[str, ...], **settings: Any) -> Probe:
     """Returns what a criterion may look at. Raises DataError where there are too few images."""
-    names = input_names(model, architecture)
     images = None if target is None else Images(target, "target", read_at_most=2 * count, names=names)
     others = None if source is None else Images(source, "source", read_at_most=count, names=names)
     for held in (images, others):
-        if held is not None and len(held) < 2:
+        if held is not None and not held.has(1):
             raise DataError(f"{held.name} must hold at least 2 images. Got {len(held)}.")
-    parameter = next(p for p in model.parameters() if p.is_floating_point())
-    return Probe(
-        target=images,
-        source=others,
-        count=count,
-        share=share,
-        device=parameter.device,
-        dtype=parameter.dtype,
-        **settings,
-    )
-
-
-def _accumulate(model: nn.Module, architecture: Architecture, rule: Criterion, probe: Probe) -> tuple[Moments, int]:
-    """Returns the moments of what the criterion observes, and how many pairs were skipped.
-
-    The columns are the components in the order of the architecture, followed by the kinds: the mean over blocks,
-    observation by observation, whose spread is the uncertainty of a kind.
-    """
-    moments = Moments.of(np.empty((0, len(architecture.components) + len(KINDS))))
-    skipped = 0
-    for values, left_out in rule.observe(model, architecture, probe):
-        _check_finite(architecture, rule, values)
-        seen = values.detach().cpu().numpy()
-        of_kinds = seen.reshape(len(seen), len(architecture.blocks), len(KINDS)).mean(axis=1)
-        moments = moments.merge(Moments.of(np.concatenate([seen, of_kinds], axis=1)))
-        skipped += left_out
-    return moments, skipped
+    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
+    return Probe(target=images, source=others, count=count, device=execution_device(model), dtype=dtype, **settings)
 
 
 def _check_weights(model: nn.Module) -> None:
     for path, module in walk(model):
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.is_floating_point() and not torch.isfinite(parameter).all():
-                raise NonFiniteError(f"The weights of the model hold NaN or infinity: {path}.{name}.")
+        with onloaded(module):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.is_meta:
+                    raise ModelError(f"The model has no weights yet: {path}.{name} is on the meta device. Load them.")
+                if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                    raise NonFiniteError(f"The weights of the model hold NaN or infinity: {path}.{name}.")
 
 
-def _check_finite(architecture: Architecture, rule: Criterion, values: torch.Tensor) -> None:
-    columns = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
-    if columns:
-        part = architecture.components[columns[0]]
-        raise NonFiniteError(
-            f"The {rule.name} of {part.id} ({part.path}) is NaN or infinite. In half precision this is often "
-            "overflow: measure the model in float32 or bfloat16."
-        )
-
-
-def _report(
-    architecture: Architecture, rule: Criterion, moments: Moments, *, skipped: int, **settings: Any
-) -> PlasticityReport:
+def _report(table: Table, seen: Seen, **settings: Any) -> PlasticityReport:
+    architecture, rule, moments, names = table.architecture, table.rule, seen.moments, table.names
     parts = architecture.components
     exact = rule.observed == "weights"
-    spread = np.zeros_like(moments.mean) if exact else moments.std
-    names = [*(part.id for part in parts), *KINDS]
-    if not moments.mean.any():
+    means = moments.mean[: len(names)]
+    spread = np.zeros_like(means) if exact else moments.std[: len(names)]
+    if not means.any():
         raise ModelError(f"The {rule.name} of every component is 0: there is nothing to rank by.")
     estimates = []
-    for name, mean, std in zip(names, moments.mean, spread, strict=True):
+    for name, mean, std in zip(names, means, spread, strict=True):
         if mean == 0 and rule.power < 0:
             raise NonFiniteError(f"The {rule.name} of {name} is infinite: 1 / 0.")
         # The spread of mean ** power, to first order.
@@ -239,7 +288,7 @@ def _report(
         title=rule.title,
         observed=rule.observed,
         pairs=0 if exact else moments.count,
-        skipped=skipped,
+        skipped=seen.skipped,
         versions=_versions(),
         **settings,
     )

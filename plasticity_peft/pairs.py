@@ -49,20 +49,45 @@ def _deal(images: int, generator: np.random.Generator) -> Iterator[int]:
         last = permutation[-1]
 
 
-def batches(
-    target: Images, source: Images | None, indices: np.ndarray, batch_size: int
-) -> Iterator[tuple[Inputs, Inputs]]:
-    """Yields (x, y), n images each, for the pairs in `indices`, `batch_size` at a time.
+class PairOrder:
+    """Which images make pair 0, 1, 2, ...
 
-    Raises:
-        DataError: images differ in shape; the message names two of them.
+    Streams are taken in their own order; what is beyond their end is drawn as from any other images.
     """
-    first = target if source is None else source
-    for start in range(0, len(indices), batch_size):
-        rows = indices[start : start + batch_size]
-        both = stack([(first, int(i)) for i in rows[:, 0]] + [(target, int(i)) for i in rows[:, 1]])
-        n = len(rows)
-        yield {name: v[:n] for name, v in both.items()}, {name: v[n:] for name, v in both.items()}
+
+    def __init__(self, pairs: int, *, target: Images, source: Images | None, seed: int) -> None:
+        self._pairs, self._target, self._source, self._seed = pairs, target, source, seed
+        self._streamed = target.stream or (source is not None and source.stream)
+        self._drawn: np.ndarray | None = None
+
+    def available(self, wanted: int) -> int:
+        """Returns how many of the first `wanted` pairs there are."""
+        if wanted <= self._pairs and self._in_stream(wanted - 1):
+            return wanted
+        return min(wanted, len(self._draw()))
+
+    def rows(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the indices of the images of these pairs, source first."""
+        return [self._places(number) if self._in_stream(number) else self._drawn_row(number) for number in numbers]
+
+    def _places(self, number: int) -> tuple[int, int]:
+        return (2 * number, 2 * number + 1) if self._source is None else (number, number)
+
+    def _in_stream(self, number: int) -> bool:
+        if not self._streamed:
+            return False
+        first, second = self._places(number)
+        return self._target.has(second) and (self._source is None or self._source.has(first))
+
+    def _draw(self) -> np.ndarray:
+        if self._drawn is None:
+            source = None if self._source is None else len(self._source)
+            self._drawn = draw_pairs(self._pairs, target=len(self._target), source=source, seed=self._seed)
+        return self._drawn
+
+    def _drawn_row(self, number: int) -> tuple[int, int]:
+        first, second = self._draw()[number]
+        return int(first), int(second)
 
 
 def join(x: Inputs, y: Inputs) -> Inputs:

@@ -1,14 +1,15 @@
-"""What a criterion may look at: pairs of images, or batches of images with their labels, and this process's share.
+"""What a criterion may look at: pairs of images, or images on their own with their labels, by number.
 
-What is drawn depends on the seed alone. Pairs are dealt to the processes one by one; batches as a whole, so that a
-batch holds the same images whatever the number of processes.
+What is drawn depends on the seed alone, not on batches or processes. A stream, which cannot be drawn from, is taken in
+its own order, and read no further than it is looked at.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +18,7 @@ from torch import nn
 from plasticity_peft.architectures import Architecture, main_input
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images import Images, Inputs
-from plasticity_peft.pairs import batches, draw_pairs, stack
-from plasticity_peft.processes import Share
+from plasticity_peft.pairs import PairOrder, stack
 
 
 class PairBatch(NamedTuple):
@@ -41,7 +41,7 @@ class ImageBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Probe:
-    """Images for one measurement of one model, in the share of one process."""
+    """Images for one measurement of one model."""
 
     target: Images | None
     """None where no data were given, which only criteria that read nothing but weights accept."""
@@ -51,43 +51,49 @@ class Probe:
     count: int
     """How many pairs or images are wanted."""
     batch_size: int
+    """How many images make a batch, for a criterion that observes batches."""
     seed: int
-    share: Share
     device: torch.device
     dtype: torch.dtype
 
-    def pairs(self) -> Iterator[PairBatch]:
-        """Yields the pairs of this process, `batch_size` at a time, on the model's device and in its dtype."""
-        target, source = self._target(), self.source
-        drawn = draw_pairs(
-            self.count, target=len(target), source=None if source is None else len(source), seed=self.seed
-        )
-        mine = drawn[self.share.rank :: self.share.world_size]
-        with self._progress(len(mine), "pair") as progress:
-            for x, y in batches(target, source, mine, self.batch_size):
-                yield PairBatch(self._to_model(x), self._to_model(y))
-                progress.update(len(next(iter(x.values()))))
+    def planned(self, observed: str) -> int:
+        """Returns how many pairs, images or batches there are at most; of a stream no more is read to tell."""
+        streamed = any(images is not None and images.stream for images in (self.target, self.source))
+        if streamed and observed != "batches":
+            return self.count
+        return self.available(observed, self.count)
 
-    def images(self) -> Iterator[ImageBatch]:
-        """Yields the batches of target images of this process: at least 2 in all, equal in size but for one image.
+    def available(self, observed: str, wanted: int) -> int:
+        """Returns how many of the first `wanted` pairs, images or batches there are; as `observed` says."""
+        if observed == "pairs":
+            return self._order.available(wanted)
+        if observed == "images":
+            return wanted if wanted <= self.count and self._target.has(wanted - 1) else self._number_of_images
+        return min(wanted, len(self._batches))
 
-        No image is in two batches.
+    def pairs(self, numbers: Sequence[int]) -> PairBatch:
+        """Returns these pairs, on the model's device and in its dtype."""
+        target, rows = self._target, self._order.rows(numbers)
+        first = target if self.source is None else self.source
+        both = self._to_model(stack([(first, row[0]) for row in rows] + [(target, row[1]) for row in rows]))
+        count = len(rows)
+        return PairBatch({k: v[:count] for k, v in both.items()}, {k: v[count:] for k, v in both.items()})
+
+    def images(self, numbers: Sequence[int]) -> ImageBatch:
+        """Returns these images of the target, which are drawn without repetition."""
+        return self._load(numbers, numbers if self._target.stream else self._permutation[list(numbers)])
+
+    def batches(self, numbers: Sequence[int]) -> ImageBatch:
+        """Returns a batch of images, whose number is the only one in `numbers`.
+
+        There are at least 2, equal in size but for one image, and no image is in two of them.
         """
-        target = self._target()
-        drawn = np.random.default_rng(self.seed).permutation(len(target))[: self.count]
-        parts = np.array_split(np.arange(len(drawn)), max(2, -(-len(drawn) // self.batch_size)))
-        mine = parts[self.share.rank :: self.share.world_size]
-        with self._progress(sum(map(len, mine)), "image") as progress:
-            for numbers in mine:
-                places = tuple(int(drawn[number]) for number in numbers)
-                images = self._to_model(stack([(target, place) for place in places]))
-                yield ImageBatch(images, tuple(map(int, numbers)), places)
-                progress.update(len(numbers))
+        (number,) = numbers
+        return self._load(self._batches[number], self._permutation[self._batches[number]])
 
     def labels(self, batch: ImageBatch) -> torch.Tensor:
         """Returns the labels of a batch, int64 of shape (images,). Raises DataError where the data have none."""
-        target = self._target()
-        return torch.tensor([target.label(place) for place in batch.places], device=self.device)
+        return torch.tensor([self._target.label(place) for place in batch.places], device=self.device)
 
     def generator(self, *numbers: int) -> torch.Generator:
         """Returns a random generator on the CPU that belongs to one image or batch, whatever process looks at it.
@@ -124,18 +130,39 @@ class Probe:
         shape = (1, *([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
         return {main_input(backbone): torch.zeros(shape, device=self.device, dtype=self.dtype)}
 
+    def _load(self, numbers: Iterable[int], places: Iterable[int]) -> ImageBatch:
+        indices = tuple(map(int, places))
+        images = self._to_model(stack([(self._target, index) for index in indices]))
+        return ImageBatch(images, tuple(map(int, numbers)), indices)
+
+    @property
     def _target(self) -> Images:
         if self.target is None:
             raise DataError("This criterion looks at images: give target (target_data in a PlasticityConfig).")
         return self.target
 
+    @cached_property
+    def _order(self) -> PairOrder:
+        return PairOrder(self.count, target=self._target, source=self.source, seed=self.seed)
+
+    @property
+    def _number_of_images(self) -> int:
+        return min(self.count, len(self._target))
+
+    @cached_property
+    def _permutation(self) -> np.ndarray:
+        return np.random.default_rng(self.seed).permutation(len(self._target))
+
+    @cached_property
+    def _batches(self) -> list[np.ndarray]:
+        images = self._number_of_images
+        return np.array_split(np.arange(images), max(2, -(-images // self.batch_size)))
+
     def _to_model(self, images: Inputs) -> Inputs:
-        return {
-            name: value.to(self.device, self.dtype if value.is_floating_point() else None)
-            for name, value in images.items()
-        }
-
-    def _progress(self, total: int, unit: str) -> Any:
-        from transformers.utils.logging import tqdm
-
-        return tqdm(total=total, desc="Measuring plasticity", unit=unit, disable=self.share.rank > 0)
+        """Moves images to the model's device, without waiting for the end of the transfer where there is a GPU."""
+        moved = {}
+        for name, value in images.items():
+            pinned = value.pin_memory() if self.device.type == "cuda" else value
+            dtype = self.dtype if value.is_floating_point() else None
+            moved[name] = pinned.to(self.device, non_blocking=True).to(dtype)
+        return moved

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from plasticity_peft.errors import PlasticityError
-from plasticity_peft.moments import Moments
+
+T = TypeVar("T")
 
 
 class Share(NamedTuple):
@@ -19,6 +20,10 @@ class Share(NamedTuple):
 
     rank: int
     world_size: int
+
+    def of(self, numbers: range) -> range:
+        """Returns what falls to this process: every `world_size`-th number."""
+        return numbers[self.rank :: self.world_size]
 
 
 def this_process() -> Share:
@@ -32,29 +37,27 @@ def this_process() -> Share:
     return Share(0, 1)
 
 
-def merge_over_processes(measure: Callable[[Share], tuple[Moments, int]]) -> tuple[Moments, int]:
-    """Returns (moments, skipped pairs) of all processes together, the same in each, in the order of the processes.
+def in_step(share: Share, work: Callable[[], T]) -> list[T]:
+    """Does `work` in every process, and returns what all returned, in the order of the processes: the same in each.
 
-    `measure` does the share of this process. Where it raises in any process, all raise, so that none waits for ever.
+    Where it raises in any process, all raise, so that none waits for ever: that process its own error, the others a
+    PlasticityError with the message. What `work` returns goes to all others, and should be small.
     """
-    share = this_process()
     if share.world_size == 1:
-        return measure(share)
+        return [work()]
     from accelerate.utils import gather_object
 
     error: Exception | None = None
-    result: tuple[Moments, int] | str
+    result: tuple[bool, T | str]
     try:
-        result = measure(share)
+        result = (True, work())
     except Exception as failure:
-        error, result = failure, f"process {share.rank} of {share.world_size}: {type(failure).__name__}: {failure}"
-    results = gather_object([result])
+        error = failure
+        result = (False, f"process {share.rank} of {share.world_size}: {type(failure).__name__}: {failure}")
+    results: list[tuple[bool, T]] = gather_object([result])
     if error is not None:
         raise error
-    failures = [found for found in results if isinstance(found, str)]
+    failures = [str(message) for succeeded, message in results if not succeeded]
     if failures:
         raise PlasticityError("Measuring failed in another process. " + "; ".join(failures))
-    merged, skipped = results[0]
-    for moments, more in results[1:]:
-        merged, skipped = merged.merge(moments), skipped + more
-    return merged, skipped
+    return [found for _, found in results]

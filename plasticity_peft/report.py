@@ -20,17 +20,17 @@ from plasticity_peft.checks import (
     OBSERVED,
     PROTOCOLS,
     TRAINING_MODES,
-    check_amount,
     check_candidates,
     check_choice,
 )
 from plasticity_peft.components import KINDS, MATRIX_KINDS, Component
-from plasticity_peft.errors import ReportError
+from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.files import write_text
 from plasticity_peft.formatting import table
 from plasticity_peft.plotting import Line, draw_lines
 from plasticity_peft.scores import Estimate, KindScore, Score
-from plasticity_peft.selection import RankedUnit, Selection, best, fitting, lora_parameters
+from plasticity_peft.selection import RankedUnit, Selection, choice_of, parameter_counts
+from plasticity_peft.settling import Ending
 
 FORMAT = "plasticity_peft"
 FORMAT_VERSION = 1
@@ -67,10 +67,12 @@ class PlasticityReport:
     title: str = "rate of change"
     """What the scores are, in words."""
     observed: str = "pairs"
-    """What was observed: "pairs" or "batches" of images, or "weights", which have no standard error."""
+    """What was observed: "pairs", "images", "batches" of images, or "weights", which have no standard error."""
     input_std: float | None = None
     """Spread of the features of a token at the input of block 0, mean over the tokens of one image; None for a
     criterion without protocols."""
+    ending: Ending | None = None
+    """How measuring ended; None where all was looked at that there was to look at, whatever was settled."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}
 
@@ -121,28 +123,31 @@ class PlasticityReport:
             ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
                 unit fits into the budget.
         """
-        check_choice("training", training, TRAINING_MODES)
-        check_amount(top_k, budget)
+        choice = choice_of(
+            self.scores,
+            self.model_parameters,
+            top_k,
+            budget,
+            granularity=granularity,
+            candidates=candidates,
+            training=training,
+            **lora,
+        )
         ranking = self.ranking(granularity, candidates)
-        unit_of = {row.id: row.kind if granularity == "kind" else row.id for row in self.scores}
-        counts = {
-            row.id: {
-                "lora": lora_parameters(row.modules, row.features, **lora) if row.features else row.parameters,
-                "full": row.parameters,
-            }
-            for row in self.scores
-        }
-        if budget is None:
-            units = best(ranking, 1 if top_k is None else top_k)
-        else:
-            sizes = dict.fromkeys(unit_of.values(), 0)
-            for name, unit in unit_of.items():
-                sizes[unit] += counts[name][training]
-            units = fitting(ranking, sizes, budget, self.model_parameters)
+        units = choice.chosen([row.unit for row in ranking])
+        if not units:
+            name = ranking[0].unit
+            size = (choice.sizes or {})[name]
+            raise ConfigError(
+                f"budget={budget!r} is {choice.limit:,.0f} of {self.model_parameters:,} parameters, less than the "
+                f"{size:,} of the best unit, {name}. Give a budget above {size / self.model_parameters:.4f}, a "
+                'smaller r, or granularity="block".'
+            )
+        counts = parameter_counts(self.scores, **lora)
         explanation = self._why_norms_lead(row for row in ranking if row.unit in units)
         if explanation:
             warnings.warn(explanation, stacklevel=2)
-        rows = [row for row in self.scores if unit_of[row.id] in units]
+        rows = [row for row in self.scores if (row.kind if granularity == "kind" else row.id) in units]
         return Selection(
             granularity=granularity,
             units=units,
@@ -197,6 +202,9 @@ class PlasticityReport:
         """Raises ReportError unless there is one row per block and kind, in order, with possible numbers."""
         if self.inputs not in (*PROTOCOLS, None):
             raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)} or null, got {self.inputs!r}")
+        ending = self.ending
+        if ending and not (0 < ending.confidence < 1 and self.pairs <= ending.most and len(set(ending.units))):
+            raise ReportError(f"ending: contradicts itself, or pairs, which is {self.pairs}: {ending}")
         if self.observed not in OBSERVED:
             raise ReportError(f"observed: expected one of {', '.join(OBSERVED)}, got {self.observed!r}")
         fewest = 0 if self.observed == "weights" else 2
@@ -282,7 +290,15 @@ class PlasticityReport:
                 for rank, (kind, score, error) in enumerate(self.ranking(), start=1)
             ],
         )
-        return "\n".join(filter(None, [text, self._why_norms_lead(self.ranking()[:1])]))
+        return "\n".join(filter(None, [text, self._how_it_ended(), self._why_norms_lead(self.ranking()[:1])]))
+
+    def _how_it_ended(self) -> str:
+        if self.ending is None:
+            return ""
+        units, confidence = ", ".join(self.ending.units), f"{self.ending.confidence:.0%} confidence"
+        if self.ending.settled:
+            return f"Settled after {self.pairs} of {self.ending.most} {self.observed}: {units} ({confidence})."
+        return f"Not settled: {units} does not stand out from the rest ({confidence})."
 
     def _why_norms_lead(self, units: Iterable[RankedUnit]) -> str:
         """Returns an explanation where norms are among `units`, the best, because the tokens are small; else ""."""

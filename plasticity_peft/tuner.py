@@ -23,7 +23,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
-from plasticity_peft.checks import check_count
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.measure import measure_plasticity
@@ -81,10 +80,6 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
     architecture = find_architecture(model, config.backbone)
-    if config.top_k is not None:
-        # Said before anything is measured; report.select says it too.
-        units = len(config.candidates) * (len(architecture.blocks) if config.granularity == "block" else 1)
-        check_count("top_k", config.top_k, 1, units, ", the number of units to choose from")
     report = config.load_report()
     if report is None:
         report = _measure(model, config)
@@ -116,7 +111,10 @@ def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
             pairs=config.pairs,
             batch_size=config.batch_size,
             seed=config.seed,
+            settle=config.settle,
+            dtype=config.dtype,
             backbone=config.backbone,
+            **config.wanted,
         )
 
 

@@ -23,9 +23,12 @@ from plasticity_peft.criteria.feature_norm import feature_norm
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images import Images
 from plasticity_peft.isolation import left_as_found
-from plasticity_peft.measure import _accumulate
+from plasticity_peft.moments import Moments
 from plasticity_peft.probe import Probe
 from plasticity_peft.processes import Share
+from plasticity_peft.rounds import Table, _Progress, _Worker
+from plasticity_peft.selection import Choice
+from plasticity_peft.settling import Settling
 from tests.conftest import backbone, random_images, tiny_model
 from tests.snapshots import assert_same, snapshot
 
@@ -47,7 +50,7 @@ def means(report: PlasticityReport) -> dict[str, float]:
 def probe(**options: Any) -> Probe:
     defaults = {
         "target": Images(LABELLED, "target", 0), "source": None, "inputs": "embedding", "count": 12, "batch_size": 5,
-        "seed": 0, "share": Share(0, 1), "device": torch.device("cpu"), "dtype": torch.float32,
+        "seed": 0, "device": torch.device("cpu"), "dtype": torch.float32,
     }  # fmt: skip
     return Probe(**{**defaults, **options})
 
@@ -88,14 +91,14 @@ def test_parameter_plasticity_is_the_norm_of_the_jacobian(model: PreTrainedModel
                 exact[part.id] += sum(float(slope.square().sum()) for slope in row) / len(IMAGES)
     rule, architecture = CRITERIA["parameter_plasticity"], find_architecture(model)
     with left_as_found(model, 0):
-        draws = [rule.observe(model, architecture, probe(seed=seed, batch_size=6)) for seed in range(150)]
-        squares = torch.cat([seen.values for draw in draws for seen in draw]).mean(0)
+        probes = [probe(seed=seed) for seed in range(150)]
+        draws = [rule.prepare(model, architecture, drawn)(drawn.images(range(12))).values for drawn in probes]
+    squares = torch.cat(draws).mean(0)
     np.testing.assert_allclose(squares, list(exact.values()), rtol=0.12)
     assert np.corrcoef(squares, list(exact.values()))[0, 1] > 0.99
     one = measure(model, "parameter_plasticity", batch_size=6)
-    with left_as_found(model, 0):
-        seen = torch.cat([s.values for s in rule.observe(model, architecture, probe(batch_size=6))])
-    assert list(means(one).values()) == pytest.approx(seen.mean(0).sqrt().tolist())
+    assert list(means(one).values()) == pytest.approx(draws[0].mean(0).sqrt().tolist())
+    assert (one.observed, one.pairs) == ("images", 12)
 
 
 def test_parameter_plasticity_of_a_model_without_a_head_moves_its_tokens() -> None:
@@ -221,14 +224,14 @@ def pixels(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("inputs", ["embedding", "activation"])
 def test_relative_rates_are_those_of_the_formula(model: PreTrainedModel, inputs: str) -> None:
     report = measure(model, "relative_rate_of_change", inputs, pairs=6, batch_size=4)
-    x, y = (np.concatenate(side) for side in zip(*(map(pixels, pair) for pair in probe(count=6).pairs()), strict=True))
+    x, y = map(pixels, probe(count=6).pairs(range(6)))
 
     def d(one: torch.Tensor, two: torch.Tensor) -> float:
         return float((one - two).norm() / ((one.norm() + two.norm()) / 2))
 
     for part, score in zip(find_components(model), report.scores, strict=True):
         found = []
-        for pair in zip(torch.tensor(x), torch.tensor(y), strict=True):
+        for pair in zip(x, y, strict=True):
             with torch.no_grad():
                 if inputs == "embedding":
                     before = [embeddings(model)(image[None]) for image in pair]
@@ -365,9 +368,13 @@ def test_shares_of_processes_merge_to_the_whole(
 ) -> None:
     architecture, rule = find_architecture(vit), CRITERIA[criterion]
 
-    def moments(rank: int, world: int) -> Any:
-        with left_as_found(vit, 0):
-            return _accumulate(vit, architecture, rule, probe(inputs=inputs or "", share=Share(rank, world)))[0]
+    def moments(rank: int, world: int) -> Moments:
+        images = probe(inputs=inputs or "")
+        table = Table(architecture, rule, Settling(Choice(("MHA", "FC1"), 1), 0.95, 1))
+        share, total = Share(rank, world), images.planned(rule.observed)
+        with left_as_found(vit, 0), _Progress(total, rule.observed, share) as progress:
+            worker = _Worker(rule.prepare(vit, architecture, images), table, images)
+            return worker.look_at(share.of(range(total)), progress)[0]
 
     whole, merged = moments(0, 1), moments(0, processes)
     for rank in range(1, processes):
@@ -377,7 +384,9 @@ def test_shares_of_processes_merge_to_the_whole(
     np.testing.assert_allclose(merged.m2, whole.m2, rtol=1e-3, atol=1e-12)
 
 
-@pytest.mark.parametrize("criterion", [name for name, rule in CRITERIA.items() if rule.observed == "pairs"])
+@pytest.mark.parametrize(
+    "criterion", [name for name, rule in CRITERIA.items() if rule.observed in ("pairs", "images")]
+)
 def test_the_batch_size_does_not_matter_where_images_stand_for_themselves(
     vit: PreTrainedModel, criterion: str
 ) -> None:

@@ -19,8 +19,11 @@ from plasticity_peft.architectures import Architecture, find_architecture
 from plasticity_peft.calls import Call, attention_call
 from plasticity_peft.components import KINDS, Component
 from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import ModelError, PlasticityError
+from plasticity_peft.gradients import GradientsByImage, differentiable, squared_norms
+from plasticity_peft.isolation import left_as_found
 from plasticity_peft.layouts import LAYOUTS
 from tests.families import FAMILIES, LABELS, PLAIN, Family, disturbed, items
 
@@ -145,7 +148,7 @@ def test_rates_of_change_are_those_of_the_definition(name: str, inputs: str) -> 
     images = {key: v.double() if v.is_floating_point() else v for key, v in found.images(4).items()}
     x, y = ({key: values[half] for key, values in images.items()} for half in (slice(0, 2), slice(2, 4)))
     with torch.no_grad():
-        got = PROTOCOLS[inputs](model, architecture, x, y)
+        got = PROTOCOLS[inputs](model, architecture)(x, y)
         for pair in range(2):
             expected = [rate(model, architecture, [x, y], pair, part, inputs) for part in architecture.components]
             torch.testing.assert_close((got.outputs / got.inputs)[pair], torch.tensor(expected, dtype=torch.float64))
@@ -263,6 +266,32 @@ def test_a_criterion_scores_every_component_or_says_why_not(name: str, criterion
         assert criterion != "gradient_norm" or found.others != LABELS
         return
     assert all(row.mean > 0 for row in report.scores)
+
+
+@every_family
+def test_gradients_by_image_are_those_of_each_image(name: str) -> None:
+    found = family(name)
+    model = found.build().double()
+    architecture = find_architecture(model)
+    images = {key: value.double() if value.is_floating_point() else value for key, value in found.images(3).items()}
+    single = [{key: value[number : number + 1] for key, value in images.items()} for number in range(3)]
+    expected = []
+    with left_as_found(model, 0):
+        size = features(model, architecture, single[0]).shape[1]
+        directions = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+        for number, direction in enumerate(directions):
+            with differentiable(model, architecture) as parameters:
+                moved = (features(model, architecture, images)[number] * direction).sum()
+                expected.append(squared_norms(moved, parameters))
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        squares = GradientsByImage(model, architecture, single[0])(
+            3, lambda: (features(model, architecture, images) * directions).sum()
+        )
+    torch.testing.assert_close(squares, torch.stack(expected), rtol=1e-6, atol=1e-12)
+    one, three = (measure_plasticity(model, items(images), batch_size=size) for size in (1, 3))
+    assert [row.mean for row in one.scores] == pytest.approx([row.mean for row in three.scores], rel=1e-6)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_attention_that_is_not_called_is_refused() -> None:

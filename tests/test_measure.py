@@ -20,6 +20,8 @@ from transformers.utils import logging
 from plasticity_peft import find_components, measure_plasticity
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.components import KINDS
+from plasticity_peft.criteria.distances import euclidean
+from plasticity_peft.criteria.embedding import EmbeddingProtocol
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.pairs import draw_pairs
@@ -39,7 +41,7 @@ def rates(model: PreTrainedModel, inputs: str, x: torch.Tensor, y: torch.Tensor)
     """Returns the rate of change of each pair, by canonical id."""
     architecture = find_architecture(model)
     with torch.no_grad():
-        outputs, distances = PROTOCOLS[inputs](model, architecture, {"pixel_values": x}, {"pixel_values": y})
+        outputs, distances = PROTOCOLS[inputs](model, architecture)({"pixel_values": x}, {"pixel_values": y})
     values = (outputs / distances).T.numpy()
     return {part.id: row for part, row in zip(architecture.components, values, strict=True)}
 
@@ -124,6 +126,25 @@ def test_both_protocols_equal_an_independent_computation(
         np.testing.assert_allclose(values, expected[name], rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e25])
+def test_the_shortcuts_are_exact(model: PreTrainedModel, scale: float) -> None:
+    """Also where most of the difference of the tokens lies where a layer hardly looks, and squares would overflow."""
+    with torch.no_grad():
+        for part in find_components(model):
+            if part.kind == "FC1":
+                weight = model.get_submodule(part.path).weight
+                weight *= torch.logspace(0, -4, weight.shape[1]) * scale
+    architecture = find_architecture(model)
+    x, y = ({"pixel_values": half} for half in (IMAGES[:6], IMAGES[6:]))
+    with torch.no_grad():
+        fast = EmbeddingProtocol(model, architecture)(x, y)
+        x, y = ({"pixel_values": half.double()} for half in (IMAGES[:6], IMAGES[6:]))
+        # Not recognised as the Euclidean distance, so that every component is called; in double precision.
+        by_calling = EmbeddingProtocol(model.double(), architecture, lambda pairs: euclidean(pairs))(x, y)
+    torch.testing.assert_close(fast.outputs, by_calling.outputs, rtol=1e-5, atol=0)
+    torch.testing.assert_close(fast.inputs, by_calling.inputs, rtol=1e-5, atol=0)
+
+
 def test_the_protocols_are_different_statistics(vit: PreTrainedModel) -> None:
     embedding, activation = (measure(vit, IMAGES, inputs=inputs, pairs=8) for inputs in PROTOCOLS)
     assert embedding.scores[0].mean == pytest.approx(activation.scores[0].mean)
@@ -186,7 +207,7 @@ def test_distances_of_half_precision_models_are_taken_in_float32(vit: PreTrained
     model = vit.bfloat16()
     x, y = ({"pixel_values": half.bfloat16()} for half in (IMAGES[:5], IMAGES[5:10]))
     with torch.no_grad():
-        for distances in PROTOCOLS[inputs](model, find_architecture(model), x, y):
+        for distances in PROTOCOLS[inputs](model, find_architecture(model))(x, y):
             assert distances.dtype == torch.float64
             assert (distances != distances.bfloat16()).any(dim=0).all()
 
@@ -234,10 +255,12 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_overflow_is_an_error_that_names_the_component(vit: PreTrainedModel, inputs: str) -> None:
-    part = next(part for part in find_components(vit) if part.id == "1.FC1")
+    # The linear layers of the MLP are not called by the paper's protocol.
+    name = "1.MHA" if inputs == "embedding" else "1.FC1"
+    part = next(part for part in find_components(vit) if part.id == name)
     with torch.no_grad():
-        vit.get_submodule(part.path).weight.fill_(3e38)
-    with pytest.raises(NonFiniteError, match=r"of 1\.FC1 \(vit.*\) hold NaN or infinity"):
+        vit.get_submodule(part.modules[-1]).weight.fill_(3e38)
+    with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) hold NaN or infinity"):
         measure(vit, IMAGES, pairs=4, inputs=inputs)
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 
 from plasticity_peft.images import Images
-from plasticity_peft.pairs import batches, draw_pairs
+from plasticity_peft.pairs import PairOrder, draw_pairs
+from plasticity_peft.processes import Share
 
 SIZES = (2, 3, 4, 5, 8, 13)
 SEEDS = (0, 1, 2, 3, 4)
@@ -46,21 +50,53 @@ def test_the_seed_decides(source: int | None) -> None:
     assert (first != other).any()
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 7, 100])
-def test_batches_hold_the_images_of_their_pairs(batch_size: int) -> None:
-    target = torch.arange(10.0)[:, None, None, None].expand(-1, 3, 2, 2)
-    source = target + 100
-    indices = draw_pairs(7, target=10, source=10, seed=0)
-    seen = list(batches(Images(target, "target", 0), Images(source, "source", 0), indices, batch_size))
-    seen = [(x["pixel_values"], y["pixel_values"]) for x, y in seen]
-    assert [len(x) for x, _ in seen] == [len(rows) for rows in np.split(indices, range(batch_size, 7, batch_size))]
-    x, y = (torch.cat(side)[:, 0, 0, 0].numpy() for side in zip(*seen, strict=True))
-    np.testing.assert_array_equal(x, indices[:, 0] + 100)
-    np.testing.assert_array_equal(y, indices[:, 1])
+def as_stream(images: torch.Tensor) -> Iterator[torch.Tensor]:
+    yield from images
+
+
+def order(pairs: int, target: Any, source: Any = None) -> PairOrder:
+    source = None if source is None else Images(source, "source", pairs)
+    return PairOrder(pairs, target=Images(target, "target", 2 * pairs), source=source, seed=0)
+
+
+@pytest.mark.parametrize("with_source", [False, True])
+def test_any_part_of_the_order_can_be_read_by_itself(with_source: bool) -> None:
+    images = torch.zeros(10, 3, 2, 2)
+    source = torch.zeros(8, 3, 2, 2) if with_source else None
+    drawn = draw_pairs(20, target=10, source=8 if with_source else None, seed=0)
+    found = order(20, images, source)
+    assert found.available(7) == 7
+    assert found.available(50) == len(drawn) == 20
+    assert found.rows([3, 19]) == [tuple(drawn[3]), tuple(drawn[19])]
+
+
+def test_a_stream_is_read_in_order_and_no_further_than_asked() -> None:
+    read = []
+
+    def endless() -> Iterator[torch.Tensor]:
+        while True:
+            read.append(len(read))
+            yield torch.zeros(3, 2, 2)
+
+    found = order(1000, endless())
+    assert found.available(5) == 5
+    assert found.rows(range(5)) == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
+    assert len(read) == 10
+    with_source = order(1000, endless(), torch.zeros(4, 3, 2, 2))
+    assert with_source.available(4) == 4
+    assert with_source.rows(range(4)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+
+
+def test_what_is_beyond_the_end_of_a_stream_is_drawn_from_all_of_it() -> None:
+    images = torch.zeros(9, 3, 2, 2)
+    found = order(20, as_stream(images))
+    assert [found.available(wanted) for wanted in (4, 5, 20)] == [4, 5, 20]
+    assert found.rows(range(4)) == [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert found.rows(range(4, 20)) == [tuple(row) for row in draw_pairs(20, target=9, source=None, seed=0)[4:]]
+    assert order(20, as_stream(images[:3])).available(20) == 3
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 9])
-def test_processes_share_out_every_pair_once(world_size: int) -> None:
-    indices = draw_pairs(7, target=20, source=None, seed=0)
-    shares = [indices[rank::world_size] for rank in range(world_size)]
-    assert sorted(map(tuple, np.concatenate(shares))) == sorted(map(tuple, indices))
+def test_processes_share_out_every_number_once(world_size: int) -> None:
+    shares = [Share(rank, world_size).of(range(3, 10)) for rank in range(world_size)]
+    assert sorted(number for share in shares for number in share) == list(range(3, 10))

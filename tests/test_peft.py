@@ -370,7 +370,7 @@ def test_the_same_call_gives_the_same_adapter(vit: PreTrainedModel, training: st
 def test_a_choice_above_the_units_is_refused_before_anything_is_measured(
     vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("plasticity_peft.tuner.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured"))
+    monkeypatch.setattr("plasticity_peft.measure.check_calls", lambda *args, **kwargs: pytest.fail("measured"))
     with pytest.raises(ValueError, match="from 1 to 10"):
         get_peft_model(vit, config(top_k=11, granularity="block"))
 

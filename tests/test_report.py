@@ -130,9 +130,9 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
         ({"top_k": -1}, "Got -1"),
         (
             {"top_k": 4, "candidates": MATRIX_KINDS},
-            r"from 1 to 3, the number of units to choose from \(FC1, MHA, FC2\). Got 4",
+            r"from 1 to 3, the number of units to choose from \(MHA, FC1, FC2\). Got 4",
         ),
-        ({"top_k": 11, "granularity": "block"}, r"from 1 to 10, .*\(0.LN2, 1.LN1, 0.LN1, ..., "),
+        ({"top_k": 11, "granularity": "block"}, r"from 1 to 10, .*\(0.LN1, 0.MHA, 0.LN2, ..., 1.FC2\)"),
         ({"top_k": True}, "Got True"),
         ({"top_k": 1.0}, "Got 1.0"),
         ({"budget": -0.1}, "above 0 and at most 1"),
@@ -197,7 +197,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
     return values
 
 
-ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std")
+ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 

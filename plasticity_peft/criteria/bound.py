@@ -12,7 +12,7 @@ output features of these layers, and d_h columns of the output projection. (The 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -32,8 +32,8 @@ class Bound(Criterion):
     title = "upper bound"
     observed = "weights"
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields the upper bound of each component."""
+    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[None], Observations]:
+        """Returns the function that gives the upper bound of each component."""
         image = probe.grey_image(model, architecture)
         reason = why_unlike(model, architecture, image)
         if reason:
@@ -45,7 +45,8 @@ class Bound(Criterion):
         config = model.get_submodule(architecture.backbone).config
         heads = int(config.num_attention_heads)  # type: ignore[arg-type, union-attr]
         bounds = [_bound(model, part, tokens, heads) for part in architecture.components]
-        yield Observations(torch.stack(bounds)[None].cpu())
+        found = Observations(torch.stack(bounds)[None].cpu())
+        return lambda _: found
 
 
 def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) -> torch.Tensor:

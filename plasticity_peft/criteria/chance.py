@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,7 +20,8 @@ class Random(Criterion):
     title = "random number"
     observed = "weights"
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields one number a component, drawn from the seed."""
+    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[None], Observations]:
+        """Returns the function that gives one number a component, drawn from the seed."""
         scores = np.random.default_rng(probe.seed).random(len(architecture.components))
-        yield Observations(torch.from_numpy(scores)[None])
+        found = Observations(torch.from_numpy(scores)[None])
+        return lambda _: found

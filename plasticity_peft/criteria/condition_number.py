@@ -7,7 +7,7 @@ layers only; a layer norm is taken here as the diagonal matrix of its gains.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -27,12 +27,13 @@ class ConditionNumber(Criterion):
     observed = "weights"
     power = -1.0
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields the mean condition number of the weights of each component."""
+    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[None], Observations]:
+        """Returns the function that gives the mean condition number of the weights of each component."""
         kappas = []
         for part in architecture.components:
             kappas.append(torch.stack([_condition_number(weight) for _, weight in matrices(model, part)]).mean())
-        yield Observations(torch.stack(kappas).double()[None].cpu())
+        found = Observations(torch.stack(kappas).double()[None].cpu())
+        return lambda _: found
 
 
 def _condition_number(weight: torch.Tensor) -> torch.Tensor:

@@ -6,8 +6,8 @@ A criterion is one short file with a subclass of `Criterion`, and one line in `c
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -17,7 +17,7 @@ from plasticity_peft.probe import Probe
 
 
 class Observations(NamedTuple):
-    """What a criterion saw in one forward or backward pass, a column a component in the order of the architecture."""
+    """What a criterion saw in one pass, a column a component in the order of the architecture."""
 
     values: torch.Tensor
     """float64 of shape (observations, components), at least 0."""
@@ -37,16 +37,17 @@ class Criterion(ABC):
     title: ClassVar[str]
     """What the scores are, for the head of a column."""
     observed: ClassVar[str] = "pairs"
-    """What one observation is: "pairs" or "batches" of images, or "weights" where no image is looked at."""
+    """What one observation is of: "pairs", "images", "batches" of images, or "weights" where no image is looked at."""
     protocols: ClassVar[bool] = False
     """True where `inputs` decides what components are fed."""
     power: ClassVar[float] = 1.0
 
     @abstractmethod
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields what is seen in the share of the probe that falls to this process.
+    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[Any], Observations]:
+        """Returns the function that looks at a batch, with what is computed once a model behind it.
 
-        The model is in evaluation mode and records no gradients; a criterion that needs them turns them on for itself
-        (`gradients.differentiable`). A criterion whose `observed` is "weights" yields one row, the same in every
-        process.
+        It takes what the probe gives for `observed`: a `PairBatch` or an `ImageBatch` of any number of pairs or
+        images, whose values must not depend on which others are in the batch; for "batches" an `ImageBatch` that makes
+        one row; for "weights" None, and it returns one row, the same in every process. The model is in evaluation mode
+        and records no gradients; a criterion that needs them turns them on for itself.
         """

@@ -11,7 +11,7 @@ blocks. PLoP leaves norms out; here a layer norm is the diagonal matrix of its g
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from plasticity_peft.architectures import Architecture, matrices
 from plasticity_peft.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.probe import Probe
+from plasticity_peft.precision import full_precision
+from plasticity_peft.probe import ImageBatch, Probe
 
 
 class FeatureNorm(Criterion):
@@ -32,23 +33,28 @@ class FeatureNorm(Criterion):
     observed = "batches"
     power = -1.0
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields the normalised feature norm of each component for each batch of images."""
+    def prepare(
+        self, model: nn.Module, architecture: Architecture, probe: Probe
+    ) -> Callable[[ImageBatch], Observations]:
+        """Returns the function from a batch of images to the normalised feature norm of each component."""
         parts = [matrices(model, part) for part in architecture.components]
         weights = dict(matrix for part in parts for matrix in part)
         numbers = {path: number for number, path in enumerate(weights)}
-        for batch in probe.images():
+
+        def observe(batch: ImageBatch) -> Observations:
             found: dict[str, torch.Tensor] = {}
 
-            def keep(name: str, call: Call, output: Any, first: int = batch.numbers[0]) -> None:
+            def keep(name: str, call: Call, output: Any) -> None:
                 # A generator each: in which order a model calls its projections changes between releases.
-                generator = probe.generator(first, numbers[name])
-                found[name] = feature_norm(weights[name], call.tokens, generator)  # noqa: B023 - before the next batch
+                generator = probe.generator(batch.numbers[0], numbers[name])
+                found[name] = feature_norm(weights[name], call.tokens, generator)
 
             with hooked({path: model.get_submodule(path) for path in weights}, keep):
                 run(model, architecture, batch.images)
             values = [torch.stack([found[path] for path, _ in part]).mean() for part in parts]
-            yield Observations(torch.stack(values)[None])
+            return Observations(torch.stack(values)[None])
+
+        return observe
 
 
 def feature_norm(weight: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -66,7 +72,8 @@ def feature_norm(weight: torch.Tensor, tokens: torch.Tensor, generator: torch.Ge
 
     def mean_norm(inputs: torch.Tensor) -> torch.Tensor:
         inputs = F.normalize(inputs, dim=-1)
-        outputs = inputs * weight.float() if weight.ndim == 1 else F.linear(inputs, weight.float())
+        with full_precision(inputs):
+            outputs = inputs * weight.float() if weight.ndim == 1 else F.linear(inputs, weight.float())
         norms: torch.Tensor = torch.linalg.vector_norm(outputs, dim=-1)
         return norms.double().mean()
 

@@ -8,7 +8,7 @@ judges by a head that knows nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,7 +19,7 @@ from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.gradients import differentiable, squared_norms
 from plasticity_peft.images import Inputs
-from plasticity_peft.probe import Probe
+from plasticity_peft.probe import ImageBatch, Probe
 
 
 class GradientNorm(Criterion):
@@ -29,17 +29,22 @@ class GradientNorm(Criterion):
     title = "gradient norm"
     observed = "batches"
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields the norm of the gradient of the mean loss of each batch."""
+    def prepare(
+        self, model: nn.Module, architecture: Architecture, probe: Probe
+    ) -> Callable[[ImageBatch], Observations]:
+        """Returns the function from a batch to the norm of the gradient of its mean loss."""
         if not architecture.heads:
             raise ModelError(
                 f"{type(model).__name__} has no head, and criterion={self.name!r} needs one for its loss."
             )
-        for batch in probe.images():
+
+        def observe(batch: ImageBatch) -> Observations:
             labels = probe.labels(batch)
             with differentiable(model, architecture) as parameters:
                 norms = squared_norms(_loss(model, architecture, batch.images, labels), parameters).sqrt()
-                yield Observations(self.scale(norms.detach(), parameters)[None])
+                return Observations(self.scale(norms.detach(), parameters)[None])
+
+        return observe
 
     def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
         """Returns what is observed, given the norm of the gradient of each component: shape (components,)."""

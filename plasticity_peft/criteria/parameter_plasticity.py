@@ -4,8 +4,8 @@
 
 The paper argues (section 4) that components with high plasticity finetune better because they get larger gradients.
 This measures that where it acts: whatever the loss, its gradient by the parameters is J^T times its gradient by the
-features. J itself is never formed: for v ~ N(0, I), E ||J^T v||^2 = ||J||_F^2, and as the features of different images
-get independent v, one backward pass gives the sum over a batch (Hutchinson's estimator).
+features. J itself is never formed: for v ~ N(0, I), E ||J^T v||^2 = ||J||_F^2 (Hutchinson's estimator), with a v for
+each image. One backward pass gives the norms of all images of a batch.
 
 The features are what the head receives, or the last hidden states of a model without a head; a fresh head does not
 enter. The score does not depend on how large the tokens are at the input of a component, but on what is done with its
@@ -14,7 +14,7 @@ output: so norms are not favoured in models with small tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,9 +24,9 @@ from plasticity_peft.architectures import Architecture
 from plasticity_peft.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ModelError
-from plasticity_peft.gradients import differentiable, squared_norms
+from plasticity_peft.gradients import GradientsByImage
 from plasticity_peft.images import Inputs
-from plasticity_peft.probe import Probe
+from plasticity_peft.probe import ImageBatch, Probe
 
 
 class ParameterPlasticity(Criterion):
@@ -34,18 +34,31 @@ class ParameterPlasticity(Criterion):
 
     name = "parameter_plasticity"
     title = "parameter plasticity"
-    observed = "batches"
+    observed = "images"
     power = 0.5
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields an estimate of the squared norm, the mean over the images of a batch, for each batch."""
-        for batch in probe.images():
-            generator = probe.generator(batch.numbers[0])
-            with differentiable(model, architecture) as parameters:
-                moved = features(model, architecture, batch.images)
-                direction = torch.randn(moved.shape, generator=generator).to(moved.device)
-                squares = squared_norms((moved * direction).sum(), parameters)
-                yield Observations((squares / len(moved)).detach()[None])
+    def prepare(
+        self, model: nn.Module, architecture: Architecture, probe: Probe
+    ) -> Callable[[ImageBatch], Observations]:
+        """Returns the function from images to an estimate of the squared norm of J for each."""
+        # torch 2.13 on the CPU computes the gradient of a BatchNorm in evaluation mode wrongly for a single image
+        # whose gradient is not contiguous, as in CvT: there an image goes in company.
+        normalises_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        gradients = GradientsByImage(model, architecture, probe.example(model, architecture))
+
+        def observe(batch: ImageBatch) -> Observations:
+            images, count = batch.images, len(batch.numbers)
+            if count == 1 and normalises_batches:
+                images = {name: torch.cat([value, value]) for name, value in images.items()}
+
+            def projected() -> torch.Tensor:
+                moved = features(model, architecture, images).float()
+                directions = [torch.randn(moved.shape[1:], generator=probe.generator(i)) for i in batch.numbers]
+                return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
+
+            return Observations(gradients(len(next(iter(images.values()))), projected)[:count])
+
+        return observe
 
 
 def features(model: nn.Module, architecture: Architecture, images: Inputs) -> torch.Tensor:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import torch
 
-from plasticity_peft.criteria.rate_of_change import RateOfChange, euclidean
+from plasticity_peft.criteria.distances import euclidean
+from plasticity_peft.criteria.rate_of_change import RateOfChange
 
 
 def relative(pairs: torch.Tensor) -> torch.Tensor:

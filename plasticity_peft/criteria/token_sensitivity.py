@@ -10,7 +10,7 @@ is the root mean square of the features of the image's tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from plasticity_peft.calls import Call, block_input
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS, ratios
 from plasticity_peft.errors import ModelError
-from plasticity_peft.probe import Probe
+from plasticity_peft.probe import ImageBatch, Probe
 
 
 class TokenSensitivity(Criterion):
@@ -30,10 +30,13 @@ class TokenSensitivity(Criterion):
 
     name = "token_sensitivity"
     title = "token sensitivity"
+    observed = "images"
     protocols = True
 
-    def observe(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Iterator[Observations]:
-        """Yields the rate of change of each image and its disturbed self."""
+    def prepare(
+        self, model: nn.Module, architecture: Architecture, probe: Probe
+    ) -> Callable[[ImageBatch], Observations]:
+        """Returns the function from images to the rate of change between each and its disturbed self."""
         block = model.get_submodule(architecture.blocks[0])
         tokens = block_input(model, architecture, probe.example(model, architecture)).tokens
         if tokens.shape[-1] != architecture.hidden_size:
@@ -41,10 +44,13 @@ class TokenSensitivity(Criterion):
                 f"{type(model).__name__}: its blocks take {tuple(tokens.shape[1:])} an image, not tokens of "
                 f"{architecture.hidden_size} features. Use another criterion."
             )
-        for batch in probe.images():
+        distances = PROTOCOLS[probe.inputs](model, architecture)
+
+        def observe(batch: ImageBatch) -> Observations:
             with _second_half_disturbed(block, [probe.generator(number) for number in batch.numbers]):
-                distances = PROTOCOLS[probe.inputs](model, architecture, batch.images, batch.images)
-            yield ratios(architecture, distances)
+                return ratios(architecture, distances(batch.images, batch.images))
+
+        return observe
 
 
 @contextmanager

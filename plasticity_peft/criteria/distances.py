@@ -1,0 +1,44 @@
+"""How far apart two sequences of tokens are, for batches that hold all x of some pairs and then all y."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from plasticity_peft.precision import precise
+
+Distance = Callable[[torch.Tensor], torch.Tensor]
+"""Maps a batch (2 * pairs, ...), all x and then all y, to the distance of each pair: float64 of shape (pairs,)."""
+
+
+class Distances(NamedTuple):
+    """Distances of a batch of pairs, a column a component, float64 of shape (pairs, components)."""
+
+    outputs: torch.Tensor
+    """||f(x) - f(y)||_F"""
+    inputs: torch.Tensor
+    """||x - y||_F"""
+
+
+def euclidean(pairs: torch.Tensor) -> torch.Tensor:
+    """Returns ||x - y||_F of each pair."""
+    return norm(difference(pairs))
+
+
+def difference(pairs: torch.Tensor) -> torch.Tensor:
+    """Returns x - y, at least in float32, for a batch that holds all x and then all y."""
+    x, y = pairs.to(precise(pairs.dtype)).chunk(2)
+    return x - y
+
+
+def norm(differences: torch.Tensor) -> torch.Tensor:
+    """Returns the Frobenius norm of each member of a batch, float64 of shape (pairs,)."""
+    norms: torch.Tensor = torch.linalg.vector_norm(differences.flatten(1), dim=1)
+    return norms.double()
+
+
+def together(distances: list[torch.Tensor]) -> torch.Tensor:
+    """Returns the distance of what several modules return (a gated FC1 has two), seen as one matrix."""
+    return distances[0] if len(distances) == 1 else torch.stack(distances).square().sum(dim=0).sqrt()

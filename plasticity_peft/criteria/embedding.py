@@ -1,0 +1,162 @@
+"""The paper's protocol, "embedding": every component of every block gets the tokens e that enter block 0.
+
+FC2, which takes a wider input, gets e padded with zeros. The distance of the inputs is ||e(x) - e(y)||_F for all.
+
+As all components get the same tokens, most need not be called. With D = e(x) - e(y), of shape (tokens, features):
+
+    linear W     ||D W^T||^2 = <W^T W, D^T D>; the bias cancels, and the zeros meet the last columns of FC2
+    norm         ||LN(x) - LN(y)||^2 = sum_j g_j^2 v_j, v_j the sum over tokens of (x^_j - y^_j)^2, x^ = e normalised
+    attention    the module itself, up to its output projection, which sees the difference alone
+
+D^T D and v are computed once a pair, and W^T W once a model: what a linear layer costs for a pair depends neither on
+the number of tokens nor on the width of the MLP. What is no plain linear layer or layer norm (quantised, adapted,
+RMSNorm), and another distance than the Euclidean, are computed from the definition.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.calls import Call, attention_call, block_input, call_of, first_tensor, has_tensors
+from plasticity_peft.components import KINDS, Component
+from plasticity_peft.criteria.distances import Distance, Distances, difference, euclidean, norm, together
+from plasticity_peft.images import Inputs
+from plasticity_peft.offloading import execution_device, offloaded, onloaded
+from plasticity_peft.pairs import join
+from plasticity_peft.precision import full_precision, precise
+
+
+class EmbeddingProtocol:
+    """Distances of what the components make of the tokens that enter block 0."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture, distance: Distance = euclidean) -> None:
+        self._model, self._architecture, self._distance = model, architecture, distance
+        plain = distance is euclidean
+        self._linears = _Linears(model, architecture) if plain else None
+        self._norms = _Norms(model, architecture) if plain else None
+        self._ends_with_projection: bool | None = None if plain and not offloaded(model) else False
+        self._attends: dict[tuple[int, torch.Size], Call] = {}
+
+    def __call__(self, x: Inputs, y: Inputs) -> Distances:
+        """Returns the distances for the images `x` and `y` of some pairs."""
+        call = block_input(self._model, self._architecture, join(x, y))
+        found: dict[str, torch.Tensor] = {}
+        for shortcut in (self._linears, self._norms):
+            if shortcut is not None:
+                found.update(shortcut(call.tokens))
+        for number, part in enumerate(self._architecture.components):
+            if part.kind == "MHA":
+                found[part.id] = self._attention(part, number // len(KINDS), call)
+            elif part.id not in found:
+                modules = [self._model.get_submodule(path) for path in part.modules]
+                found[part.id] = together([self._by_definition(module, part, call.tokens) for module in modules])
+        device = call.tokens.device
+        outputs = torch.stack([found[part.id].to(device) for part in self._architecture.components], dim=1)
+        return Distances(outputs, self._distance(call.tokens)[:, None].expand_as(outputs))
+
+    def _attention(self, part: Component, index: int, call: Call) -> torch.Tensor:
+        attend = self._attention_call(index, call)
+        attention = self._model.get_submodule(part.path)
+        projection = self._model.get_submodule(part.modules[-1])
+        if self._ends_with_projection is None:
+            self._ends_with_projection = all(
+                _ends_with(self._model.get_submodule(each.path), self._model.get_submodule(each.modules[-1]), attend)
+                for each in self._architecture.components
+                if each.kind == "MHA"
+            )
+        if self._ends_with_projection:
+            before = call_of(projection, lambda: attention(*attend.args, **attend.kwargs))
+            if before is not None:
+                weight = projection.get_parameter("weight")
+                with full_precision(weight):
+                    return norm(F.linear(difference(before.tokens), weight.to(precise(weight.dtype))))
+        return self._distance(first_tensor(attention(*attend.args, **attend.kwargs)))
+
+    def _attention_call(self, index: int, call: Call) -> Call:
+        """Returns the call of a block's attention on the tokens, with what the block passes it: a mask, a bias."""
+        key = (index, call.tokens.shape[1:])
+        attend = self._attends.get(key)
+        if attend is None:
+            attend = attention_call(self._model, self._architecture, index, call)
+            if not has_tensors(attend.extras):  # then it is the same for all images
+                self._attends[key] = attend.with_tokens(attend.tokens[:0])
+        return attend.with_tokens(call.tokens)
+
+    def _by_definition(self, module: nn.Module, part: Component, tokens: torch.Tensor) -> torch.Tensor:
+        missing = part.features[0][0] - tokens.shape[-1] if part.features else 0
+        return self._distance(module(F.pad(tokens, (0, missing))))
+
+
+def _ends_with(attention: nn.Module, projection: nn.Module, call: Call) -> bool:
+    """Returns whether what the attention returns is what its output projection, a plain linear layer, returns."""
+    if type(projection) is not nn.Linear:
+        return False
+    seen: list[torch.Tensor] = []
+    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        output = first_tensor(attention(*call.args, **call.kwargs))
+    finally:
+        handle.remove()
+    return len(seen) == 1 and seen[0].shape == output.shape and torch.equal(seen[0], output)
+
+
+class _Linears:
+    """The plain linear layers of the MLPs, by their Gram matrices W^T W."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.ids: list[str] = []
+        device = execution_device(model)
+        grams, scales = [], []
+        for part in architecture.components:
+            modules = [model.get_submodule(path) for path in part.modules]
+            if part.kind not in ("FC1", "FC2") or any(type(module) is not nn.Linear for module in modules):
+                continue
+            with onloaded(*modules):
+                weight = torch.cat([module.get_parameter("weight") for module in modules])
+            weight = weight[:, : architecture.hidden_size].to(precise(weight.dtype))
+            scale = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares must not overflow
+            with full_precision(weight):
+                grams.append(((weight / scale).T @ (weight / scale)).to(device))
+            scales.append(scale.double().to(device))
+            self.ids.append(part.id)
+        # (features, features, layers): one matrix product a row of D^T D, summed over rows in double precision.
+        self._grams = torch.stack(grams, dim=-1) if grams else None
+        self._scales = torch.stack(scales) if scales else None
+
+    def __call__(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        if self._grams is None or self._scales is None:
+            return {}
+        apart = difference(tokens).flatten(1, -2)
+        with full_precision(tokens):
+            products = (apart.mT @ apart).transpose(0, 1)
+            squares = (products @ self._grams).double().sum(dim=0)
+        distances = squares.clamp_min(0).sqrt() * self._scales
+        return dict(zip(self.ids, distances.unbind(dim=1), strict=True))
+
+
+class _Norms:
+    """The plain layer norms, by their gains."""
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        self.ids: dict[float, list[str]] = {}
+        self._gains: dict[float, list[torch.Tensor]] = {}
+        device = execution_device(model)
+        for part in architecture.components:
+            module = model.get_submodule(part.path)
+            if part.kind in ("LN1", "LN2") and type(module) is nn.LayerNorm and module.weight is not None:
+                self.ids.setdefault(module.eps, []).append(part.id)
+                with onloaded(module):
+                    self._gains.setdefault(module.eps, []).append(module.weight.double().square().to(device))
+
+    def __call__(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for eps, ids in self.ids.items():
+            with full_precision(tokens):
+                normalised = F.layer_norm(tokens.to(precise(tokens.dtype)), tokens.shape[-1:], eps=eps)
+            spread = difference(normalised).flatten(1, -2).double().square().sum(dim=1)
+            distances = (spread @ torch.stack(self._gains[eps], dim=1)).sqrt()
+            found.update(zip(ids, distances.unbind(dim=1), strict=True))
+        return found
