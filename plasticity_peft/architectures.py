@@ -22,6 +22,7 @@ from torch import nn
 from plasticity_peft.components import KINDS, Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.layouts import LAYOUTS, BlockLayout
+from plasticity_peft.offloading import onloaded
 
 PIXELS = "pixel_values"
 
@@ -136,7 +137,9 @@ def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Te
     The input layers of a gated MLP count as one matrix, whose outputs are those of all, because some releases of
     transformers hold them in one layer: a score must not depend on that. The path is that of the first.
     """
-    weights = [module.get_parameter("weight") for module in weights_of(model, component)]
+    modules = weights_of(model, component)
+    with onloaded(*modules):
+        weights = [module.get_parameter("weight") for module in modules]
     if component.kind == "FC1":
         return [(component.modules[0], torch.cat([*weights]))]
     return list(zip(component.modules, weights, strict=True))

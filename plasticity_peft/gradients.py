@@ -38,6 +38,11 @@ def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[lis
                 f"{part.id}: its weights are {own[0].dtype}, which have no gradient. Use a criterion that needs none, "
                 "such as 'rate_of_change'."
             )
+        if any(parameter.is_meta for parameter in own):
+            raise ModelError(
+                f"{part.id}: its weights are offloaded, and have no gradient there. Use another criterion, such as "
+                "'parameter_plasticity', or keep the model on one device."
+            )
         parameters.append(own)
     before = [(parameter, parameter.requires_grad) for own in parameters for parameter in own]
     try:

@@ -67,3 +67,28 @@ def test_a_step_of_training_moves_what_was_chosen(
     assert gradients == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     trainable, _ = model.get_nb_trainable_parameters()
     assert trainable == config.selection.parameters[training] + 10 * 2 * 384 + 10
+
+
+@pytest.mark.parametrize("options", [{}, {"inputs": "embedding"}, {"inputs": "activation"}], ids=str)
+def test_it_settles_on_what_all_pairs_choose(
+    dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str]
+) -> None:
+    everything = measure_plasticity(dinov2, images, settle=None, pairs=256, **options)
+    found = measure_plasticity(dinov2, images, pairs=256, **options)
+    assert found.ranking()[0].unit == everything.ranking()[0].unit
+    assert found.pairs <= 128
+    if "inputs" in options:
+        assert found.ending.settled
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("options", [{}, {"inputs": "embedding"}, {"inputs": "activation"}], ids=str)
+def test_lower_precision_gives_the_same_ranking(
+    dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str], dtype: str
+) -> None:
+    full, lower = (
+        measure_plasticity(dinov2, images[:12], pairs=12, settle=None, dtype=each, **options) for each in (None, dtype)
+    )
+    assert [row.unit for row in lower.ranking()] == [row.unit for row in full.ranking()]
+    for one, other in zip(lower.kinds, full.kinds, strict=True):
+        assert one.mean == pytest.approx(other.mean, rel=0.02)

@@ -132,8 +132,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
-from plasticity_peft import PlasticityConfig, measure_plasticity
-from tests.conftest import tiny_model
+from plasticity_peft import PlasticityConfig
 from tests.test_trainer import CHOICE, IMAGES, saved_base, trainer_of, weights
 
 folder, training, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
@@ -149,12 +148,6 @@ trainer = trainer_of(model, folder / "out", ddp_find_unused_parameters=False, nu
 assert trainer.args.world_size == 2
 trainer.train()
 torch.save(weights(model), folder / f"weights-{rank}.pt")
-
-images = torch.full_like(IMAGES, torch.nan) if rank == "1" else IMAGES
-try:
-    measure_plasticity(tiny_model(), images, pairs=7)
-except Exception as error:
-    (folder / f"error-{rank}").write_text(f"{type(error).__name__}: {error}")
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
@@ -185,5 +178,3 @@ def test_two_processes_choose_the_same_and_train_together(training: str, tmp_pat
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)
     trained = [torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
-    assert "NonFiniteError: target[" in (tmp_path / "error-1").read_text()
-    assert "PlasticityError: Measuring failed in another process" in (tmp_path / "error-0").read_text()
