@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from plasticity_peft.checks import check_count
 from plasticity_peft.config import PlasticityConfig
@@ -66,7 +66,7 @@ class PlasticityCallback(TrainerCallback):
 
     def __init__(
         self,
-        trainer: Trainer,
+        trainer: Any,  # a transformers.Trainer, whose import is slow
         target_data: Any = None,
         source_data: Any = None,
         *,
@@ -175,8 +175,10 @@ def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, 
 
 def _config_of(model: nn.Module) -> PlasticityConfig | None:
     """Returns the config of the active adapter, or of the first of several, that chose its components."""
-    configs = getattr(model, "peft_config", {})
-    active = getattr(model, "active_adapters", ())
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    active: Any = model.active_adapters  # of a PeftModel a list, of a model of transformers a method
     names = active() if callable(active) else active
     found = (configs[name] for name in names if name in configs)
     return next((config for config in found if isinstance(config, PlasticityConfig) and config.selection), None)
