@@ -25,14 +25,11 @@ from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import write_text
 from plasticity_peft.precision import check_dtype
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.selection import Selection
 
 PEFT_TYPE = "PLASTICITY"
 """`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so."""
-
-REPORT_NAME = "plasticity.json"
-"""The file beside an adapter that tells what was measured and chosen."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",

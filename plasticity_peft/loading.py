@@ -29,10 +29,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
-from plasticity_peft.config import REPORT_NAME, PlasticityConfig
+from plasticity_peft.config import PlasticityConfig
 from plasticity_peft.errors import AdapterError, ReportError
 from plasticity_peft.renames import Layer, differing, read, rename, write
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.selection import Selection
 
 CONFIG_NAME = "adapter_config.json"
