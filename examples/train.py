@@ -21,7 +21,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
@@ -44,6 +44,7 @@ from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 from plasticity_peft import PlasticityConfig
 from plasticity_peft.card import update_card
 from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.image_datasets import load_image_dataset
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
@@ -184,11 +185,7 @@ def load_images(name: str | None, config_name: str | None = None) -> DatasetDict
     """Returns the splits of a dataset by Hub name, image folder or parquet file; the digits when `name` is None."""
     if name is None:
         return DatasetDict(train=digits())
-    if Path(name).suffix == ".parquet":
-        return load_dataset("parquet", data_files=name)
-    if Path(name).is_dir():
-        return load_dataset("imagefolder", data_dir=name)
-    return load_dataset(name, config_name)
+    return load_image_dataset(name, config_name)
 
 
 def digits() -> Dataset:

@@ -2,6 +2,7 @@
 
 import plasticity_peft.tuner  # noqa: F401 - registers PlasticityConfig with PEFT
 from plasticity_peft.architectures import find_components
+from plasticity_peft.callback import PlasticityCallback
 from plasticity_peft.config import PlasticityConfig
 from plasticity_peft.errors import PlasticityError
 from plasticity_peft.layouts import BlockLayout, register_architecture
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BlockLayout",
+    "PlasticityCallback",
     "PlasticityConfig",
     "PlasticityError",
     "PlasticityReport",

@@ -31,3 +31,7 @@ class AdapterError(PlasticityError, ValueError):
 
 class ReportError(PlasticityError, ValueError):
     """A report that cannot be read, or that was measured on another architecture."""
+
+
+class MissingExtraError(PlasticityError, ImportError):
+    """A package that only some uses need, and that is not installed."""

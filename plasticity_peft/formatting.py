@@ -34,5 +34,15 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wid
     for row in rows:
         grid.add_row(*row)
     text = StringIO()
-    Console(file=text, width=width, color_system=None, markup=False, emoji=False, highlight=False).print(grid)
+    # In a notebook rich would display the table by itself, and leave `text` empty.
+    console = Console(
+        file=text,
+        width=width,
+        color_system=None,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        force_jupyter=False,
+    )
+    console.print(grid)
     return "\n".join([title, *(line.rstrip() for line in text.getvalue().splitlines() if line.strip())])

@@ -15,7 +15,8 @@ The only file that touches private parts of PEFT. What it relies on:
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,9 @@ from safetensors.torch import save
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.architectures import Architecture, find_architecture, walk
+from plasticity_peft.architectures import find_architecture, walk
 from plasticity_peft.card import complete_card
+from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.measure import measure_plasticity
@@ -143,16 +145,18 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     else:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
-    linears, others = _split(architecture, selection.components, config.training)
-    modules_to_save = [*others, *architecture.heads]
-    modules_to_save += [name for name in config.modules_to_save or () if name not in modules_to_save]
+    linears, others = _split(architecture.components, selection.components, config.training)
     _check_free(model, linears, others)
     _check_only(model, linears, [*others, *architecture.heads])
     config.resolve(
         report,
         selection,
-        target_modules=linears or DUMMY_TARGET_MODULES,
-        modules_to_save=modules_to_save or None,
+        **lora_arguments(
+            architecture.components,
+            selection.components,
+            config.training,
+            heads=[*architecture.heads, *(config.modules_to_save or ())],
+        ),
         id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
     )
 
@@ -175,11 +179,46 @@ def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
         )
 
 
-def _split(architecture: Architecture, chosen: tuple[str, ...], training: str) -> tuple[list[str], list[str]]:
-    """Returns the paths of the chosen modules in this model: those that take LoRA, and those that train in full."""
+def lora_arguments(
+    components: Iterable[Component], chosen: Iterable[str], training: str, *, heads: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Returns the `target_modules` and `modules_to_save` of the LoRA config that trains the chosen components.
+
+    Args:
+        components: all components, with the module paths of the model that is to train.
+        chosen: canonical ids of those that train.
+        training: "lora" or "full".
+        heads: paths of what trains in full beside them.
+    """
+    linears, others = _split(components, chosen, training)
+    modules_to_save = list(dict.fromkeys([*others, *heads]))
+    return {"target_modules": linears or DUMMY_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of the base model that computes what `model` does: what its active adapters train is in it.
+
+    The copy has the module paths of the base model, and shares no memory with `model`.
+    """
+    copied = copy.deepcopy(model)
+    if isinstance(copied, PeftModel):
+        merged: nn.Module = copied.merge_and_unload()
+        return merged
+    for path, module in list(copied.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            copied.set_submodule(path, module.unload_and_optionally_merge_module(True, False, None))
+        elif isinstance(module, BaseTunerLayer) and path and not isinstance(module, _ModulesToSaveSwitch):
+            module.merge()
+            copied.set_submodule(path, module.get_base_layer())
+    return copied
+
+
+def _split(components: Iterable[Component], chosen: Iterable[str], training: str) -> tuple[list[str], list[str]]:
+    """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
     linears: list[str] = []
     others: list[str] = []
-    for component in architecture.components:
+    chosen = set(chosen)
+    for component in components:
         if component.id in chosen:
             lora = training == "lora" and component.features
             (linears if lora else others).extend(component.modules)

@@ -1,0 +1,118 @@
+"""`plasticity-peft measure`: a model and images in, a report out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env, set_seed
+
+from plasticity_peft.checks import PROTOCOLS
+from plasticity_peft.commands import options
+from plasticity_peft.commands.models import load_model, load_processor
+from plasticity_peft.commands.reports import check_file, check_picture, print_report, save_picture
+from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.image_datasets import choose_split, label_names, load_image_dataset, with_pixel_values
+from plasticity_peft.measure import measure_plasticity
+from plasticity_peft.precision import DTYPES
+
+EXAMPLES = """\b
+Examples:
+  plasticity-peft measure google/vit-base-patch16-224-in21k beans --output beans.json --plot beans.png
+  plasticity-peft measure facebook/dinov2-small path/to/images --image_size 224 --json > report.json
+  plasticity-peft measure path/to/model target.parquet --source source.parquet --criterion rate_of_change
+  plasticity-peft measure path/to/model --criterion bound
+  accelerate launch -m plasticity_peft measure path/to/model path/to/images --pairs 12800
+"""
+
+
+def measure(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a vision transformer.")],
+    data: Annotated[
+        str | None,
+        typer.Argument(
+            help="Hub name of an image dataset, a folder of images, or a parquet file. A criterion that reads only "
+            "weights needs none."
+        ),
+    ] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help="Pretraining-like images for the other half of each pair.")
+    ] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of both datasets.")] = "train",
+    dataset_config_name: Annotated[
+        str | None, typer.Option("--dataset_config_name", help="Configuration of the dataset on the Hub.")
+    ] = None,
+    image_column: Annotated[str, typer.Option("--image_column", help="Column of the images.")] = "image",
+    label_column: Annotated[str, typer.Option("--label_column", help="Column of the labels, if any.")] = "label",
+    image_size: Annotated[
+        int | None,
+        typer.Option("--image_size", help="Side of the images in pixels; what the model was made for by default."),
+    ] = None,
+    revision: options.Revision = None,
+    criterion: Annotated[str | None, options.one_of("--criterion", CRITERIA, options.HELP["criterion"])] = None,
+    inputs: Annotated[str | None, options.one_of("--inputs", PROTOCOLS, options.HELP["inputs"])] = None,
+    pairs: Annotated[int, typer.Option("--pairs", help=options.HELP["pairs"])] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch_size", help=options.HELP["batch_size"])] = 32,
+    seed: Annotated[int, typer.Option("--seed", help=options.HELP["seed"])] = 0,
+    settle: Annotated[
+        float,
+        typer.Option("--settle", help="End when the choice is settled at this confidence; 0 looks at all pairs."),
+    ] = 0.95,
+    top_k: options.TopK = None,
+    budget: options.Budget = None,
+    granularity: options.Granularity = "kind",
+    candidates: options.Candidates = options.ALL_KINDS,
+    training: options.Training = "lora",
+    r: options.Rank = 8,
+    dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
+    backbone: Annotated[str | None, typer.Option("--backbone", help=options.HELP["backbone"])] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
+    plot: options.Picture = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Measures which components of a model are worth training, on your images, and prints the ranking."""
+    check_file(output, "--output")
+    check_picture(plot)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    columns = {"image_column": image_column, "label_column": label_column}
+    with state.main_process_first():
+        datasets = {
+            name: choose_split(load_image_dataset(name, dataset_config_name if name == data else None), split, name)
+            for name in (data, source)
+            if name is not None
+        }
+    set_seed(seed)  # of a head that the model does not have yet
+    labels = label_names(datasets[data], label_column) if data is not None else None
+    loaded = load_model(model, labels, revision=revision).to(state.device)
+    processor = load_processor(model, image_size, revision) if datasets else None
+    images: dict[str | None, Any] = {
+        name: with_pixel_values(dataset, processor, name=name, **columns) for name, dataset in datasets.items()
+    }
+    report = measure_plasticity(
+        loaded,
+        images.get(data),
+        images.get(source),
+        criterion=criterion,
+        inputs=inputs,
+        pairs=pairs,
+        batch_size=batch_size,
+        seed=seed,
+        settle=settle or None,
+        top_k=top_k,
+        budget=budget,
+        granularity=granularity,
+        candidates=options.several(candidates),
+        training=training,
+        dtype=dtype,
+        backbone=backbone,
+        r=r,
+    )
+    if state.is_main_process:
+        if output is not None:
+            report.save(output)
+        if plot is not None:
+            save_picture(report, plot)
+        print_report(report, as_json)
+    state.destroy_process_group()

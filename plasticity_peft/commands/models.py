@@ -1,0 +1,75 @@
+"""Models by name, as they are measured and as their modules are named."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub.errors import HFValidationError
+from torch import nn
+from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as WITH_HEAD
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+from plasticity_peft.errors import ModelError
+
+NOT_LOADED = (OSError, ValueError, KeyError, HFValidationError)
+"""What transformers raises for a name, a folder or a type that it cannot load."""
+
+
+def load_model(name: str, labels: list[str] | None, *, revision: str | None = None) -> nn.Module:
+    """Returns the pretrained model `name`: with a head for images where its type has one, else as AutoModel has it.
+
+    Where `labels` are known the head is for them, as in finetuning; fresh weights depend on torch's random state.
+
+    Raises:
+        ModelError: there is no such model, or transformers cannot load it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        auto = AutoModelForImageClassification if has_head(config) else AutoModel
+        options: dict[str, Any] = {"ignore_mismatched_sizes": True}
+        if auto is AutoModelForImageClassification and labels:
+            options |= {"num_labels": len(labels)}
+        model: nn.Module = auto.from_pretrained(name, revision=revision or "main", dtype=torch.float32, **options)
+    except NOT_LOADED as error:
+        raise ModelError(f"Cannot load the model {name}: {error}") from error
+    return model
+
+
+def blank_model(name: str, revision: str | None = None) -> nn.Module:
+    """Returns the model `name` without weights: its modules have the names of this release of transformers.
+
+    Raises:
+        ModelError: there is no such model, or transformers cannot build it.
+    """
+    try:
+        config = AutoConfig.from_pretrained(name, revision=revision or "main")
+        auto = AutoModelForImageClassification if has_head(config) else AutoModel
+        with init_empty_weights():
+            model: nn.Module = auto.from_config(config)  # type: ignore[no-untyped-call]
+    except NOT_LOADED as error:
+        raise ModelError(f"Cannot build the model {name}: {error}") from error
+    return model
+
+
+def has_head(config: Any) -> bool:
+    """Returns whether transformers has a model with a head for images for this config."""
+    return type(config) in WITH_HEAD
+
+
+def load_processor(name: str, image_size: int | None = None, revision: str | None = None) -> Any:
+    """Returns the image processor of the model, for square images of `image_size` pixels if that is given.
+
+    Raises:
+        ModelError: the model has none.
+    """
+    size: dict[str, Any] = {}
+    if image_size is not None:
+        size = {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
+    try:
+        return AutoImageProcessor.from_pretrained(  # type: ignore[no-untyped-call]
+            name, revision=revision or "main", **size
+        )
+    except NOT_LOADED as error:
+        raise ModelError(f"Cannot load the image processor of {name}: {error}") from error
