@@ -23,13 +23,16 @@ from plasticity_peft.checks import (
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.files import write_text
+from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.precision import check_dtype
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
 
 PEFT_TYPE = "PLASTICITY"
 """`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so."""
+
+CONFIG_NAME = "adapter_config.json"
+"""The file without which a folder is no adapter."""
 
 REPORT_NAME = "plasticity.json"
 """The file beside an adapter that tells what was measured and chosen."""
@@ -252,8 +255,10 @@ class PlasticityConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json with what stock PEFT knows, and beside it plasticity.json with the rest."""
-        super().save_pretrained(save_directory, **kwargs)
-        if isinstance(self.report, PlasticityReport) and self.selection is not None:
-            adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
-            text = json.dumps({**self.report.to_dict(), "adapter": adapter}, indent=2)
-            write_text(os.path.join(save_directory, REPORT_NAME), text + "\n")
+        # The config comes last: without it no loader takes a folder for an adapter.
+        with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            if isinstance(self.report, PlasticityReport) and self.selection is not None:
+                adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
+                text = json.dumps({**self.report.to_dict(), "adapter": adapter}, indent=2)
+                write_text(folder / REPORT_NAME, text + "\n")

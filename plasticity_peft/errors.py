@@ -31,3 +31,11 @@ class AdapterError(PlasticityError, ValueError):
 
 class ReportError(PlasticityError, ValueError):
     """A report that cannot be read, or that was measured on another architecture."""
+
+
+class FileError(PlasticityError, OSError):
+    """A file that cannot be written. `errno` tells the system's reason."""
+
+    def __str__(self) -> str:
+        """Returns the message without the number of the reason, which the message gives in words."""
+        return str(self.strerror)
