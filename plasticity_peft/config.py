@@ -23,7 +23,7 @@ from plasticity_peft.checks import (
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.files import write_text
+from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.precision import check_dtype
 from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.results import results_for
@@ -34,6 +34,9 @@ PEFT_TYPE = "PLASTICITY"
 
 So is `task_type`, by which PEFT finds the class of the adapted model, unless the user gives one.
 """
+
+CONFIG_NAME = "adapter_config.json"
+"""The file without which a folder is no adapter."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -258,11 +261,13 @@ class PlasticityConfig(LoraConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Writes adapter_config.json with what stock PEFT knows, and beside it plasticity.json with the rest."""
-        super().save_pretrained(save_directory, **kwargs)
-        if isinstance(self.report, PlasticityReport) and self.selection is not None:
-            adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
-            values = {**self.report.to_dict(), "adapter": adapter}
-            results = results_for(save_directory)
-            if results:
-                values["results"] = [asdict(one) for one in results]
-            write_text(os.path.join(save_directory, REPORT_NAME), json.dumps(values, indent=2) + "\n")
+        # The config comes last: without it no loader takes a folder for an adapter.
+        with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
+            super().save_pretrained(str(folder), **kwargs)
+            if isinstance(self.report, PlasticityReport) and self.selection is not None:
+                adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
+                values = {**self.report.to_dict(), "adapter": adapter}
+                results = results_for(save_directory)
+                if results:
+                    values["results"] = [asdict(one) for one in results]
+                write_text(folder / REPORT_NAME, json.dumps(values, indent=2) + "\n")
