@@ -15,17 +15,20 @@ from __future__ import annotations
 
 import copy
 import logging
+import shutil
+import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
 from PIL import ImageOps
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
 from transformers import (
@@ -39,10 +42,13 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
+from transformers.trainer_utils import EvalPrediction
 
-from plasticity_peft import PlasticityConfig
+from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
+from plasticity_peft.card import update_card
+from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.image_datasets import load_image_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -192,7 +198,8 @@ def digits() -> Dataset:
     bunch = load_digits()
     images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in bunch.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    return Dataset.from_dict({"image": images, "label": bunch.target}, features=features)
+    info = DatasetInfo(features=features, dataset_name="digits")
+    return Dataset.from_dict({"image": images, "label": bunch.target}, features=features, info=info)
 
 
 def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
@@ -260,6 +267,21 @@ def with_head_alone(model: PreTrainedModel) -> PeftModel:
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads))
 
 
+class ResumableTrainer(Trainer):
+    """A Trainer whose checkpoints can be told from half-written ones."""
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            # Files that an earlier run left here would make what is half written look whole.
+            if self.args.should_save and folder.exists():
+                shutil.rmtree(folder)
+            self.accelerator.wait_for_everyone()
+            super()._save_checkpoint(model, trial)
+        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, each library has its own
+            raise OSError(f"Cannot write {folder}: {error}") from error
+
+
 def finetune(
     model: PeftModel,
     arguments: FinetuningArguments,
@@ -268,7 +290,7 @@ def finetune(
     checkpoint: str | None,
 ) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after training, and its metrics on the test images."""
-    trainer = Trainer(
+    trainer = ResumableTrainer(
         model=model,
         args=arguments,
         train_dataset=splits["train"],
@@ -278,23 +300,48 @@ def finetune(
         compute_metrics=compute_metrics,
     )
     trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
+        logger.info("%s was the end of training: nothing was left to train.", checkpoint)
     return trainer, trainer.evaluate(splits["test"], metric_key_prefix="test")
 
 
-def find_checkpoint(arguments: FinetuningArguments) -> str | None:
-    """Returns the checkpoint to resume from: `--resume_from_checkpoint` names it, or says True for the last one."""
-    if str(arguments.resume_from_checkpoint).lower() == "true":
-        checkpoint = get_last_checkpoint(arguments.output_dir) if Path(arguments.output_dir).is_dir() else None
-        if checkpoint is None:
-            raise SystemExit(f"There is no checkpoint in {arguments.output_dir} to resume from.")
-        return checkpoint
-    return arguments.resume_from_checkpoint
+def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
+    """Returns the checkpoint to resume from: `--resume_from_checkpoint` names it, or says True for the last whole one.
+
+    None where there is none: training starts anew. `also` are files that it must hold beside the usual ones.
+    """
+    wanted = arguments.resume_from_checkpoint
+    if wanted is None or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() != "true":
+        reason = why_not_whole(wanted, processes=None, also=also)
+        if reason:
+            raise SystemExit(f"Cannot resume from {wanted}: {reason}.")
+        return wanted
+    checkpoint = last_whole_checkpoint(arguments.output_dir, processes=arguments.world_size, also=also)
+    if checkpoint is None:
+        logger.info("There is no whole checkpoint in %s: training starts anew.", arguments.output_dir)
+        return None
+    logger.info("Training goes on from %s.", checkpoint)
+    return str(checkpoint)
+
+
+def check_writable(folder: str) -> None:
+    """Raises SystemExit where no file can be written into `folder`: better before measuring than after training."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+    except OSError as error:
+        raise SystemExit(f"Cannot write into --output_dir {folder}: {error.strerror}.") from None
 
 
 def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
     """Returns the same recipe, with a folder of its own and nothing to publish."""
     arguments = copy.copy(arguments)
     arguments.output_dir = str(Path(arguments.output_dir) / "head_only")
+    resumes = str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
+    arguments.resume_from_checkpoint = "True" if resumes else None
     arguments.push_to_hub = False
     return arguments
 
@@ -330,21 +377,25 @@ def main() -> None:
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
-    checkpoint = find_checkpoint(arguments)
+    check_writable(arguments.output_dir)
+    checkpoint = find_checkpoint(arguments, "plasticity.json")
     options = asdict(plasticity)
     head_only = options.pop("head_only")
     options["settle"] = options["settle"] or None
+    if checkpoint:
+        options["report"] = str(Path(checkpoint) / "plasticity.json")
+    if options["report"] is not None:
+        options["report"] = PlasticityReport.load(options["report"])
 
     results = {}
     if demo if head_only is None else head_only:
         set_seed(arguments.seed)
         model = with_head_alone(load_model(model_arguments, labels))
-        _, metrics = finetune(model, head_only_arguments(arguments), processor, splits, None)
+        recipe = head_only_arguments(arguments)
+        _, metrics = finetune(model, recipe, processor, splits, find_checkpoint(recipe))
         results["head only"] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
     set_seed(arguments.seed)
-    if checkpoint:
-        options["report"] = str(Path(checkpoint) / "plasticity.json")
     if options["report"] is None:
         options |= {"target_data": splits["target"], "source_data": splits.get("source")}
     config = PlasticityConfig(**options)
@@ -354,8 +405,15 @@ def main() -> None:
     selected = " + ".join(("head", *config.selection.units))
     results[selected] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
-    trainer.save_model()
+    if arguments.should_save:
+        with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
+            trainer.save_model(str(folder))
     trainer.save_metrics("test", metrics)
+    about = {"dataset": splits["test"].info.dataset_name, "tasks": "image-classification"}
+    if trainer.is_world_process_zero():
+        trainer.create_model_card(**about)
+        accuracy = {"accuracy": metrics["test_accuracy"]}
+        update_card(arguments.output_dir, metrics=accuracy, dataset=splits["test"], split="test")
     for name, (trainable, total, accuracy) in results.items():
         logger.info(
             "%-20s trains %7d of %d parameters (%.2f %%), test accuracy %.2f %%",
@@ -363,8 +421,16 @@ def main() -> None:
         )  # fmt: skip
     logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
     if arguments.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**about)
+
+
+def run() -> None:
+    """Runs `main`; what a user can put right ends it with a line instead of a traceback."""
+    try:
+        main()
+    except (PlasticityError, OSError, SafetensorError) as error:
+        raise SystemExit(f"{type(error).__name__}: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    run()

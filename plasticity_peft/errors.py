@@ -35,3 +35,11 @@ class ReportError(PlasticityError, ValueError):
 
 class MissingExtraError(PlasticityError, ImportError):
     """A package that only some uses need, and that is not installed."""
+
+
+class FileError(PlasticityError, OSError):
+    """A file that cannot be written. `errno` tells the system's reason."""
+
+    def __str__(self) -> str:
+        """Returns the message without the number of the reason, which the message gives in words."""
+        return str(self.strerror)

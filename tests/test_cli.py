@@ -26,11 +26,11 @@ from typer.testing import CliRunner
 import plasticity_peft
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.cli import app
-from plasticity_peft.commands import compare, measure, select, show
+from plasticity_peft.commands import card, compare, measure, select, show
 from plasticity_peft.components import KINDS
 from tests.conftest import REPOSITORY, random_images, tiny_model
 
-COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare}
+COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
 
 
@@ -148,10 +148,35 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     assert run("show", "first.json").stdout == f"{report}\n"
     model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
     model.save_pretrained(tmp_path / "adapter")
-    assert str(report) in run("show", tmp_path / "adapter").stdout
+    (unit,) = model.peft_config["default"].selection.units
+    told = rf"Selected: {unit} \(lora, [\d,]+ parameters beside the head\)\n"
+    for place in (tmp_path / "adapter", tmp_path / "adapter" / "plasticity.json"):
+        shown = run("show", place).stdout
+        assert shown.startswith(f"{report}\n")
+        assert re.fullmatch(told, shown.removeprefix(f"{report}\n"))
     shown = run("show", tmp_path / "adapter", "--json", "--plot", tmp_path / "a.png")
     assert PlasticityReport.from_dict(json.loads(shown.stdout)) == report
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    run("show", tmp_path / "adapter", "--plot", tmp_path / "b.png", "--view", "heatmap")
+    first, second = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert first.startswith(PNG)
+    assert second.startswith(PNG)
+    assert first != second
+
+
+def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    path.write_text("---\nlibrary_name: peft\n---\n\n# Mine\n\nA person wrote this.\n")
+    metric = ["--metric", "accuracy=0.94", "--dataset", "digits", "--split", "test"]
+    assert run("card", tmp_path / "adapter", *metric).stdout == f"{path}\n"
+    text = path.read_text()
+    assert "A person wrote this." in text
+    assert "| digits | test | accuracy | 0.94 |" in text
+    run("card", tmp_path / "adapter")
+    assert path.read_text() == text
+    message = run("card", tmp_path / "adapter", "--metric", "accuracy", code=2).stderr
+    assert "--metric must be name=value" in message
 
 
 STOCK = """
@@ -297,6 +322,7 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "select first.json --model nobody/nothing", 1, "Cannot build the model nobody/nothing"
     yield "compare first.json other.json", 1, "models with different components.*10 components.*15 components"
     yield "compare first.json second.json --top_k 6", 1, "from 1 to 5, the number of units by kind"
+    yield "card images", 1, "plasticity.json"
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
     yield "measure model images --pairs many", 2, "many"
@@ -327,8 +353,8 @@ def test_errors(arguments: str, code: int, message: str, monkeypatch: pytest.Mon
     [
         ("measure model images", "datasets", "datasets"),
         ("measure model images", "PIL", "datasets"),
-        ("show first.json --plot a.png", "matplotlib.figure", "plots"),
-        ("measure model images --plot a.png", "matplotlib.figure", "plots"),
+        ("show first.json --plot a.png", "matplotlib.figure", "plot"),
+        ("measure model images --plot a.png", "matplotlib.figure", "plot"),
     ],
 )
 def test_an_extra_that_is_missing(arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:

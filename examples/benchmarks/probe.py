@@ -1,7 +1,7 @@
 """Time and memory of measuring a pair, against the straightforward procedure; both protocols.
 
     python examples/benchmarks/probe.py                      ViT-B/16 at 224 px, about five minutes on two cores
-    python examples/benchmarks/probe.py --hidden_size 384    another size
+    python examples/benchmarks/probe.py --size ViT-S         another size
 
 The straightforward procedure calls every component on e(x) and on e(y) and keeps all outputs, as the authors' code
 does ("embedding"); for "activation" it is two plain forward passes. Times are medians over rounds in which all take
@@ -10,21 +10,15 @@ turns; memory is what a process of its own needs above the model, at its peak. W
 
 from __future__ import annotations
 
-import json
-import multiprocessing
-import resource
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from rich.console import Console
-from rich.table import Table
+from harness import SIZES, in_its_own_process, in_turns, peak_above, report, vit_config
 from torch import nn
 from torch.nn import functional as F
-from transformers import HfArgumentParser, ViTConfig, ViTModel
+from transformers import HfArgumentParser, ViTModel
 
 from plasticity_peft.architectures import Architecture, find_architecture
 from plasticity_peft.calls import block_input, first_tensor
@@ -38,8 +32,7 @@ from plasticity_peft.pairs import join
 class BenchmarkArguments:
     """What is measured, and how often."""
 
-    hidden_size: int = field(default=768, metadata={"help": "Features of a token; 64 a head, MLP four times as wide."})
-    num_hidden_layers: int = field(default=12, metadata={"help": "Blocks."})
+    size: str = field(default="ViT-B", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
     image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
     batch_size: int = field(default=8, metadata={"help": "Pairs in a pass, for the times."})
     memory_batch_size: int = field(default=32, metadata={"help": "Pairs in a pass, for the memory."})
@@ -51,14 +44,7 @@ class BenchmarkArguments:
 def build(arguments: BenchmarkArguments) -> ViTModel:
     """Returns the model."""
     torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=arguments.hidden_size,
-        num_hidden_layers=arguments.num_hidden_layers,
-        num_attention_heads=arguments.hidden_size // 64,
-        intermediate_size=4 * arguments.hidden_size,
-        image_size=arguments.image_size,
-    )
-    return ViTModel(config, add_pooling_layer=False).eval()
+    return ViTModel(vit_config(arguments.size, arguments.image_size), add_pooling_layer=False).eval()
 
 
 def every_component(model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs) -> torch.Tensor:
@@ -112,69 +98,58 @@ def pairs(arguments: BenchmarkArguments, count: int) -> tuple[Inputs, Inputs]:
 
 
 def seconds(arguments: BenchmarkArguments) -> dict[str, float]:
-    """Returns the median time of a pass in seconds, by way; in each round all take their turn."""
+    """Returns the median time of a pass in seconds, by way."""
     model = build(arguments)
     architecture = find_architecture(model)
     x, y = pairs(arguments, arguments.batch_size)
-    found: dict[str, list[float]] = {name: [] for name in WAYS}
     with torch.no_grad():
         reference, got = (WAYS[name][1](model, architecture, x, y) for name in list(WAYS)[:2])
         torch.testing.assert_close(got.float(), reference, rtol=1e-4, atol=0)
-        for number in range(arguments.rounds + 1):
-            for name, (_, way) in WAYS.items():
-                start = time.perf_counter()
-                way(model, architecture, x, y)
-                if number:  # the first round warms up
-                    found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in found.items()}
+        ways = {name: partial(way, model, architecture, x, y) for name, (_, way) in WAYS.items()}
+        return in_turns(ways, arguments.rounds)
 
 
 def peak_memory(arguments: BenchmarkArguments, name: str) -> float:
     """Returns the most memory that a pass takes above the model, in MiB. Run in a process of its own."""
     torch.set_num_threads(arguments.num_threads)
-    model = build(arguments)
-    architecture = find_architecture(model)
-    x, y = pairs(arguments, arguments.memory_batch_size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with torch.no_grad():
-        WAYS[name][1](model, architecture, x, y)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    torch.set_grad_enabled(False)
+
+    def prepare() -> Callable[[], object]:
+        model = build(arguments)
+        architecture = find_architecture(model)
+        x, y = pairs(arguments, arguments.memory_batch_size)
+        return lambda: WAYS[name][1](model, architecture, x, y)
+
+    return peak_above(prepare)
+
+
+COLUMNS = {
+    "way": "way",
+    "seconds": "seconds",
+    "time_ratio": "of the baseline",
+    "mib": "MiB above the model",
+    "memory_ratio": "of the baseline",
+}
 
 
 def main() -> None:
     """Prints the table and writes the numbers."""
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.num_threads)
-    context = multiprocessing.get_context("spawn")
-    memory = {}
-    for name in WAYS:  # before this process grows: a new one's peak starts from that of its parent
-        with context.Pool(1) as pool:
-            memory[name] = pool.apply(peak_memory, (arguments, name))
+    memory = {name: in_its_own_process(peak_memory, arguments, name) for name in WAYS}
     times = seconds(arguments)
-    table = Table(title=f"A pass over {arguments.batch_size} pairs; memory at {arguments.memory_batch_size} pairs")
-    for column in ("way", "seconds", "of the baseline", "MiB above the model", "of the baseline"):
-        table.add_column(column, justify="left" if column == "way" else "right")
-    rows = []
-    for name, (protocol, _) in WAYS.items():
-        row = {
+    rows = [
+        {
             "way": name,
             "seconds": times[name],
             "time_ratio": times[name] / times[BASELINES[protocol]],
             "mib": memory[name],
             "memory_ratio": memory[name] / memory[BASELINES[protocol]],
         }
-        rows.append(row)
-        table.add_row(
-            name,
-            f"{row['seconds']:.2f}",
-            f"{row['time_ratio']:.2f}",
-            f"{row['mib']:.0f}",
-            f"{row['memory_ratio']:.2f}",
-        )
-    Console(width=119).print(table)
-    path = Path(arguments.output)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"arguments": asdict(arguments), "torch": torch.__version__, "rows": rows}, indent=2))
+        for name, (protocol, _) in WAYS.items()
+    ]
+    title = f"{arguments.size}, {arguments.image_size} px: a pass over {arguments.batch_size} pairs; memory at "
+    report(f"{title}{arguments.memory_batch_size} pairs", COLUMNS, rows, arguments)
 
 
 if __name__ == "__main__":

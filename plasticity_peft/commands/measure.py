@@ -12,7 +12,7 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.commands import options
 from plasticity_peft.commands.models import load_model, load_processor
-from plasticity_peft.commands.reports import check_file, check_picture, print_report, save_picture
+from plasticity_peft.commands.reports import check_file, check_picture, print_json, save_picture
 from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.image_datasets import choose_split, label_names, load_image_dataset, with_pixel_values
 from plasticity_peft.measure import measure_plasticity
@@ -114,5 +114,8 @@ def measure(
             report.save(output)
         if plot is not None:
             save_picture(report, plot)
-        print_report(report, as_json)
+        if as_json:
+            print_json(report.to_dict())
+        else:
+            typer.echo(str(report))
     state.destroy_process_group()

@@ -1,0 +1,105 @@
+"""What the benchmarks share: ways that take turns at the clock, peaks of memory, and a table that is also a JSON file.
+
+All of a benchmark's numbers come from one run. Ways that are compared run one after the other in each round, so that
+what else the machine does falls on all of them, and what counts is the ratio of their medians.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import platform
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import ViTConfig
+
+SIZES = {
+    "ViT-S": {"hidden_size": 384, "num_hidden_layers": 12},
+    "ViT-B": {"hidden_size": 768, "num_hidden_layers": 12},
+    "ViT-L": {"hidden_size": 1024, "num_hidden_layers": 24},
+}
+"""Widths and depths of the usual models; 64 features a head, MLP four times as wide."""
+
+MEASURES: dict[str, dict[str, Any]] = {
+    "parameter_plasticity": {},
+    "rate_of_change, embedding": {"inputs": "embedding"},
+    "rate_of_change, activation": {"inputs": "activation"},
+}
+"""The default measure and the paper's in both protocols, as options of measure_plasticity."""
+
+
+def vit_config(size: str, image_size: int = 224, **options: Any) -> ViTConfig:
+    """Returns the config of one of `SIZES` with patches of 16 pixels."""
+    hidden_size = SIZES[size]["hidden_size"]
+    return ViTConfig(
+        **SIZES[size],
+        num_attention_heads=hidden_size // 64,
+        intermediate_size=4 * hidden_size,
+        image_size=image_size,
+        **options,
+    )
+
+
+def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Returns the median time of each way in seconds; in each round all take their turn. A first round warms up."""
+    found: dict[str, list[float]] = {name: [] for name in ways}
+    for number in range(rounds + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            if number:
+                found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in found.items()}
+
+
+def peak_above(prepare: Callable[[], Callable[[], object]]) -> float:
+    """Returns the most memory that a call takes above what was there before it, in MiB.
+
+    `prepare` makes the model, and returns the call. Run in a process of its own, whose peak it is.
+    """
+    call = prepare()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    call()
+    unit = 1024 if sys.platform == "linux" else 1024**2
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / unit
+
+
+def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what `function` returns in a fresh process. Call it while this one is small: peaks start from there."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
+
+
+def report(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], arguments: Any) -> None:
+    """Prints the rows as a table, and writes them to `arguments.output` with the arguments and the versions.
+
+    `columns` are the names of the values of a row, with what stands above them.
+    """
+    table = Table(title=title)
+    for name, heading in columns.items():
+        table.add_column(heading, justify="left" if isinstance(rows[0][name], str) else "right")
+    for row in rows:
+        table.add_row(*(_cell(row[name]) for name in columns))
+    Console(width=119).print(table)
+    path = Path(arguments.output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}
+    values = {"title": title, "arguments": asdict(arguments), "machine": machine, "rows": list(rows)}
+    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.2f}"
+    return str(value)
