@@ -97,8 +97,7 @@ CASES: dict[str, tuple[list[object], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("data", ["images", "images.parquet"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "data"), [*((case, "images") for case in CASES), ("the default", "images.parquet")])
 def test_measures_as_the_library_does(case: str, data: str) -> None:
     arguments, options = CASES[case]
     result = run("measure", "model", data, *arguments, "--json")
@@ -303,7 +302,7 @@ def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
     yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
-    yield "show images", 1, r"Cannot read the report .*plasticity.json"
+    yield "show images", 1, "images holds no plasticity.json"
     yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
     yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
     yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"
@@ -325,8 +324,8 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "card images", 1, "plasticity.json"
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
-    yield "measure model images --pairs many", 2, "many"
-    yield "select first.json --r 0", 2, "0"
+    yield "measure model images --pairs many", 2, "Invalid value for '--pairs'"
+    yield "select first.json --r 0", 2, "Invalid value for '--r'"
     yield "measure", 2, "Missing"
     yield "show first.json second.json", 2, "second.json"
     yield "show first.json --what", 2, "No such option"
@@ -426,6 +425,16 @@ if "RANK" in os.environ:
 """
 
 
+def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    result = run(
+        "measure", "model", "--criterion", "bound", "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png"
+    )
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WHO)
     (tmp_path / "who").mkdir()
