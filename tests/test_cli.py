@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -457,17 +458,34 @@ def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
 
 
-def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The end of a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
-    try:
-        result = subprocess.run(
-            [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
-            stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
-    finally:
+    yield writing
+    with suppress(OSError):
         os.close(writing)
+
+
+def test_a_reader_that_has_enough(
+    unread: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(BrokenPipeError), open(unread, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="1"):
+            app(["show", "first.json", "--json"])
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_reader_of_a_process_that_has_enough(unread: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
+        stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
     assert (result.returncode, result.stderr) == (1, "")
 
 
