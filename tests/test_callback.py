@@ -59,7 +59,8 @@ def adapted(how: str, base: PreTrainedModel | None = None, **options: Any) -> to
 def trained(model: torch.nn.Module, folder: Path, *arguments: Any, **options: Any) -> tuple[Trainer, Any]:
     """Returns the trainer after training, and the callback if there is one; `callback` says how to make it."""
     callback = options.pop("callback", None)
-    trainer = trainer_of(model, folder, logging_strategy="epoch", save_strategy="no", **{**SHORT, **options})
+    settings = {"logging_strategy": "epoch", "save_strategy": "no", **SHORT, **options}
+    trainer = trainer_of(model, folder, **settings)
     if callback is not None:
         callback = PlasticityCallback(trainer, *arguments, **callback)
         trainer.add_callback(callback)
@@ -175,6 +176,21 @@ def test_what_is_not_given_is_as_the_config_says(tmp_path: Path) -> None:
         adapted("lora"), tmp_path, IMAGES, callback={"every": 2, "criterion": "bound", "budget": 0.9}
     )
     assert callback.reports[2.0].criterion == "bound"
+
+
+def test_resumed_training_goes_on_measuring(tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    model = adapted("lora")
+    _, whole = trained(model, folder, IMAGES, callback={"every": 1}, save_strategy="epoch")
+    config = PlasticityConfig(report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, pairs=8)
+    resumed = get_peft_model(dropping(), config)
+    trainer = trainer_of(resumed, tmp_path / "resumed", logging_strategy="epoch", save_strategy="no", **SHORT)
+    callback = PlasticityCallback(trainer, IMAGES, every=1)
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    assert set(callback.reports) == {2.0}
+    for row, own in zip(callback.reports[2.0].kinds, whole.reports[2.0].kinds, strict=True):
+        assert row.mean == pytest.approx(own.mean, rel=1e-5)
 
 
 def test_training_that_ends_within_an_epoch(tmp_path: Path) -> None:
