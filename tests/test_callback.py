@@ -102,16 +102,20 @@ def test_training_is_what_it_is_without_it(how: str, tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in losses(trainer) if "loss" in entry] == [1, 2]
 
 
-@pytest.mark.parametrize("how", ["lora", "full", "add_adapter"])
-def test_what_is_measured_again_is_the_model_as_published(how: str, tmp_path: Path) -> None:
+# The first criterion looks at what the model does, the second at its weights as they are.
+@pytest.mark.parametrize(
+    ("how", "criterion"),
+    [("lora", "parameter_plasticity"), ("lora", "bound"), ("full", "bound"), ("add_adapter", "bound")],
+)
+def test_what_is_measured_again_is_the_model_as_published(how: str, criterion: str, tmp_path: Path) -> None:
     base = dropping()
     base.save_pretrained(tmp_path / "base")
-    model = adapted(how, copy.deepcopy(base), candidates=("LN2", "MHA", "FC1"), top_k=3)
+    model = adapted(how, copy.deepcopy(base), candidates=("LN2", "MHA", "FC1"), top_k=3, criterion=criterion)
     _, callback = trained(model, tmp_path, IMAGES, callback={"every": 2, "settle": None}, learning_rate=0.1)
     assert set(callback.reports) == {0.0, 2.0}
     model.save_pretrained(tmp_path / "adapter")
     published = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    expected = measure_plasticity(published.merge_and_unload(), IMAGES, pairs=8, settle=None)
+    expected = measure_plasticity(published.merge_and_unload(), IMAGES, pairs=8, settle=None, criterion=criterion)
     for row, own in zip(callback.reports[2.0].scores, expected.scores, strict=True):
         assert (row.id, row.modules) == (own.id, own.modules)
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
