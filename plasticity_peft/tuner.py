@@ -25,8 +25,12 @@ from torch import nn
 from plasticity_peft.architectures import Architecture, find_architecture, walk
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.isolation import restored_on_failure
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.report import PlasticityReport
+
+NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
+"""Value of `target_modules` for an adapter without any LoRA layer."""
 
 
 class PlasticityModel(LoraModel):
@@ -40,16 +44,23 @@ class PlasticityModel(LoraModel):
         """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
         config = self.peft_config[adapter_name]
         if isinstance(config, PlasticityConfig) and config.selection is None:
-            try:
+            with _unmarked_on_failure(model):
                 _choose(model, config)
-            except Exception:
-                # transformers' add_adapter marks the model as adapted before it asks us.
-                if not hasattr(model, "peft_config"):
-                    vars(model).pop("_hf_peft_config_loaded", None)
-                raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
-            model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+        with _unmarked_on_failure(model), restored_on_failure(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+                model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+
+
+@contextmanager
+def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception takes back the mark that transformers' add_adapter sets before it asks us."""
+    try:
+        yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
+        raise
 
 
 _SWITCH = "modules_to_save_switch"
@@ -94,7 +105,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     config.resolve(
         report,
         selection,
-        target_modules=linears or DUMMY_TARGET_MODULES,
+        target_modules=linears or NO_TARGET_MODULES,
         modules_to_save=modules_to_save or None,
         id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
     )

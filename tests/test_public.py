@@ -14,13 +14,13 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
-    errors components moments checks precision files formatting plotting selection settling scores report
+    errors components moments checks precision files formatting plotting selection settling scores believable report
     layouts offloading architectures images calls isolation pairs processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config rounds
-    measure tuner renames loading
+    measure tuner renames adapter_options adapter_weights loading
 """.split()  # noqa: SIM905
 
 
