@@ -85,8 +85,8 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
     beginning = config.get("init_lora_weights")
     if not isinstance(beginning, (bool, str, type(None))) or beginning not in HARMLESS_BEGINNINGS:
         raise AdapterError(
-            f"{source}: init_lora_weights={shown(beginning)} changes the weights of the base model when the adapter is "
-            "put on it. Save it with path_initial_model_for_weight_conversion=..., which makes it plain LoRA."
+            f"{source}: init_lora_weights={shown(beginning)} changes the weights of the base model when the adapter "
+            "is put on it. Save it with path_initial_model_for_weight_conversion=..., which makes it plain LoRA."
         )
     try:
         options = TypeAdapter(AdapterOptions).validate_json(json.dumps(given))
@@ -107,8 +107,8 @@ def _check_rest(rest: Mapping[str, Any], source: str) -> None:
     if refused:
         name = refused[0]
         raise AdapterError(
-            f"{source}: {name}={shown(rest[name])} is not supported by load_adapter, which reads LoRA, rsLoRA and DoRA "
-            "on linear layers, and modules_to_save. If you trust the adapter, PeftModel.from_pretrained may load it."
+            f"{source}: {name}={shown(rest[name])} is not supported by load_adapter, which reads LoRA, rsLoRA and "
+            "DoRA on linear layers, and modules_to_save. If you trust it, PeftModel.from_pretrained may load it."
         )
     if on:
         warnings.warn(
@@ -133,8 +133,8 @@ def _check_values(options: AdapterOptions, source: str) -> None:
     wild = [key for key in options.alpha_pattern if not _PLAIN.fullmatch(key)]
     if wild:
         raise AdapterError(
-            f"{source}: adapter_config.json: alpha_pattern has the key {shown(wild[0])}. Regular expressions of others "
-            "are not run, as some never end: only paths of modules, or their ends, are read."
+            f"{source}: adapter_config.json: alpha_pattern has the key {shown(wild[0])}. Regular expressions of "
+            "others are not run, as some never end: only paths of modules, or their ends, are read."
         )
     _check_names("modules_to_save", options.modules_to_save, source)
     _check_names("target_modules", options.target_modules or (), source)

@@ -36,9 +36,7 @@ def read_shapes(path: str | os.PathLike[str], source: str) -> dict[str, torch.Te
         with safe_open(path, framework="pt") as file:
             keys = list(file.keys())
             if len(keys) > MOST_TENSORS:
-                raise AdapterError(
-                    f"{source}: {WEIGHTS_NAME} holds {len(keys)} tensors; at most {MOST_TENSORS} are read."
-                )
+                raise AdapterError(f"{source}: {WEIGHTS_NAME} holds {len(keys)} tensors, more than {MOST_TENSORS}.")
             for key in keys:
                 piece = file.get_slice(key)
                 dtype = DTYPES.get(str(piece.get_dtype()))
@@ -130,6 +128,4 @@ def _check_whole(layers: Mapping[str, Layer], state: Mapping[str, torch.Tensor])
     for outer in saved:
         missing = [name for name in state if name.startswith(f"{outer}.") and name not in held]
         if missing:
-            raise AdapterError(
-                f"The adapter holds only a part of {outer}, which it says is saved: {missing[0]} is missing."
-            )
+            raise AdapterError(f"The adapter holds only a part of {outer}, which it says it holds: not {missing[0]}.")

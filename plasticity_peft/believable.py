@@ -24,9 +24,7 @@ def check_believable(report: Any) -> None:
             raise ReportError(f"{name}: expected {lowest} to {highest}, got {shown(count)}")
     for name, text in _texts(report):
         if not text.isprintable() or len(text) > LONGEST_TEXT:
-            raise ReportError(
-                f"{name}: expected printable text of at most {LONGEST_TEXT} characters, got {shown(text)}"
-            )
+            raise ReportError(f"{name}: expected printable text of up to {LONGEST_TEXT} characters, got {shown(text)}")
     if report.input_std is not None and report.input_std < 0:
         raise ReportError(f"input_std: expected a number of at least 0, got {report.input_std}")
     for row in report.scores:

@@ -201,9 +201,7 @@ class PlasticityConfig(LoraConfig):
         check_path("backbone", self.backbone)
         self.dtype = check_dtype(self.dtype)
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
-            raise ConfigError(
-                f"report must be a PlasticityReport or the path of a saved one. Got {shown(self.report)}."
-            )
+            raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
         if self.report is not None and self.target_data is not None:
             raise ConfigError("Give report, to choose from scores, or target_data, to measure; got both.")
         if self.source_data is not None and self.target_data is None:

@@ -138,8 +138,8 @@ def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
     usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
     if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict, adapter_name) or adapter_name in "lora_":
         raise AdapterError(
-            "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no part "
-            f"of 'lora_' has. Got {shown(adapter_name)}."
+            "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
+            f"part of 'lora_' has. Got {shown(adapter_name)}."
         )
 
 

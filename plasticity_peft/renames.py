@@ -100,8 +100,9 @@ def _check_shapes(path: str, lora: Mapping[str, torch.Tensor]) -> None:
     a, b = lora["lora_A.weight"].shape, lora["lora_B.weight"].shape
     fit = len(a) == len(b) == 2 and a[0] == b[1] and 1 <= a[0] <= HIGHEST_RANK * max(a[1], b[0])
     if not fit or any(lora[name].shape != b[:1] for name in set(lora) - {"lora_A.weight", "lora_B.weight"}):
+        shapes = {name: tuple(value.shape) for name, value in lora.items()}
         raise AdapterError(
-            f"The LoRA weights of {path} do not fit together: { ({name: tuple(v.shape) for name, v in lora.items()}) }. "
+            f"The LoRA weights of {path} do not fit together: {shapes}. "
             f"lora_A is (r, inputs) and lora_B is (outputs, r), with r from 1 to {HIGHEST_RANK} times the larger of "
             "the two; biases and magnitudes are (outputs,)."
         )

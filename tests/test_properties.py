@@ -79,7 +79,9 @@ def is_flag(value: Any) -> bool:
 
 
 def is_pattern_of(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
-    return lambda value: isinstance(value, dict) and all(isinstance(k, str) and right(v) for k, v in value.items())
+    return lambda value: (
+        value is None or (isinstance(value, dict) and all(isinstance(k, str) and right(v) for k, v in value.items()))
+    )
 
 
 def is_number(value: Any) -> bool:
@@ -87,7 +89,7 @@ def is_number(value: Any) -> bool:
 
 
 def is_kinds(value: Any) -> bool:
-    if not isinstance(value, (str, tuple, list, set, frozenset)):
+    if not isinstance(value, (str, tuple, list, set, frozenset, np.ndarray)):
         return False
     names = [value] if isinstance(value, str) else list(value)
     return bool(names) and all(isinstance(n, str) and n in KINDS for n in names) and len(set(names)) == len(names)
@@ -105,7 +107,9 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
     "batch_size": is_count(1),
     "seed": is_count(0, 2**64 - 1),
     "settle": lambda value: value is None or (is_share(value) and value < 1),
-    "dtype": lambda value: value is None or value is torch.float16 or value in ("float16", "bfloat16"),
+    "dtype": lambda value: (
+        value is None or value is torch.float16 or (isinstance(value, str) and value in ("float16", "bfloat16"))
+    ),
     "backbone": lambda value: value is None or isinstance(value, str),
     "r": is_count(1),
     "lora_alpha": is_number,
@@ -137,15 +141,15 @@ def _of_lora(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", [*OWN, *LORA])
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(value=ANYTHING)
 def test_a_field_is_right_or_refused_by_name(name: str, value: Any) -> None:
     try:
         config = PlasticityConfig(target_data=IMAGES, **{name: value})
     except ConfigError as error:
-        assert name in str(error)
+        assert name in str(error)  # noqa: PT017
         # Right by itself, but not in company: inputs with a criterion that has none, lora_bias with DoRA.
-        assert not bool_of(RIGHT[name](value)), error
+        assert not bool_of(RIGHT[name](value)), error  # noqa: PT017
         return
     assert bool_of(RIGHT[name](value)), value
     json.dumps(config.to_dict())
@@ -155,11 +159,8 @@ def bool_of(value: Any) -> bool:
     return bool(value)
 
 
-ARGUMENTS = [name for name in OWN]
-
-
-@pytest.mark.parametrize("name", [*ARGUMENTS, "r", "rank_pattern", "use_dora", "lora_bias"])
-@settings(max_examples=30)
+@pytest.mark.parametrize("name", [*OWN, "r", "rank_pattern", "use_dora", "lora_bias"])
+@settings(max_examples=20)
 @given(value=ANYTHING)
 def test_an_argument_of_measure_plasticity_is_right_or_refused_by_name(name: str, value: Any) -> None:
     arguments = {"criterion": "random", name: value}
@@ -168,15 +169,15 @@ def test_an_argument_of_measure_plasticity_is_right_or_refused_by_name(name: str
     except PlasticityError as error:
         # Right by itself, but not for this model, or without images.
         fits = name not in ("criterion", "inputs", "top_k", "backbone")
-        assert name in str(error)
-        assert not fits or not bool_of(RIGHT[name](value)), error
+        assert name in str(error)  # noqa: PT017
+        assert not fits or not bool_of(RIGHT[name](value)), error  # noqa: PT017
         return
     assert bool_of(RIGHT[name](value)), value
     assert len(report.scores) == 10
 
 
-@settings(max_examples=150)
-@given(options=st.fixed_dictionaries({}, optional={name: ANYTHING for name in [*OWN, *LORA, "report", "source_data"]}))
+@settings(max_examples=100)
+@given(options=st.fixed_dictionaries({}, optional=dict.fromkeys([*OWN, *LORA, "report", "source_data"], ANYTHING)))
 def test_combinations_are_carried_out_or_refused(options: dict[str, Any]) -> None:
     try:
         config = PlasticityConfig(**options)
@@ -194,7 +195,7 @@ def test_no_option_of_lora_raises_anything_else(field: str, value: Any) -> None:
     try:
         PlasticityConfig(**{field: value})
     except PlasticityError as error:
-        assert isinstance(error, ConfigError)
+        assert isinstance(error, ConfigError)  # noqa: PT017
 
 
 @pytest.mark.parametrize("model", [None, "vit", 3, {}, torch.zeros(2)], ids=repr)
@@ -258,7 +259,7 @@ def load_text(text: str | bytes) -> PlasticityReport:
         return PlasticityReport.load(path)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(report=reports())
 def test_a_report_comes_back_as_it_was(report: PlasticityReport) -> None:
     values = report.to_dict()
@@ -279,7 +280,7 @@ def usable(report: PlasticityReport) -> None:
         assert json.loads(json.dumps(dataclasses.asdict(chosen)))
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(values=JSON, whole=st.booleans())
 def test_any_json_is_refused_with_a_reason(values: Any, whole: bool) -> None:
     given_values = {"format": "plasticity_peft", "format_version": 1, **values} if isinstance(values, dict) else values
@@ -310,7 +311,7 @@ VALID = json.loads(json.dumps(measure_plasticity(MODEL, IMAGES, criterion="rate_
 PATHS = list(paths_in(VALID))
 
 
-@settings(max_examples=400)
+@settings(max_examples=150)
 @given(data=st.data(), how=st.sampled_from(["drop", "double", "replace"]), path=st.sampled_from(PATHS))
 @pytest.mark.filterwarnings("ignore:.*ranks high because a layer norm:UserWarning")
 def test_a_changed_report_is_refused_or_used_as_it_is(data: st.DataObject, how: str, path: tuple[Any, ...]) -> None:
@@ -329,7 +330,7 @@ def test_a_changed_report_is_refused_or_used_as_it_is(data: st.DataObject, how: 
         try:
             report = load(values)
         except ReportError as error:
-            assert str(error)
+            assert str(error)  # noqa: PT017
             continue
         usable(report)
         assert PlasticityReport.from_dict(report.to_dict()) == report
@@ -346,7 +347,7 @@ VALID_TEXT = json.dumps(VALID)
         (VALID_TEXT.replace('"seed": 0', '"seed": 1' + "0" * 1000), "seed"),
         (VALID_TEXT.replace('"seed": 0', '"seed": NaN'), "NaN"),
         (VALID_TEXT.replace('"seed": 0', '"other": -Infinity, "seed": 0'), "Infinity"),
-        (VALID_TEXT.replace('"vit"', '"\\ud800"'), "model_type"),
+        (VALID_TEXT.replace('"vit"', '"\\ud800"'), "surrogate|hex escape"),
         (VALID_TEXT.replace('"vit"', '"vit\\u001b[31m"'), "model_type"),
         ("[" * 100_000 + "]" * 100_000, "no whole JSON|no plasticity report"),
         (
@@ -417,7 +418,7 @@ def test_a_huge_dataset_is_not_enumerated(criterion: str) -> None:
     assert with_source.pairs == 8
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(images=st.integers(2**24, 2**62), seed=st.integers(0, 2**32), pairs=st.integers(2, 500))
 def test_pairs_of_a_huge_dataset_are_drawn_as_from_any_other(images: int, seed: int, pairs: int) -> None:
     for source in (None, images - 1):
@@ -430,7 +431,7 @@ def test_pairs_of_a_huge_dataset_are_drawn_as_from_any_other(images: int, seed: 
         assert (drawn == draw_pairs(pairs, target=images, source=source, seed=seed)).all()
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(images=st.integers(2, 60), seed=st.integers(0, 2**32), count=st.integers(2, 80))
 def test_images_are_drawn_without_repetition(images: int, seed: int, count: int) -> None:
     data = Images(torch.arange(images).float().reshape(-1, 1, 1, 1), "target", read_at_most=count)
@@ -474,7 +475,7 @@ ITEMS = st.one_of(
             torch.rand(3, 9, 9),
             torch.rand(3, 8, 8),
             torch.rand(8, 8),
-        ]  # fmt: skip
+        ]
     ),
 )
 WRAPPERS = st.sampled_from(
@@ -482,39 +483,44 @@ WRAPPERS = st.sampled_from(
 )
 
 
-@settings(max_examples=250)
+@settings(max_examples=120)
 @given(items=st.lists(st.builds(lambda wrap, item: wrap(item), WRAPPERS, ITEMS), max_size=4), stream=st.booleans())
 def test_any_dataset_is_measured_or_refused(items: list[Any], stream: bool) -> None:
     before = snapshot(MODEL)
     try:
         report = measure_plasticity(MODEL, iter(items) if stream else items, inputs="embedding", pairs=3)
     except (DataError, NonFiniteError) as error:
-        assert re_names(error)
+        assert says_which(error)  # noqa: PT017
     else:
         assert report.pairs >= 2
     assert_same(before, snapshot(MODEL))
 
 
-def re_names(error: Exception) -> bool:
+def says_which(error: Exception) -> bool:
     """Returns whether an error says which data, or which image, or how many."""
     text = str(error)
     return any(word in text for word in ("target", "refused", "images", "pairs"))
 
 
 LABELS = st.one_of(
-    st.integers(-5, 5), st.floats(), st.booleans(), st.none(), st.text(max_size=2), st.sampled_from([10**30, -(10**30)]),
-    st.sampled_from([torch.tensor(1), torch.tensor([0, 1]), torch.tensor(1.5), np.int64(2), np.zeros(3), [], object()]),
-)  # fmt: skip
+    st.integers(-5, 5),
+    st.floats(),
+    st.booleans(),
+    st.none(),
+    st.text(max_size=2),
+    st.sampled_from([10**30, -(10**30), np.int64(2), np.zeros(3), [], object()]),
+    st.sampled_from([torch.tensor(1), torch.tensor([0, 1]), torch.tensor(1.5)]),
+)
 
 
-@settings(max_examples=120)
+@settings(max_examples=60)
 @given(labels=st.lists(LABELS, min_size=2, max_size=2))
 def test_a_label_is_a_whole_number_or_refused(labels: list[Any]) -> None:
     data = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, labels, strict=False)]
     try:
         measure_plasticity(MODEL, data, criterion="gradient_norm", batch_size=2)
     except DataError as error:
-        assert "abel" in str(error)
+        assert "abel" in str(error)  # noqa: PT017
         return
     assert all(float(label) in (0.0, 1.0, 2.0) for label in labels)
 
@@ -559,13 +565,17 @@ def vit_architecture() -> Any:
     return ARCHITECTURE
 
 
-@settings(max_examples=150)
-@given(name=st.one_of(
-    st.text(max_size=30),
-    st.lists(st.sampled_from(["vit", "encoder", "layer", "layers", "0", "1", "٣", "q_proj", ".*", "(a+)+$", "", "[", "\\"]),
-             max_size=8).map(".".join),
-    st.sampled_from(["a" * 10**6, "layers." * 10**5 + "0", "layers.0." * 10**5, "layers." + "1" * 5000 + ".mlp.fc1"]),
-))  # fmt: skip
+@settings(max_examples=60)
+@given(
+    name=st.one_of(
+        st.text(max_size=30),
+        st.lists(
+            st.sampled_from(["vit", "encoder", "layer", "layers", "0", "1", "٣", "q_proj", ".*", "(a+)+$", "", "["]),
+            max_size=8,
+        ).map(".".join),
+        st.sampled_from(["a" * 10**6, "layers." * 10**5 + "0", "layers.0." * 10**5, f"layers.{'1' * 5000}.mlp.fc1"]),
+    )
+)
 def test_any_module_name_is_found_or_refused(name: str) -> None:
     """Names of modules are text, whatever characters they hold."""
     layers = {name: Layer(full={"weight": torch.zeros(1)})}
@@ -577,7 +587,7 @@ def test_any_module_name_is_found_or_refused(name: str) -> None:
     assert set(renamed) <= set(modules)
 
 
-@settings(max_examples=60)
+@settings(max_examples=20)
 @given(name=st.text(min_size=1, max_size=12))
 def test_a_backbone_of_any_name_is_found_or_refused(name: str) -> None:
     assume(name != "vit")
