@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import typer
 
-from plasticity_peft.config import REPORT_NAME
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.extras import require
+from plasticity_peft.hub import REPORT_NAME
 from plasticity_peft.report import PlasticityReport
 
 
