@@ -84,6 +84,8 @@ def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Comp
 
 def find_architecture(model: nn.Module, backbone: str | None = None) -> Architecture:
     """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
     stack = _one_stack(model, backbone)
     layout = stack.layout
     names = [(path, _indices(path, layout)) for path in stack.paths]

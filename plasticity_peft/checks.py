@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+import re
+from collections.abc import Iterable, Mapping
+from itertools import islice
 
 from plasticity_peft.components import KINDS
 from plasticity_peft.errors import ConfigError
@@ -11,12 +14,25 @@ GRANULARITIES = ("kind", "block")
 PROTOCOLS = ("embedding", "activation")
 OBSERVED = ("pairs", "images", "batches", "weights")
 TRAINING_MODES = ("lora", "full")
+MOST_PAIRS = 2**24
+"""More than any ranking needs (the paper takes 12,800), and as many as can be drawn without asking how much memory."""
+HIGHEST_SEED = 2**64 - 1
+"""What torch takes."""
+
+
+def shown(value: object) -> str:
+    """Returns a value as a message shows it: cut where it is long, and never an error of its own."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"an object of type {type(value).__name__} that cannot be printed"
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises ConfigError unless `value`, the argument `name`, is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {value!r}.")
+        raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {shown(value)}.")
 
 
 def check_count(name: str, value: object, lowest: int, highest: int | None = None, reason: str = "") -> None:
@@ -24,7 +40,7 @@ def check_count(name: str, value: object, lowest: int, highest: int | None = Non
     whole = isinstance(value, int) and not isinstance(value, bool)
     if not whole or value < lowest or (highest is not None and value > highest):  # type: ignore[operator]
         allowed = f"of at least {lowest}" if highest is None else f"from {lowest} to {highest}"
-        raise ConfigError(f"{name} must be a whole number {allowed}{reason}. Got {value!r}.")
+        raise ConfigError(f"{name} must be a whole number {allowed}{reason}. Got {shown(value)}.")
 
 
 def check_budget(budget: object) -> None:
@@ -32,7 +48,7 @@ def check_budget(budget: object) -> None:
     if isinstance(budget, bool) or not isinstance(budget, (int, float)) or not 0 < budget <= 1:
         raise ConfigError(
             "budget must be a share of the model's parameters, above 0 and at most 1 (0.01 is one percent). "
-            f"Got {budget!r}."
+            f"Got {shown(budget)}."
         )
 
 
@@ -43,14 +59,14 @@ def check_settle(settle: object) -> None:
     if isinstance(settle, bool) or not isinstance(settle, (int, float)) or not 0 < settle < 1:
         raise ConfigError(
             "settle must be a confidence above 0 and below 1 (0.95: a wrong choice is called settled in 5 % of cases "
-            f"at most), or None to look at all pairs. Got {settle!r}."
+            f"at most), or None to look at all pairs. Got {shown(settle)}."
         )
 
 
 def check_amount(top_k: object, budget: object) -> None:
     """Raises ConfigError where both or an impossible `top_k` or `budget` are given; None stands for not given."""
     if top_k is not None and budget is not None:
-        raise ConfigError(f"Give top_k or budget, not both. Got top_k={top_k!r} and budget={budget!r}.")
+        raise ConfigError(f"Give top_k or budget, not both. Got top_k={shown(top_k)} and budget={shown(budget)}.")
     if top_k is not None:
         check_count("top_k", top_k, 1)
     if budget is not None:
@@ -59,8 +75,55 @@ def check_amount(top_k: object, budget: object) -> None:
 
 def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
     """Returns the kinds as a tuple. Raises ConfigError where there is none, or one is unknown or named twice."""
-    kinds = (candidates,) if isinstance(candidates, str) else candidates
-    kinds = tuple(kinds) if isinstance(kinds, Iterable) else ()
-    if not kinds or len(set(kinds)) < len(kinds) or not set(kinds) <= set(KINDS):
-        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {candidates!r}.")
+    if isinstance(candidates, (set, frozenset)):  # whose order means nothing, and differs from run to run
+        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
+    names = (candidates,) if isinstance(candidates, str) else candidates
+    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
+    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
+    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
+        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
     return kinds
+
+
+def check_flag(name: str, value: object) -> None:
+    """Raises ConfigError unless `value`, the argument `name`, is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be True or False. Got {shown(value)}.")
+
+
+def check_path(name: str, value: object) -> None:
+    """Raises ConfigError unless `value`, the argument `name`, is the path of a module, or None."""
+    if value is not None and not isinstance(value, str):
+        raise ConfigError(f"{name} must be the path of a module, or None. Got {shown(value)}.")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raises ConfigError unless `value`, the argument `name`, is a finite number above 0."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 < value < math.inf:  # type: ignore[operator]
+        raise ConfigError(f"{name} must be a number above 0. Got {shown(value)}.")
+
+
+def check_patterns(name: str, value: object) -> Mapping[str, object]:
+    """Returns a mapping from ends of module paths, as regular expressions; empty for None. Raises ConfigError."""
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(f"{name} must map module paths to numbers. Got {shown(value)}.")
+    for key in value:
+        try:
+            re.compile(key)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ConfigError(f"{name}: {shown(key)} is no regular expression ({error}).") from error
+    return value
+
+
+def check_lora(
+    r: object = 8, rank_pattern: object = None, use_dora: object = False, lora_bias: object = False
+) -> None:
+    """Raises ConfigError unless the options of LoRA that count in a budget are of the right type."""
+    check_count("r", r, 1)
+    for key, rank in check_patterns("rank_pattern", rank_pattern).items():
+        check_count(f"rank_pattern[{key!r}]", rank, 1)
+    check_flag("use_dora", use_dora)
+    check_flag("lora_bias", lora_bias)

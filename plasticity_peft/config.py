@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sized
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -13,19 +13,28 @@ from peft import LoraConfig, PeftType
 
 from plasticity_peft.checks import (
     GRANULARITIES,
+    HIGHEST_SEED,
+    MOST_PAIRS,
     TRAINING_MODES,
     check_amount,
     check_candidates,
     check_choice,
     check_count,
+    check_flag,
+    check_lora,
+    check_number,
+    check_path,
+    check_patterns,
     check_settle,
+    shown,
 )
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import replaced_when_whole, write_text
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
 from plasticity_peft.precision import check_dtype
-from plasticity_peft.report import REPORT_NAME, PlasticityReport
+from plasticity_peft.report import PlasticityReport
 from plasticity_peft.results import results_for
 from plasticity_peft.selection import Selection
 
@@ -34,9 +43,6 @@ PEFT_TYPE = "PLASTICITY"
 
 So is `task_type`, by which PEFT finds the class of the adapted model, unless the user gives one.
 """
-
-CONFIG_NAME = "adapter_config.json"
-"""The file without which a folder is no adapter."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -172,14 +178,19 @@ class PlasticityConfig(LoraConfig):
 
     def __post_init__(self) -> None:
         self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
-        super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_lora()
+        try:
+            super().__post_init__()  # type: ignore[no-untyped-call]
+        except (TypeError, ValueError, AttributeError) as error:
+            raise ConfigError(f"PEFT refuses the options of LoRA: {error}") from error
         self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or PEFT_TYPE
         for name in CHOSEN_FOR_THE_USER:
-            if getattr(self, name, None):
+            value = getattr(self, name, None)
+            if value is not None and not (isinstance(value, Sized) and len(value) == 0):
                 raise ConfigError(
                     f"{name} is chosen by the ranking; narrow it with candidates, granularity, top_k or budget, or "
-                    f"use LoraConfig to choose modules by name. Got {name}={getattr(self, name)!r}."
+                    f"use LoraConfig to choose modules by name. Got {name}={shown(value)}."
                 )
         if self.report is None or (self.criterion, self.inputs) != (None, None):
             self.criterion, self.inputs = resolve(self.criterion, self.inputs)
@@ -187,17 +198,36 @@ class PlasticityConfig(LoraConfig):
         check_choice("training", self.training, TRAINING_MODES)
         self.candidates = check_candidates(self.candidates)
         check_amount(self.top_k, self.budget)
-        check_count("pairs", self.pairs, 2)
+        check_count("pairs", self.pairs, 2, MOST_PAIRS)
         check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed, 0)
+        check_count("seed", self.seed, 0, HIGHEST_SEED)
         check_settle(self.settle)
+        check_path("backbone", self.backbone)
         self.dtype = check_dtype(self.dtype)
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
-            raise ConfigError(f"report must be a PlasticityReport or the path of a saved one. Got {self.report!r}.")
+            raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
         if self.report is not None and self.target_data is not None:
             raise ConfigError("Give report, to choose from scores, or target_data, to measure; got both.")
         if self.source_data is not None and self.target_data is None:
             raise ConfigError("source_data is the other half of each pair: give target_data with it.")
+
+    def _check_lora(self) -> None:
+        """Raises ConfigError where an option of LoRA has a type or a value that PEFT would fail on, or pass over."""
+        check_lora(self.r, self.rank_pattern, self.use_dora, self.lora_bias)
+        check_number("lora_alpha", self.lora_alpha)
+        for key, alpha in check_patterns("alpha_pattern", self.alpha_pattern).items():
+            check_number(f"alpha_pattern[{key!r}]", alpha)
+        check_flag("use_rslora", self.use_rslora)
+        check_flag("fan_in_fan_out", self.fan_in_fan_out)
+        check_choice("bias", self.bias, ("none", "all", "lora_only"))
+        dropout, names = self.lora_dropout, self.modules_to_save
+        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+            raise ConfigError(f"lora_dropout must be a number from 0 to below 1. Got {shown(dropout)}.")
+        if names is None:
+            return
+        if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
+            raise ConfigError(f"modules_to_save must be a list of module names, or None. Got {shown(names)}.")
+        self.modules_to_save = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
 
     def load_report(self) -> PlasticityReport | None:
         """Returns the scores given as `report`, read where it is a path; None where there are none."""

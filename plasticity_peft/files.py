@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever interrupts the writing: an error, a full disk, a killed process.
+"""Files that are whole or not there, whatever interrupts the writing: an error, a full disk, a killed process; and read with care.
 
 A file is written beside its place and then renamed, which file systems do in one step. Before that its content is sent
 to the disk (fsync): some file systems find out only then that there is no room, and after a power cut a renamed file
@@ -8,6 +8,7 @@ could be empty. That the rename itself lasts is not waited for: without it the o
 from __future__ import annotations
 
 import errno
+import json
 import os
 import secrets
 import shutil
@@ -15,8 +16,40 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from plasticity_peft.errors import FileError
+
+MOST_BYTES = 2**23
+"""What a JSON file of ours may take: a thousand times what a large model needs, and memory for it is never short."""
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Returns what a JSON file holds.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is too large, or no JSON as the standard has it: UTF-8, no NaN, and no key twice.
+        RecursionError: it is nested too deeply.
+    """
+    with open(path, "rb") as file:
+        text = file.read(MOST_BYTES + 1)
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"it is larger than {MOST_BYTES:,} bytes")
+    return json.loads(text.decode("utf-8"), object_pairs_hook=_without_doubles, parse_constant=_refuse)
+
+
+def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        seen: set[str] = set()
+        double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"it holds {double!r} twice in one object")
+    return values
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}, which is no JSON")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
+from plasticity_peft import files
 from plasticity_peft.errors import PlasticityError
+
+CONFIG_NAME = "adapter_config.json"
+"""The file without which a folder is no adapter."""
+WEIGHTS_NAME = "adapter_model.safetensors"
+REPORT_NAME = "plasticity.json"
+"""The file beside an adapter that tells what was measured and chosen."""
 
 
 def find_file(
@@ -76,7 +82,7 @@ def read_json(
         return None
     source = os.fspath(folder_or_repo)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = files.read_json(path)
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"Cannot read {name} of {source}: {reason}.") from reason
     if not isinstance(values, dict):

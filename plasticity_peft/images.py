@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from plasticity_peft.checks import shown
 from plasticity_peft.errors import DataError, NonFiniteError
 
 Inputs = dict[str, torch.Tensor]
 """What a model takes for an image, or, stacked, for several: by the names of its arguments."""
 
 PIXELS = ("pixel_values",)
+PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 LABEL_KEYS = ("labels", "label")
 ALLOWED = (
     "a datasets.Dataset or torch Dataset whose items have pixel_values, a DataLoader of such items, or a "
@@ -82,11 +84,13 @@ class Images:
                 f"{place} must have the shape (channels, height, width), or that of a video, (frames, channels, "
                 f"height, width). Got {tuple(image.shape)}."
             )
-        if not image.is_floating_point():
+        if image.dtype not in PRECISIONS:
             raise DataError(
                 f"{place} must hold floating-point {self._names[0]}, as an image processor makes them. Got "
                 f"{image.dtype}."
             )
+        if image.layout != torch.strided or image.is_meta:
+            raise DataError(f"{place} must hold numbers in a dense tensor. Got {image.layout} on {image.device}.")
         if not torch.isfinite(image).all():
             raise NonFiniteError(f"{place} holds NaN or infinity.")
         return inputs
@@ -101,9 +105,13 @@ class Images:
                 "a criterion that needs none."
             )
         try:
-            return int(label)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{place}: its label must be a whole number. Got {label!r}.") from error
+            number = int(label)
+            whole = bool(number == label) and abs(number) < 2**63
+        except (TypeError, ValueError, RuntimeError, OverflowError):
+            whole = False
+        if not whole:
+            raise DataError(f"{place}: its label must be a whole number. Got {shown(label)}.")
+        return number
 
     def _item(self, index: int, place: str) -> Any:
         item = self._data[index]
@@ -124,7 +132,7 @@ class Images:
     def _inputs(self, item: Any, place: str) -> dict[str, Any]:
         """Returns what an item holds for the model: its entries, the item itself, or the first of (image, label)."""
         if isinstance(item, Mapping):
-            if self._names[0] not in item:
+            if item.get(self._names[0]) is None:
                 raise DataError(
                     f"{place} has no {self._names[0]!r}; it has {sorted(map(str, item))}. Let the model's image "
                     "processor make them, for instance with dataset.with_transform."
@@ -151,5 +159,5 @@ def _tensor(values: Any, place: str) -> torch.Tensor:
         array = np.asarray(values)
         # A list of Python floats is float64, and no image is: processors and models work in float32.
         return torch.from_numpy(array.astype(np.float32) if isinstance(values, list) else array)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{place}: cannot make a tensor of {type(values).__name__}. Expected {ALLOWED}.") from error

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import nn
 def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iterator[None]:
     """Inside: evaluation mode, no gradients, random numbers from `seed`, autocast to `dtype` or to nothing.
 
-    Afterwards all is as before.
+    Afterwards all is as before. What torch.compile made of the model, or of its blocks, is passed over: compiled code
+    does not look for the hooks that are set here.
 
     What is restored, on success and on failure: the mode of every module, and the random state of torch (CPU and the
     model's devices), numpy and python. Nothing else of the model may be changed inside; hooks remove themselves.
@@ -25,7 +27,12 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
     accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
-        with torch.random.fork_rng(devices=accelerators), torch.no_grad():
+        with (
+            torch.random.fork_rng(devices=accelerators),
+            torch.inference_mode(False),
+            torch.no_grad(),
+            _uncompiled(),
+        ):
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.manual_seed(seed)
@@ -37,6 +44,38 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
         np.random.set_state(numpy_state)
         for module, training in modes.items():
             module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[object]:
+    """Inside, what was given to torch.compile runs as it was written."""
+    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception puts the modules of `model` back together as they were.
+
+    Children, parameters, hooks, modes and every other attribute are restored, and whether parameters train; numbers
+    in them are not.
+    """
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = []
+    for module in model.modules():
+        held = [value for value in vars(module).values() if type(value) in (dict, OrderedDict, list, set)]
+        before.append((vars(module), vars(module).copy(), [(value, value.copy()) for value in held]))
+    try:
+        yield
+    except BaseException:
+        for attributes, old, containers in before:
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+            attributes.clear()
+            attributes.update(old)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+        raise
 
 
 @contextmanager

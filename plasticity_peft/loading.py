@@ -10,28 +10,31 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Mapping
-from dataclasses import fields, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, fields, replace
+from math import isclose
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from peft import LoraConfig, PeftConfig, PeftModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, find_architecture, walk
+from plasticity_peft.adapter_options import AdapterOptions, read_options
+from plasticity_peft.adapter_weights import fitting, read_shapes, read_weights
+from plasticity_peft.architectures import Architecture, find_architecture
+from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, shown
+from plasticity_peft.components import KINDS
 from plasticity_peft.config import PlasticityConfig
-from plasticity_peft.errors import AdapterError, ReportError
-from plasticity_peft.hub import find_file, read_json
-from plasticity_peft.renames import Layer, differing, read, rename, write
-from plasticity_peft.report import REPORT_NAME, PlasticityReport
+from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
+from plasticity_peft.isolation import restored_on_failure
+from plasticity_peft.renames import Layer, write
+from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
-from plasticity_peft.tuner import PlasticityPeftModel
+from plasticity_peft.tuner import NO_TARGET_MODULES, PlasticityPeftModel
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
 BY_NAME = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
 """Options that say by old names what the weights say too."""
 
@@ -82,8 +85,8 @@ def load_adapter(
         True
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    if isinstance(model, PeftModel) and adapter_name in model.peft_config:
-        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
+    _check_name(adapter_name, model.peft_config if isinstance(model, PeftModel) else {})
+    _check_subfolder(hub.get("subfolder"))
     architecture = find_architecture(base, backbone)
     source = os.fspath(folder_or_repo)
     config = read_config(source, **hub)
@@ -92,33 +95,56 @@ def load_adapter(
     if described is not None:
         report = PlasticityReport.from_dict(described)
         report.check_matches(architecture.model_type, architecture.components)
-    layers = _layers(_weights(source, hub), config)
-    modules = [path for path, _ in walk(base)]
-    renamed = rename(layers, architecture, modules, report.scores if report else ())
-    shapes = {
-        f"{path}.{name}": value.shape
-        for path, module in walk(base)
-        for name, value in module.state_dict(keep_vars=True).items()
-        if "." not in name
-    }
-    wrong = list(differing(renamed, shapes))
-    if wrong:
-        raise AdapterError(
-            f"{source} does not fit this {type(base).__name__}: {'; '.join(wrong[:3])}. A head must have as many "
-            "labels as the adapter's: give num_labels to the base model's from_pretrained."
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, CONFIG_NAME).write_text(json.dumps(_config(config, renamed)), encoding="utf-8")
+    options = read_options(config, source)
+    components = report.scores if report else ()
+    path = _weights_file(source, hub)
+    # All that shapes can tell is told before any weight is read.
+    fitting(read_shapes(path, source), options, base, architecture, components, source)
+    renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
+    adapter = None if report is None else _adapter(described, architecture, renamed)
+    with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
+        Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
         save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
             loaded = model
         else:
             loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
-    if report is not None and isinstance(described, Mapping):
-        own = _resolved(loaded.peft_config[adapter_name], report, described.get("adapter"), architecture)
-        loaded.peft_config[adapter_name] = own
+        if report is not None and adapter is not None:
+            loaded.peft_config[adapter_name] = _resolved(
+                loaded.peft_config[adapter_name], report, adapter, architecture
+            )
     return loaded
+
+
+def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
+    """Raises AdapterError for a name under which PEFT or torch cannot hold an adapter, or a folder not keep it."""
+    if adapter_name in taken:
+        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
+    usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
+    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict, adapter_name) or adapter_name in "lora_":
+        raise AdapterError(
+            "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
+            f"part of 'lora_' has. Got {shown(adapter_name)}."
+        )
+
+
+def _check_subfolder(subfolder: object) -> None:
+    if subfolder is None:
+        return
+    if not isinstance(subfolder, str) or os.path.isabs(subfolder) or ".." in re.split(r"[/\\]", subfolder):
+        raise AdapterError(f"subfolder must lie within the folder or repository. Got {shown(subfolder)}.")
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Turns what PEFT says of an adapter that it cannot load into an error of ours."""
+    try:
+        yield
+    except PlasticityError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError) as error:
+        raise AdapterError(f"PEFT cannot load {source}: {type(error).__name__}: {error}") from error
 
 
 def read_config(source: str, **hub: Any) -> dict[str, Any]:
@@ -137,92 +163,99 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     return config
 
 
-def _weights(source: str, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _weights_file(source: str, hub: Mapping[str, Any]) -> Path:
     path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
         raise AdapterError(
             f"{source} holds no {WEIGHTS_NAME}. Weights in other formats, such as pickles, are not read."
         )
-    try:
-        weights: dict[str, torch.Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"Cannot read {WEIGHTS_NAME} of {source}: {error}.") from error
-    return weights
+    return path
 
 
-def _layers(weights: Mapping[str, torch.Tensor], config: Mapping[str, Any]) -> dict[str, Layer]:
-    """Returns what the adapter holds by old module path, with LoRA's scaling and the place within saved modules."""
-    layers = read(weights)
-    patterns = config.get("alpha_pattern") or {}
-    saved = config.get("modules_to_save") or []
-    for path, layer in layers.items():
-        if layer.lora:
-            alphas = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", path))  # as in PEFT
-            alpha = next(alphas, config.get("lora_alpha", 8))
-            layer.scaling = alpha / (layer.rank**0.5 if config.get("use_rslora") else layer.rank)
-        else:
-            parts = path.split(".")
-            above = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-            outer = next((name for name in above if any(name.endswith(each) for each in saved)), None)
-            if outer is None:
-                raise AdapterError(f"The adapter holds weights of {path}, and its config does not say that it trains.")
-            layer.inside = path.removeprefix(outer)
-    return layers
-
-
-def _config(config: Mapping[str, Any], layers: Mapping[str, Layer]) -> dict[str, Any]:
+def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, Any]:
     """Returns the LoRA config of an adapter under new names: every module is named in full."""
     lora = {path: layer for path, layer in layers.items() if layer.lora}
-    ranks = {path: layer.rank for path, layer in lora.items()}
-    root = bool(config.get("use_rslora"))
-    alphas = {path: layer.scaling * (layer.rank**0.5 if root else layer.rank) for path, layer in lora.items()}
-    r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
+    alphas = {
+        path: layer.scaling * (layer.rank**0.5 if options.use_rslora else layer.rank) for path, layer in lora.items()
+    }
     return {
-        **{key: value for key, value in config.items() if key not in BY_NAME},
-        "target_modules": sorted(lora) or config.get("target_modules"),
+        "peft_type": "LORA",
+        **asdict(options),
+        "target_modules": sorted(lora) or NO_TARGET_MODULES,
         "modules_to_save": sorted({p.removesuffix(x.inside) for p, x in layers.items() if x.full}) or None,
-        "rank_pattern": {path: rank for path, rank in ranks.items() if rank != r},
-        "alpha_pattern": {path: round(value, 9) for path, value in alphas.items() if abs(value - alpha) > 1e-9},
+        "rank_pattern": {path: layer.rank for path, layer in lora.items() if layer.rank != options.r},
+        "alpha_pattern": {
+            path: float(f"{value:.12g}")
+            for path, value in alphas.items()
+            if not isclose(value, options.lora_alpha, rel_tol=1e-9)
+        },
     }
 
 
-def _resolved(
-    lora: PeftConfig, report: PlasticityReport, adapter: Any, architecture: Architecture
-) -> PlasticityConfig:
-    """Returns the config of an adapter of ours as it was when it was saved, with the names of this model."""
+class _Adapter(NamedTuple):
+    """What plasticity.json says of the adapter beside it."""
+
+    selection: Selection
+    training: str
+    id2label: dict[int, str] | None
+
+
+def _adapter(described: Any, architecture: Architecture, layers: Mapping[str, Layer]) -> _Adapter:
+    """Returns what plasticity.json says of the adapter that holds `layers`. Raises ReportError where it is wrong."""
     from pydantic import TypeAdapter, ValidationError
 
+    adapter, labels = described.get("adapter"), None
+    if not isinstance(adapter, Mapping):
+        raise ReportError(f"Cannot read {REPORT_NAME}: it does not say what the adapter trains.")
+    try:
+        selection = TypeAdapter(Selection).validate_python({**adapter, "modules": ()})
+        labels = TypeAdapter(dict[int, str] | None).validate_python(adapter.get("id2label"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.{first['loc'][0]}: {first['msg']}") from None
+    here = {part.id: part for part in architecture.components}
+    unknown = [name for name in selection.components if name not in here]
+    if unknown:
+        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
+    units = here if selection.granularity == "block" else KINDS
+    training = adapter.get("training", "lora")
+    modes = training in TRAINING_MODES if isinstance(training, str) else False
+    if (
+        selection.granularity not in GRANULARITIES
+        or not modes
+        or not selection.units
+        or set(selection.units) - set(units)
+    ):
+        raise ReportError(
+            f"Cannot read {REPORT_NAME}: adapter has granularity {shown(selection.granularity)}, units "
+            f"{shown(selection.units)} and training {shown(training)}, which do not go together."
+        )
+    modules = tuple(path for name in selection.components for path in here[name].modules)
+    trained = {path for part in architecture.components for path in part.modules if path in layers}
+    if trained != set(modules):
+        other = min(trained ^ set(modules))
+        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components and the weights differ in {other}.")
+    return _Adapter(replace(selection, modules=modules), training, labels)
+
+
+def _resolved(
+    lora: PeftConfig, report: PlasticityReport, adapter: _Adapter, architecture: Architecture
+) -> PlasticityConfig:
+    """Returns the config of an adapter of ours as it was when it was saved, with the names of this model."""
     here = {part.id: part for part in architecture.components}
     rows = tuple(
         replace(row, path=here[row.id].path, modules=here[row.id].modules, features=here[row.id].features)
         for row in report.scores
     )
     report = replace(report, scores=rows)
-    if not isinstance(adapter, Mapping):
-        raise ReportError(f"Cannot read {REPORT_NAME}: it does not say what the adapter trains.")
-    try:
-        selection = TypeAdapter(Selection).validate_python({**adapter, "modules": ()})
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.{first['loc'][0]}: {first['msg']}") from None
-    unknown = [name for name in selection.components if name not in here]
-    if unknown:
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
-    modules = tuple(path for name in selection.components for path in here[name].modules)
-    labels = adapter.get("id2label")
     options = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init}
     chosen = {name: options.pop(name) for name in ("target_modules", "modules_to_save")}
     config = PlasticityConfig(
         **{name: value for name, value in options.items() if name not in BY_NAME and name != "peft_type"},
         report=report,
-        granularity=selection.granularity,
-        training=adapter.get("training", "lora"),
-        top_k=len(selection.units),
+        granularity=adapter.selection.granularity,
+        training=adapter.training,
+        top_k=len(adapter.selection.units),
     )
-    config.resolve(
-        report,
-        replace(selection, modules=modules),
-        **chosen,
-        id2label={int(key): str(value) for key, value in labels.items()} if isinstance(labels, Mapping) else None,
-    )
+    config.resolve(report, adapter.selection, **chosen, id2label=adapter.id2label)
     return config

@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
 from plasticity_peft.calls import block_input, check_calls, input_names, why_unlike
-from plasticity_peft.checks import check_count, check_settle
+from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import Criterion, Observations
@@ -123,10 +123,11 @@ def measure_plasticity(
     """
     criterion, inputs = resolve(criterion, inputs)
     rule = CRITERIA[criterion]
-    check_count("pairs", pairs, 2)
+    check_count("pairs", pairs, 2, MOST_PAIRS)
     check_count("batch_size", batch_size, 1)
-    check_count("seed", seed, 0)
+    check_count("seed", seed, 0, HIGHEST_SEED)
     check_settle(settle)
+    check_path("backbone", backbone)
     dtype = check_dtype(dtype)
     check_target(rule, target)
     model = model.get_base_model() if isinstance(model, PeftModel) else model

@@ -15,6 +15,9 @@ import torch
 from plasticity_peft.errors import DataError
 from plasticity_peft.images import Images, Inputs
 
+MOST_PERMUTED = 2**24
+"""Images of which a permutation is drawn as a whole: 128 MB."""
+
 
 def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.ndarray:
     """Returns the indices of the images of each pair: int64 of shape (pairs, 2), source first.
@@ -31,18 +34,32 @@ def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.
     pairs = min(pairs, max(different, 2))
     generator = np.random.default_rng(seed)
     if source is None:
-        flat = np.fromiter(islice(_deal(target, generator), 2 * pairs), dtype=np.int64, count=2 * pairs)
+        flat = np.fromiter(islice(_deal(target, 2 * pairs, generator), 2 * pairs), dtype=np.int64, count=2 * pairs)
         return flat.reshape(pairs, 2)
-    columns = [islice(_deal(images, generator), pairs) for images in (source, target)]
+    columns = [islice(_deal(images, pairs, generator), pairs) for images in (source, target)]
     # One column after the other, so that the order of the draws does not depend on how they are read.
     return np.stack([np.fromiter(column, dtype=np.int64, count=pairs) for column in columns], axis=1)
 
 
-def _deal(images: int, generator: np.random.Generator) -> Iterator[int]:
-    """Yields permutation after permutation of the indices, never the same index twice in a row (but for one image)."""
+def draw_indices(images: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns `count` indices without repetition, or all where there are no more: int64 of shape (count,).
+
+    They are the head of a permutation, but where the images are so many that a permutation of all would take memory
+    for nothing.
+    """
+    if images <= MOST_PERMUTED or count > images // 50:
+        return generator.permutation(images)[:count]
+    return generator.choice(images, count, replace=False)
+
+
+def _deal(images: int, wanted: int, generator: np.random.Generator) -> Iterator[int]:
+    """Yields permutation after permutation of the indices, never the same index twice in a row (but for one image).
+
+    No more than `wanted` are taken.
+    """
     last = -1
     while True:
-        permutation = generator.permutation(images)
+        permutation = draw_indices(images, wanted if wanted < images else images, generator)
         if permutation[0] == last and images > 1:
             permutation[[0, 1]] = permutation[[1, 0]]
         yield from permutation

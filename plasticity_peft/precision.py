@@ -6,6 +6,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from plasticity_peft.checks import shown
 from plasticity_peft.errors import ConfigError
 
 DTYPES = ("bfloat16", "float16")
@@ -20,9 +21,11 @@ def check_dtype(dtype: str | torch.dtype | None) -> str | None:
         'bfloat16'
     """
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
-    if name is not None and name not in DTYPES:
+    if name is None:
+        return None
+    if not isinstance(name, str) or name not in DTYPES:
         allowed = ", ".join(map(repr, DTYPES))
-        raise ConfigError(f"dtype must be one of {allowed}, or None for the model's own. Got {dtype!r}.")
+        raise ConfigError(f"dtype must be one of {allowed}, or None for the model's own. Got {shown(dtype)}.")
     return name
 
 

@@ -18,9 +18,8 @@ from transformers import (
 
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.errors import AdapterError, ReportError
-from plasticity_peft.hub import find_file, read_json
-from plasticity_peft.loading import CONFIG_NAME, WEIGHTS_NAME, load_adapter, read_config
-from plasticity_peft.report import REPORT_NAME
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
+from plasticity_peft.loading import load_adapter, read_config
 
 PROCESSOR_NAME = "preprocessor_config.json"
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")

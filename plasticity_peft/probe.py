@@ -18,7 +18,7 @@ from torch import nn
 from plasticity_peft.architectures import Architecture, main_input
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images import Images, Inputs
-from plasticity_peft.pairs import PairOrder, stack
+from plasticity_peft.pairs import PairOrder, draw_indices, stack
 
 
 class PairBatch(NamedTuple):
@@ -151,7 +151,7 @@ class Probe:
 
     @cached_property
     def _permutation(self) -> np.ndarray:
-        return np.random.default_rng(self.seed).permutation(len(self._target))
+        return draw_indices(len(self._target), self._number_of_images, np.random.default_rng(self.seed))
 
     @cached_property
     def _batches(self) -> list[np.ndarray]:

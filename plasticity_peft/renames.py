@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -23,7 +23,13 @@ from plasticity_peft.errors import AdapterError
 from plasticity_peft.layouts import LAYOUTS
 
 PREFIX = "base_model.model."
+LONGEST_KEY = 1000
+HIGHEST_RANK = 4
+"""Times the width of a layer; above the width itself, LoRA holds more numbers than the layer."""
+PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LORA = re.compile(r"(?P<path>.+)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<leaf>weight|bias))?")
+
+T = TypeVar("T", str, int)
 
 
 class Place(NamedTuple):
@@ -64,6 +70,8 @@ def read(weights: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
     """
     layers: dict[str, Layer] = {}
     for key, value in weights.items():
+        if len(key) > LONGEST_KEY:
+            raise AdapterError(f"The adapter holds a key of {len(key)} characters, which no module has: {key[:80]}...")
         name = key.removeprefix(PREFIX)
         match = _LORA.fullmatch(name)
         if match:
@@ -82,7 +90,25 @@ def read(weights: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
             )
         if layer.lora and layer.full:
             raise AdapterError(f"The adapter holds both LoRA and full weights for {path}.")
+        if layer.lora:
+            _check_shapes(path, layer.lora)
     return layers
+
+
+def _check_shapes(path: str, lora: Mapping[str, torch.Tensor]) -> None:
+    """Raises AdapterError unless the weights of LoRA on one layer fit together."""
+    a, b = lora["lora_A.weight"].shape, lora["lora_B.weight"].shape
+    fit = len(a) == len(b) == 2 and a[0] == b[1] and 1 <= a[0] <= HIGHEST_RANK * max(a[1], b[0])
+    if not fit or any(lora[name].shape != b[:1] for name in set(lora) - {"lora_A.weight", "lora_B.weight"}):
+        shapes = {name: tuple(value.shape) for name, value in lora.items()}
+        raise AdapterError(
+            f"The LoRA weights of {path} do not fit together: {shapes}. "
+            f"lora_A is (r, inputs) and lora_B is (outputs, r), with r from 1 to {HIGHEST_RANK} times the larger of "
+            "the two; biases and magnitudes are (outputs,)."
+        )
+    for name, value in lora.items():
+        if value.dtype not in PRECISIONS:
+            raise AdapterError(f"The adapter holds {value.dtype} for {path}.{name}. Expected floating-point numbers.")
 
 
 def write(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
@@ -128,11 +154,12 @@ def rename(
             )
         targets = here[place.component].modules
         if len(targets) == place.layers:
-            renamed[targets[place.number]] = layer
+            _add(renamed, targets[place.number], layer)
         elif len(targets) == 2 and place.layers == 1:
-            renamed.update(zip(targets, split(layer), strict=True))
+            for target, half in zip(targets, split(layer), strict=True):
+                _add(renamed, target, half)
         elif len(targets) == 1 and place.layers == 2:
-            together.setdefault(targets[0], {})[place.number] = layer
+            _add(together.setdefault(targets[0], {}), place.number, layer)
         else:
             raise AdapterError(
                 f"{place.component} had {place.layers} layers when the adapter was saved ({path}), and has "
@@ -146,10 +173,16 @@ def rename(
             )
         prefixes[old] = new
     for target, halves in together.items():
-        renamed[target] = join(halves)
+        _add(renamed, target, join(halves))
     for path, layer in rest.items():
-        renamed[_elsewhere(path, modules, prefixes)] = layer
+        _add(renamed, _elsewhere(path, modules, prefixes), layer)
     return renamed
+
+
+def _add(layers: dict[T, Layer], place: T, layer: Layer) -> None:
+    if place in layers:
+        raise AdapterError(f"The adapter holds weights for {place} twice, under two of its names.")
+    layers[place] = layer
 
 
 def _place(path: str, architecture: Architecture) -> Place | None:
@@ -242,15 +275,18 @@ def join(halves: Mapping[int, Layer]) -> Layer:
     return Layer(lora, scaling=first.scaling)
 
 
-def differing(layers: Mapping[str, Layer], shapes: Mapping[str, torch.Size]) -> Iterator[str]:
-    """Yields what does not fit a model whose parameters have these shapes, by name."""
+def differing(layers: Mapping[str, Layer], model: Mapping[str, torch.Tensor]) -> Iterator[str]:
+    """Yields what does not fit a model with these parameters and buffers, by name."""
     for path, layer in layers.items():
         for name, value in layer.full.items():
-            found = shapes.get(f"{path}.{name}")
-            if found != value.shape:
-                yield f"{path}.{name} has the shape {tuple(value.shape)}, in the model {found and tuple(found)}"
+            found = model.get(f"{path}.{name}")
+            if found is None or found.shape != value.shape:
+                shape = None if found is None else tuple(found.shape)
+                yield f"{path}.{name} has the shape {tuple(value.shape)}, in the model {shape}"
+            elif found.is_floating_point() != (value.dtype in PRECISIONS):
+                yield f"{path}.{name} holds {value.dtype}, in the model {found.dtype}"
         if layer.lora:
-            due = shapes.get(f"{path}.weight")
+            due = model[f"{path}.weight"].shape if f"{path}.weight" in model else None
             got = (len(layer.lora["lora_B.weight"]), layer.lora["lora_A.weight"].shape[-1])
             if due is None or tuple(due) != got:
                 yield f"LoRA of {path} is for a layer of shape {got}, in the model it is {due and tuple(due)}"

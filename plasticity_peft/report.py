@@ -11,14 +11,14 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
-from plasticity_peft.checks import TRAINING_MODES
+from plasticity_peft.believable import check_believable
+from plasticity_peft.checks import TRAINING_MODES, check_candidates, shown
 from plasticity_peft.components import KINDS, Component
 from plasticity_peft.errors import ConfigError, ReportError
-from plasticity_peft.files import write_text
-from plasticity_peft.hub import find_file
+from plasticity_peft.files import read_json, write_text
+from plasticity_peft.hub import REPORT_NAME, find_file
 from plasticity_peft.measurement import Measurement
 from plasticity_peft.plotting import draw
 from plasticity_peft.selection import Selection, choice_of, parameter_counts
@@ -26,8 +26,6 @@ from plasticity_peft.summary import as_html, as_text, why_norms_lead
 
 FORMAT = "plasticity_peft"
 FORMAT_VERSION = 1
-REPORT_NAME = "plasticity.json"
-"""The file beside an adapter that tells what was measured and chosen."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,7 @@ class PlasticityReport(Measurement):
             ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
                 unit fits into the budget.
         """
+        candidates = check_candidates(candidates)
         choice = choice_of(
             self.scores,
             self.model_parameters,
@@ -126,18 +125,24 @@ class PlasticityReport(Measurement):
 
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
-        if values.get("format_version") != FORMAT_VERSION:
+        found = values.get("format_version")
+        if type(found) is not int or found != FORMAT_VERSION:
             raise ReportError(
-                f"it has format version {values.get('format_version')!r}, and this release of plasticity_peft reads "
+                f"it has format version {shown(found)}, and this release of plasticity_peft reads "
                 f"version {FORMAT_VERSION}"
             )
         try:
-            report = TypeAdapter(cls).validate_json(json.dumps(values))
+            text = json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReportError(f"it holds what JSON cannot say: {error}") from error
+        try:
+            report = TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"]))
             raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
         report.check()
+        check_believable(report)
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -152,7 +157,7 @@ class PlasticityReport(Measurement):
             ReportError: there is no such file, or it is no whole report; the message names the file.
         """
         try:
-            return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls.from_dict(read_json(path))
         except OSError as error:
             raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
         except (ValueError, RecursionError) as error:

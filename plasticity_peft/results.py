@@ -17,10 +17,8 @@ from typing import Any
 
 from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.files import write_text
+from plasticity_peft.hub import REPORT_NAME, WEIGHTS_NAME
 from plasticity_peft.provenance import Provenance, provenance_of
-from plasticity_peft.report import REPORT_NAME
-
-WEIGHTS_NAME = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)

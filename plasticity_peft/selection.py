@@ -14,6 +14,7 @@ from plasticity_peft.checks import (
     check_candidates,
     check_choice,
     check_count,
+    check_lora,
 )
 from plasticity_peft.components import Component
 
@@ -153,6 +154,7 @@ def choice_of(
     check_choice("granularity", granularity, GRANULARITIES)
     check_choice("training", training, TRAINING_MODES)
     check_amount(top_k, budget)
+    check_lora(**lora)
     kinds, components = check_candidates(candidates), tuple(components)
     counts = parameter_counts(components, **lora)
     sizes: dict[str, int] = {}

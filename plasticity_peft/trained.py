@@ -14,11 +14,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from plasticity_peft.errors import AdapterError, ReportError
-from plasticity_peft.report import REPORT_NAME, PlasticityReport
-from plasticity_peft.results import WEIGHTS_NAME, Results, results_for
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME
+from plasticity_peft.report import PlasticityReport
+from plasticity_peft.results import Results, results_for
 from plasticity_peft.selection import Selection
-
-CONFIG_NAME = "adapter_config.json"
 
 
 @dataclass(frozen=True)

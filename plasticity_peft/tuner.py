@@ -36,6 +36,7 @@ from plasticity_peft.card import complete_card
 from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.isolation import restored_on_failure
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.results import digest, results_for
@@ -88,6 +89,10 @@ class PlasticityPeftModel(PeftModel):
         )
 
 
+NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
+"""Value of `target_modules` for an adapter without any LoRA layer."""
+
+
 class PlasticityModel(LoraModel):
     """LoRA on the components that a `PlasticityConfig` chooses; made by `peft.get_peft_model`, not by hand.
 
@@ -99,16 +104,23 @@ class PlasticityModel(LoraModel):
         """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
         config = self.peft_config[adapter_name]
         if isinstance(config, PlasticityConfig) and config.selection is None:
-            try:
+            with _unmarked_on_failure(model):
                 _choose(model, config)
-            except Exception:
-                # transformers' add_adapter marks the model as adapted before it asks us.
-                if not hasattr(model, "peft_config"):
-                    vars(model).pop("_hf_peft_config_loaded", None)
-                raise
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
-            model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+        with _unmarked_on_failure(model), restored_on_failure(model):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+                model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+
+
+@contextmanager
+def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception takes back the mark that transformers' add_adapter sets before it asks us."""
+    try:
+        yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
+        raise
 
 
 _SWITCH = "modules_to_save_switch"
@@ -192,7 +204,7 @@ def lora_arguments(
     """
     linears, others = _split(components, chosen, training)
     modules_to_save = list(dict.fromkeys([*others, *heads]))
-    return {"target_modules": linears or DUMMY_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+    return {"target_modules": linears or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
 
 
 def merged_copy(model: nn.Module) -> nn.Module:

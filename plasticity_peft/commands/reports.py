@@ -11,8 +11,8 @@ import typer
 
 from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.extras import require
-from plasticity_peft.hub import find_file
-from plasticity_peft.report import REPORT_NAME, PlasticityReport
+from plasticity_peft.hub import REPORT_NAME, find_file
+from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
 from plasticity_peft.trained import described_in
 
