@@ -163,6 +163,28 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     assert first != second
 
 
+def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo: str, name: str, **options: object) -> str:
+        asked.append((repo, name, options))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+
+
+def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    path = tmp_path / "plasticity.json"
+    values = json.loads(path.read_text())
+    values["adapter"]["training"] = ["lora"]
+    path.write_text(json.dumps(values))
+    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+
+
 def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
     model.save_pretrained(tmp_path / "adapter")

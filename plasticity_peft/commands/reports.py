@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.extras import require
 from plasticity_peft.hub import REPORT_NAME, find_file
@@ -40,7 +41,10 @@ def read_selection(source: str, revision: str | None = None) -> tuple[Selection,
     if path is None or "adapter" not in json.loads(path.read_text(encoding="utf-8")):
         return None
     selection, described = described_in(path)
-    return selection, str(described.get("training"))
+    training = described.get("training")
+    if not isinstance(training, str) or training not in selection.parameters:
+        raise ReportError(f"Cannot read {path.name}: adapter.training must be one of {', '.join(TRAINING_MODES)}.")
+    return selection, training
 
 
 def _names_a_file(source: str) -> bool:
