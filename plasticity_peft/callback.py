@@ -97,7 +97,7 @@ class PlasticityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes what was measured and chosen before training."""
+        """Writes what was measured and chosen before training; not again where training is resumed."""
         model, config = kwargs["model"], _config_of(kwargs["model"])
         if self.every is not None:
             self._check_whole()
@@ -106,6 +106,8 @@ class PlasticityCallback(TrainerCallback):
                 "The model has no active adapter of a PlasticityConfig, and there is nothing to report. Give "
                 "target_data and every to measure in training."
             )
+        if state.global_step:
+            return  # resumed: it was written when training began
         if config is None:
             self._report(self._measure(model), None, args, state, control)
         elif isinstance(config.report, PlasticityReport):

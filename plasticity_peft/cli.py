@@ -13,7 +13,7 @@ import typer
 from typer.core import TyperGroup
 
 import plasticity_peft
-from plasticity_peft.commands import compare, measure, select, show
+from plasticity_peft.commands import card, compare, measure, select, show
 from plasticity_peft.errors import PlasticityError
 
 
@@ -48,6 +48,7 @@ for module, command in (
     (show, show.show),
     (select, select.select),
     (compare, compare.compare),
+    (card, card.card),
 ):
     app.command(epilog=module.EXAMPLES)(command)
 
@@ -64,7 +65,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Measure, rank, select and compare the components of vision transformers that finetune best."""
+    """Measures, ranks and selects the components of vision transformers that finetune best."""
 
 
 def main() -> None:

@@ -63,7 +63,7 @@ class TrainedAdapter:
         """
         path = Path(folder, REPORT_NAME)
         report = PlasticityReport.load(path)
-        selection, described = _described(path)
+        selection, described = described_in(path)
         config = _json(Path(folder, CONFIG_NAME))
         mapping = config.get("auto_mapping") or {}
         library = str(mapping.get("parent_library"))
@@ -96,7 +96,12 @@ def is_hub_id(name: str | None) -> bool:
     return True
 
 
-def _described(path: Path) -> tuple[Selection, dict[str, Any]]:
+def described_in(path: Path) -> tuple[Selection, dict[str, Any]]:
+    """Returns what the plasticity.json of an adapter says was chosen, and all that it says of the adapter.
+
+    Raises:
+        ReportError: it does not say so, or not in the right form.
+    """
     from pydantic import TypeAdapter, ValidationError
 
     described = json.loads(path.read_text(encoding="utf-8")).get("adapter")

@@ -59,7 +59,8 @@ def adapted(how: str, base: PreTrainedModel | None = None, **options: Any) -> to
 def trained(model: torch.nn.Module, folder: Path, *arguments: Any, **options: Any) -> tuple[Trainer, Any]:
     """Returns the trainer after training, and the callback if there is one; `callback` says how to make it."""
     callback = options.pop("callback", None)
-    trainer = trainer_of(model, folder, logging_strategy="epoch", save_strategy="no", **{**SHORT, **options})
+    settings = {"logging_strategy": "epoch", "save_strategy": "no", **SHORT, **options}
+    trainer = trainer_of(model, folder, **settings)
     if callback is not None:
         callback = PlasticityCallback(trainer, *arguments, **callback)
         trainer.add_callback(callback)
@@ -101,16 +102,20 @@ def test_training_is_what_it_is_without_it(how: str, tmp_path: Path) -> None:
     assert [entry["epoch"] for entry in losses(trainer) if "loss" in entry] == [1, 2]
 
 
-@pytest.mark.parametrize("how", ["lora", "full", "add_adapter"])
-def test_what_is_measured_again_is_the_model_as_published(how: str, tmp_path: Path) -> None:
+# The first criterion looks at what the model does, the second at its weights as they are.
+@pytest.mark.parametrize(
+    ("how", "criterion"),
+    [("lora", "parameter_plasticity"), ("lora", "bound"), ("full", "bound"), ("add_adapter", "bound")],
+)
+def test_what_is_measured_again_is_the_model_as_published(how: str, criterion: str, tmp_path: Path) -> None:
     base = dropping()
     base.save_pretrained(tmp_path / "base")
-    model = adapted(how, copy.deepcopy(base), candidates=("LN2", "MHA", "FC1"), top_k=3)
+    model = adapted(how, copy.deepcopy(base), candidates=("LN2", "MHA", "FC1"), top_k=3, criterion=criterion)
     _, callback = trained(model, tmp_path, IMAGES, callback={"every": 2, "settle": None}, learning_rate=0.1)
     assert set(callback.reports) == {0.0, 2.0}
     model.save_pretrained(tmp_path / "adapter")
     published = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    expected = measure_plasticity(published.merge_and_unload(), IMAGES, pairs=8, settle=None)
+    expected = measure_plasticity(published.merge_and_unload(), IMAGES, pairs=8, settle=None, criterion=criterion)
     for row, own in zip(callback.reports[2.0].scores, expected.scores, strict=True):
         assert (row.id, row.modules) == (own.id, own.modules)
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
@@ -129,8 +134,8 @@ def test_tensorboard_gets_ranking_and_selection(tmp_path: Path) -> None:
     events = EventAccumulator(str(file)).Reload()
     config = model.peft_config["default"]
     for kind, row in zip(KINDS, config.report.kinds, strict=True):
-        (selected,) = events.Scalars(f"train/plasticity/selected/{kind}")
-        assert (selected.step, selected.value) == (0, kind in config.selection.units)
+        selected = [event.value for event in events.Scalars(f"train/plasticity/selected/{kind}")]
+        assert selected == [kind in config.selection.units] * 3
         scores = events.Scalars(f"train/plasticity/{kind}")
         assert [event.step for event in scores] == [0, 6, 12]
         assert scores[0].value == pytest.approx(row.mean)
@@ -175,6 +180,21 @@ def test_what_is_not_given_is_as_the_config_says(tmp_path: Path) -> None:
         adapted("lora"), tmp_path, IMAGES, callback={"every": 2, "criterion": "bound", "budget": 0.9}
     )
     assert callback.reports[2.0].criterion == "bound"
+
+
+def test_resumed_training_goes_on_measuring(tmp_path: Path) -> None:
+    folder = tmp_path / "whole"
+    model = adapted("lora")
+    _, whole = trained(model, folder, IMAGES, callback={"every": 1}, save_strategy="epoch")
+    config = PlasticityConfig(report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, pairs=8)
+    resumed = get_peft_model(dropping(), config)
+    trainer = trainer_of(resumed, tmp_path / "resumed", logging_strategy="epoch", save_strategy="no", **SHORT)
+    callback = PlasticityCallback(trainer, IMAGES, every=1)
+    trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-6"))
+    assert set(callback.reports) == {2.0}
+    for row, own in zip(callback.reports[2.0].kinds, whole.reports[2.0].kinds, strict=True):
+        assert row.mean == pytest.approx(own.mean, rel=1e-5)
 
 
 def test_training_that_ends_within_an_epoch(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,11 @@ from typer.testing import CliRunner
 import plasticity_peft
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.cli import app
-from plasticity_peft.commands import compare, measure, select, show
+from plasticity_peft.commands import card, compare, measure, select, show
 from plasticity_peft.components import KINDS
 from tests.conftest import REPOSITORY, random_images, tiny_model
 
-COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare}
+COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
 
 
@@ -97,8 +98,7 @@ CASES: dict[str, tuple[list[object], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("data", ["images", "images.parquet"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "data"), [*((case, "images") for case in CASES), ("the default", "images.parquet")])
 def test_measures_as_the_library_does(case: str, data: str) -> None:
     arguments, options = CASES[case]
     result = run("measure", "model", data, *arguments, "--json")
@@ -148,10 +148,57 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     assert run("show", "first.json").stdout == f"{report}\n"
     model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
     model.save_pretrained(tmp_path / "adapter")
-    assert str(report) in run("show", tmp_path / "adapter").stdout
+    (unit,) = model.peft_config["default"].selection.units
+    told = rf"Selected: {unit} \(lora, [\d,]+ parameters beside the head\)\n"
+    for place in (tmp_path / "adapter", tmp_path / "adapter" / "plasticity.json"):
+        shown = run("show", place).stdout
+        assert shown.startswith(f"{report}\n")
+        assert re.fullmatch(told, shown.removeprefix(f"{report}\n"))
     shown = run("show", tmp_path / "adapter", "--json", "--plot", tmp_path / "a.png")
     assert PlasticityReport.from_dict(json.loads(shown.stdout)) == report
-    assert (tmp_path / "a.png").read_bytes().startswith(PNG)
+    run("show", tmp_path / "adapter", "--plot", tmp_path / "b.png", "--view", "heatmap")
+    first, second = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert first.startswith(PNG)
+    assert second.startswith(PNG)
+    assert first != second
+
+
+def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo: str, name: str, **options: object) -> str:
+        asked.append((repo, name, options))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+
+
+def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    path = tmp_path / "plasticity.json"
+    values = json.loads(path.read_text())
+    values["adapter"]["training"] = ["lora"]
+    path.write_text(json.dumps(values))
+    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+
+
+def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    path.write_text("---\nlibrary_name: peft\n---\n\n# Mine\n\nA person wrote this.\n")
+    metric = ["--metric", "accuracy=0.94", "--dataset", "digits", "--split", "test"]
+    assert run("card", tmp_path / "adapter", *metric).stdout == f"{path}\n"
+    text = path.read_text()
+    assert "A person wrote this." in text
+    assert "| digits | test | accuracy | 0.94 |" in text
+    run("card", tmp_path / "adapter")
+    assert path.read_text() == text
+    message = run("card", tmp_path / "adapter", "--metric", "accuracy", code=2).stderr
+    assert "--metric must be name=value" in message
 
 
 STOCK = """
@@ -278,7 +325,7 @@ def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
     yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
-    yield "show images", 1, r"Cannot read the report .*plasticity.json"
+    yield "show images", 1, "images holds no plasticity.json"
     yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
     yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
     yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"
@@ -297,10 +344,11 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "select first.json --model nobody/nothing", 1, "Cannot build the model nobody/nothing"
     yield "compare first.json other.json", 1, "models with different components.*10 components.*15 components"
     yield "compare first.json second.json --top_k 6", 1, "from 1 to 5, the number of units by kind"
+    yield "card images", 1, "plasticity.json"
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
-    yield "measure model images --pairs many", 2, "many"
-    yield "select first.json --r 0", 2, "0"
+    yield "measure model images --pairs many", 2, "Invalid value for '--pairs'"
+    yield "select first.json --r 0", 2, "Invalid value for '--r'"
     yield "measure", 2, "Missing"
     yield "show first.json second.json", 2, "second.json"
     yield "show first.json --what", 2, "No such option"
@@ -327,8 +375,8 @@ def test_errors(arguments: str, code: int, message: str, monkeypatch: pytest.Mon
     [
         ("measure model images", "datasets", "datasets"),
         ("measure model images", "PIL", "datasets"),
-        ("show first.json --plot a.png", "matplotlib.figure", "plots"),
-        ("measure model images --plot a.png", "matplotlib.figure", "plots"),
+        ("show first.json --plot a.png", "matplotlib.figure", "plot"),
+        ("measure model images --plot a.png", "matplotlib.figure", "plot"),
     ],
 )
 def test_an_extra_that_is_missing(arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -400,6 +448,16 @@ if "RANK" in os.environ:
 """
 
 
+def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    result = run(
+        "measure", "model", "--criterion", "bound", "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png"
+    )
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WHO)
     (tmp_path / "who").mkdir()
@@ -422,17 +480,34 @@ def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
 
 
-def test_a_reader_that_has_enough(tmp_path: Path) -> None:
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The end of a pipe that nobody reads."""
     reading, writing = os.pipe()
     os.close(reading)
-    try:
-        result = subprocess.run(
-            [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
-            stdout=writing, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-            env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-        )  # fmt: skip
-    finally:
+    yield writing
+    with suppress(OSError):
         os.close(writing)
+
+
+def test_a_reader_that_has_enough(
+    unread: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(BrokenPipeError), open(unread, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="1"):
+            app(["show", "first.json", "--json"])
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_reader_of_a_process_that_has_enough(unread: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
+        stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
     assert (result.returncode, result.stderr) == (1, "")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from accelerate import PartialState
@@ -12,11 +12,12 @@ from accelerate.utils import parse_flag_from_env, set_seed
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.commands import options
 from plasticity_peft.commands.models import load_model, load_processor
-from plasticity_peft.commands.reports import check_file, check_picture, print_report, save_picture
+from plasticity_peft.commands.reports import check_file, check_picture, print_json, save_picture
 from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.image_datasets import choose_split, label_names, load_image_dataset, with_pixel_values
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.precision import DTYPES
+from plasticity_peft.report import PlasticityReport
 
 EXAMPLES = """\b
 Examples:
@@ -76,24 +77,23 @@ def measure(
     check_file(output, "--output")
     check_picture(plot)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-    columns = {"image_column": image_column, "label_column": label_column}
     with state.main_process_first():
-        datasets = {
-            name: choose_split(load_image_dataset(name, dataset_config_name if name == data else None), split, name)
-            for name in (data, source)
-            if name is not None
-        }
+        target = None if data is None else choose_split(load_image_dataset(data, dataset_config_name), split, data)
+        others = None if source is None else choose_split(load_image_dataset(source), split, source)
     set_seed(seed)  # of a head that the model does not have yet
-    labels = label_names(datasets[data], label_column) if data is not None else None
+    labels = None if target is None else label_names(target, label_column)
     loaded = load_model(model, labels, revision=revision).to(state.device)
-    processor = load_processor(model, image_size, revision) if datasets else None
-    images: dict[str | None, Any] = {
-        name: with_pixel_values(dataset, processor, name=name, **columns) for name, dataset in datasets.items()
-    }
+    if target is not None or others is not None:
+        columns = {"image_column": image_column, "label_column": label_column}
+        processor = load_processor(model, image_size, revision)
+        target, others = (
+            None if images is None else with_pixel_values(images, processor, name=str(name), **columns)
+            for images, name in ((target, data), (others, source))
+        )
     report = measure_plasticity(
         loaded,
-        images.get(data),
-        images.get(source),
+        target,
+        others,
         criterion=criterion,
         inputs=inputs,
         pairs=pairs,
@@ -110,9 +110,16 @@ def measure(
         r=r,
     )
     if state.is_main_process:
-        if output is not None:
-            report.save(output)
-        if plot is not None:
-            save_picture(report, plot)
-        print_report(report, as_json)
+        _hand_out(report, output, plot, as_json)
     state.destroy_process_group()
+
+
+def _hand_out(report: PlasticityReport, output: Path | None, plot: Path | None, as_json: bool) -> None:
+    if output is not None:
+        report.save(output)
+    if plot is not None:
+        save_picture(report, plot)
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        typer.echo(str(report))

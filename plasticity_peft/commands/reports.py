@@ -9,10 +9,13 @@ from typing import Any
 import numpy as np
 import typer
 
-from plasticity_peft.errors import ConfigError
+from plasticity_peft.checks import TRAINING_MODES
+from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.extras import require
-from plasticity_peft.hub import REPORT_NAME
+from plasticity_peft.hub import REPORT_NAME, find_file
 from plasticity_peft.report import PlasticityReport
+from plasticity_peft.selection import Selection
+from plasticity_peft.trained import described_in
 
 
 def read_report(source: str, revision: str | None = None) -> PlasticityReport:
@@ -21,23 +24,36 @@ def read_report(source: str, revision: str | None = None) -> PlasticityReport:
     Raises:
         ReportError: there is none, or it is damaged.
     """
-    path = Path(source)
-    if path.is_dir():
-        path /= REPORT_NAME
-    return PlasticityReport.load(path)
+    if _names_a_file(source):
+        return PlasticityReport.load(source)
+    return PlasticityReport.from_pretrained(source, revision=revision)
+
+
+def read_selection(source: str, revision: str | None = None) -> tuple[Selection, str] | None:
+    """Returns what an adapter trains, and in which mode; None for a report that belongs to no adapter.
+
+    Raises:
+        ReportError: it is damaged.
+    """
+    path: Path | None = Path(source)
+    if not _names_a_file(source):
+        path = find_file(source, REPORT_NAME, ReportError, revision=revision)
+    if path is None or "adapter" not in json.loads(path.read_text(encoding="utf-8")):
+        return None
+    selection, described = described_in(path)
+    training = described.get("training")
+    if not isinstance(training, str) or training not in selection.parameters:
+        raise ReportError(f"Cannot read {path.name}: adapter.training must be one of {', '.join(TRAINING_MODES)}.")
+    return selection, training
+
+
+def _names_a_file(source: str) -> bool:
+    return Path(source).suffix == ".json" or Path(source).is_file()
 
 
 def print_json(values: Any) -> None:
     """Prints `values` as JSON on the standard output."""
     typer.echo(json.dumps(values, indent=2, allow_nan=False))
-
-
-def print_report(report: PlasticityReport, as_json: bool) -> None:
-    """Prints the report on the standard output: as JSON, or as its table."""
-    if as_json:
-        print_json(report.to_dict())
-    else:
-        typer.echo(str(report))
 
 
 def check_file(path: Path | None, option: str) -> None:
@@ -51,7 +67,7 @@ def check_picture(path: Path | None, option: str = "--plot") -> None:
     if path is None:
         return
     check_file(path, option)
-    figure = require("matplotlib.figure", extra="plots", purpose=option).Figure()
+    figure = require("matplotlib.figure", extra="plot", purpose=option).Figure()
     known = figure.canvas.get_supported_filetypes()
     if path.suffix.lower().lstrip(".") not in known:
         raise ConfigError(
@@ -59,6 +75,8 @@ def check_picture(path: Path | None, option: str = "--plot") -> None:
         )
 
 
-def save_picture(report: PlasticityReport, path: Path) -> None:
-    """Writes the picture of the report to `path`."""
-    np.ravel(report.plot())[0].figure.savefig(path)
+def save_picture(
+    report: PlasticityReport, path: Path, view: str = "overview", selection: Selection | None = None
+) -> None:
+    """Writes a picture of the report to `path`; see `PlasticityReport.plot`."""
+    np.ravel(report.plot(view, selection=selection))[0].figure.savefig(path)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from plasticity_peft.commands import options
-from plasticity_peft.commands.reports import check_picture, print_report, read_report, save_picture
+from plasticity_peft.commands.reports import check_picture, print_json, read_report, read_selection, save_picture
+from plasticity_peft.plotting import VIEWS
 
 EXAMPLES = """\b
 Examples:
   plasticity-peft show beans.json
-  plasticity-peft show path/to/adapter --plot scores.png
+  plasticity-peft show path/to/adapter --plot scores.png --view heatmap
   plasticity-peft show user/repo --json
 """
 
@@ -16,12 +21,21 @@ Examples:
 def show(
     report: options.Report,
     plot: options.Picture = None,
+    view: Annotated[str, options.one_of("--view", VIEWS, "What the picture shows.")] = "overview",
     revision: options.Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
-    """Shows the scores of a report, or of an adapter, as a table, a picture or JSON."""
+    """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture or JSON."""
     check_picture(plot)
     found = read_report(report, revision)
+    trained = read_selection(report, revision)
     if plot is not None:
-        save_picture(found, plot)
-    print_report(found, as_json)
+        save_picture(found, plot, view, trained[0] if trained else None)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    typer.echo(str(found))
+    if trained:
+        selection, training = trained
+        units = ", ".join(selection.units)
+        typer.echo(f"Selected: {units} ({training}, {selection.parameters[training]:,} parameters beside the head)")
