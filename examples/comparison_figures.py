@@ -77,7 +77,8 @@ def draw_learning_rates(comparison: Comparison, path: Path) -> None:
                 continue
             mean = 100 * own.mean()
             look = {"color": COLOURS[index % len(COLOURS)]}
-            ax.plot(mean.index, mean, STYLES[index % 5], marker=MARKERS[index % 5], markersize=4, label=name, **look)
+            marks = {"linestyle": STYLES[index % 5], "marker": MARKERS[index % 5], "markersize": 4}
+            ax.plot(mean.index, mean, label=name, **look, **marks)
             ax.fill_between(mean.index, 100 * own.min(), 100 * own.max(), alpha=0.2, linewidth=0, **look)
         rates = sorted(runs["learning_rate"].unique())
         ax.set(xscale="log", xlabel="learning rate", title=f"trained alone, {training}")

@@ -21,7 +21,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value, load_dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
@@ -42,6 +42,7 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction, get_last_checkpoint
 
 from plasticity_peft import PlasticityConfig
+from plasticity_peft.card import update_card
 from plasticity_peft.criteria import CRITERIA
 
 HERE = Path(__file__).resolve().parent
@@ -195,7 +196,8 @@ def digits() -> Dataset:
     bunch = load_digits()
     images = [PILImage.fromarray((image * (255 / 16)).astype(np.uint8)) for image in bunch.images]
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
-    return Dataset.from_dict({"image": images, "label": bunch.target}, features=features)
+    info = DatasetInfo(features=features, dataset_name="digits")
+    return Dataset.from_dict({"image": images, "label": bunch.target}, features=features, info=info)
 
 
 def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
@@ -359,6 +361,11 @@ def main() -> None:
 
     trainer.save_model()
     trainer.save_metrics("test", metrics)
+    about = {"dataset": splits["test"].info.dataset_name, "tasks": "image-classification"}
+    if trainer.is_world_process_zero():
+        trainer.create_model_card(**about)
+        accuracy = {"accuracy": metrics["test_accuracy"]}
+        update_card(arguments.output_dir, metrics=accuracy, dataset=splits["test"], split="test")
     for name, (trainable, total, accuracy) in results.items():
         logger.info(
             "%-20s trains %7d of %d parameters (%.2f %%), test accuracy %.2f %%",
@@ -366,7 +373,7 @@ def main() -> None:
         )  # fmt: skip
     logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
     if arguments.push_to_hub:
-        trainer.push_to_hub()
+        trainer.push_to_hub(**about)
 
 
 if __name__ == "__main__":

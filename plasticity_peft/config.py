@@ -26,10 +26,14 @@ from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import write_text
 from plasticity_peft.precision import check_dtype
 from plasticity_peft.report import REPORT_NAME, PlasticityReport
+from plasticity_peft.results import results_for
 from plasticity_peft.selection import Selection
 
 PEFT_TYPE = "PLASTICITY"
-"""`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so."""
+"""`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so.
+
+So is `task_type`, by which PEFT finds the class of the adapted model, unless the user gives one.
+"""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -164,8 +168,10 @@ class PlasticityConfig(LoraConfig):
     )
 
     def __post_init__(self) -> None:
+        self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PEFT_TYPE
+        self.task_type = self.task_type or PEFT_TYPE
         for name in CHOSEN_FOR_THE_USER:
             if getattr(self, name, None):
                 raise ConfigError(
@@ -233,6 +239,7 @@ class PlasticityConfig(LoraConfig):
         self.target_modules, self.modules_to_save = target_modules, modules_to_save
         self.target_data = self.source_data = None
         self.peft_type = PeftType.LORA
+        self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options as a dictionary without the data: those of LoRA alone once the components are chosen."""
@@ -242,6 +249,8 @@ class PlasticityConfig(LoraConfig):
         own = {f.name for f in fields(self)} - {f.name for f in fields(LoraConfig)}
         hidden = own if self.selection is not None else {"target_data", "source_data", "selection", "id2label"}
         values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
+        if values["task_type"] == PEFT_TYPE:
+            values["task_type"] = None
         if "report" in values:
             report = os.fspath(self.report) if isinstance(self.report, os.PathLike) else self.report
             values["report"] = report.to_dict() if isinstance(report, PlasticityReport) else report
@@ -252,5 +261,8 @@ class PlasticityConfig(LoraConfig):
         super().save_pretrained(save_directory, **kwargs)
         if isinstance(self.report, PlasticityReport) and self.selection is not None:
             adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
-            text = json.dumps({**self.report.to_dict(), "adapter": adapter}, indent=2)
-            write_text(os.path.join(save_directory, REPORT_NAME), text + "\n")
+            values = {**self.report.to_dict(), "adapter": adapter}
+            results = results_for(save_directory)
+            if results:
+                values["results"] = [asdict(one) for one in results]
+            write_text(os.path.join(save_directory, REPORT_NAME), json.dumps(values, indent=2) + "\n")

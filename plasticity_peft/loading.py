@@ -28,6 +28,7 @@ from plasticity_peft.hub import find_file, read_json
 from plasticity_peft.renames import Layer, differing, read, rename, write
 from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.selection import Selection
+from plasticity_peft.tuner import PlasticityPeftModel
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -113,7 +114,7 @@ def load_adapter(
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
             loaded = model
         else:
-            loaded = PeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
+            loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
     if report is not None and isinstance(described, Mapping):
         own = _resolved(loaded.peft_config[adapter_name], report, described.get("adapter"), architecture)
         loaded.peft_config[adapter_name] = own

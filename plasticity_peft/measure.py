@@ -25,6 +25,7 @@ from plasticity_peft.offloading import execution_device, onloaded
 from plasticity_peft.precision import check_dtype
 from plasticity_peft.probe import Probe
 from plasticity_peft.processes import Share, in_step, this_process
+from plasticity_peft.provenance import provenance_of
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.rounds import Seen, Table, check_finite, check_same, observe_until_settled
 from plasticity_peft.scores import KindScore, Score
@@ -186,6 +187,8 @@ def measure_plasticity(
         input_std=at.spread,
         seed=seed,
         source=source is not None and rule.protocols,
+        target_data=None if rule.observed == "weights" else provenance_of(target),
+        source_data=provenance_of(source) if rule.protocols else None,
     )
 
 

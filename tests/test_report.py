@@ -198,6 +198,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
+ADDED_SINCE += ("target_data", "source_data")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
@@ -303,25 +304,6 @@ def test_norms_that_lead_for_the_scale_of_the_tokens_are_explained(recwarn: pyte
     for report, options in silent:
         report.select(**options)
     assert not recwarn.list
-
-
-def test_the_picture(tmp_path: Path) -> None:
-    matplotlib = pytest.importorskip("matplotlib")
-    matplotlib.use("agg")
-    from matplotlib import pyplot as plt
-
-    axes = REPORT.plot()
-    lines = axes.get_lines()
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == list(KINDS)
-    for kind, line in zip(KINDS, lines, strict=True):
-        assert list(line.get_ydata()) == [row.mean for row in REPORT.scores if row.kind == kind]
-        assert list(line.get_xdata()) == [0, 1]
-    assert (axes.get_xlabel(), axes.get_ylabel()) == ("block", "rate of change")
-    axes.figure.savefig(tmp_path / "plasticity.png")
-    assert (tmp_path / "plasticity.png").stat().st_size > 5_000
-    _, own = plt.subplots()
-    assert REPORT.plot(ax=own) is own
-    plt.close("all")
 
 
 def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> None:

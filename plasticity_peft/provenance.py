@@ -1,0 +1,90 @@
+"""Where images came from, in a few words: enough for a model card, and no path of anybody's machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sized
+from dataclasses import dataclass
+from typing import Any
+
+from plasticity_peft.errors import ReportError
+
+REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What images were measured on."""
+
+    form: str
+    """How they were given: "Dataset", "Tensor", ...: the name of a class."""
+    images: int | None = None
+    """How many there were to draw from; None for a stream, which has no length."""
+    name: str | None = None
+    """Name of the dataset, where it has one."""
+    split: str | None = None
+    """Split of the dataset, such as "train"."""
+    repo_id: str | None = None
+    """Id of the dataset on the Hub, where it came from there."""
+
+    def check(self, place: str) -> None:
+        """Raises ReportError, which names `place`, where a value is not a short name or number of images."""
+        if self.images is not None and self.images < 1:
+            raise ReportError(f"{place}.images: expected at least 1, got {self.images}")
+        for key in ("form", "name", "split", "repo_id"):
+            text = getattr(self, key)
+            if text is not None and not (0 < len(text) <= 100 and text.isprintable()):
+                raise ReportError(f"{place}.{key}: expected a short name, got {text[:100]!r}")
+        if self.repo_id is not None and not REPO_ID.fullmatch(self.repo_id):
+            raise ReportError(f"{place}.repo_id: expected the id of a dataset on the Hub, got {self.repo_id!r}")
+
+    def __str__(self) -> str:
+        count = "a stream of images" if self.images is None else f"{self.images:,} images"
+        split = f", split {self.split}" if self.split else ""
+        return f"{self.repo_id or self.name or self.form}{split}: {count}"
+
+
+def provenance_of(data: Any) -> Provenance | None:
+    """Returns where `data` came from, as far as it tells; None for None.
+
+    A `datasets.Dataset` knows its name, its split and, where its download was verified, its repository on the Hub; of
+    others the name of the class and the number of images are all that is known. Of a DataLoader, its dataset counts.
+
+    Examples:
+        >>> import torch
+        >>> print(provenance_of(torch.rand(10, 3, 8, 8)))
+        Tensor: 10 images
+    """
+    if data is None:
+        return None
+    data = data.dataset if hasattr(data, "collate_fn") else data
+    info, split = getattr(data, "info", None), getattr(data, "split", None)
+    return Provenance(
+        form=type(data).__name__,
+        images=_length(data),
+        name=_short(getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)),
+        split=_short(str(split)) if split is not None else None,
+        repo_id=_repo_id(info),
+    )
+
+
+def _length(data: Any) -> int | None:
+    try:
+        return len(data) if isinstance(data, Sized) else None
+    except TypeError:  # a DataLoader over a stream has a __len__ that raises
+        return None
+
+
+def _short(name: Any) -> str | None:
+    """Returns a name that is no path; None where there is none."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name):
+        return None
+    return name if name.isprintable() else None
+
+
+def _repo_id(info: Any) -> str | None:
+    """Returns the Hub id of the dataset, which the addresses of its files begin with."""
+    addresses = getattr(info, "download_checksums", None) or {}
+    ids = {re.sub(r"^hf://datasets/([^@]+)@.*", r"\1", str(address)) for address in addresses}
+    found = ids.pop() if len(ids) == 1 else ""
+    return found if REPO_ID.fullmatch(found) else None
