@@ -66,7 +66,9 @@ def publish_merged(
     model = trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
     model.save_pretrained(folder)
     trainer.processing_class.save_pretrained(folder)
-    merged_card(name, repository, base_model, dataset_name, trained, metrics["test_accuracy"]).save(folder / "README.md")
+    merged_card(name, repository, base_model, dataset_name, trained, metrics["test_accuracy"]).save(
+        folder / "README.md"
+    )
     with _or_exit(name, f"The merged model is in {folder}. To publish it: hf upload {name} {folder}"):
         create_repo(name, private=trainer.args.hub_private_repo, exist_ok=True)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model")
@@ -78,18 +80,19 @@ def merged_card(
 ) -> ModelCard:
     """Returns the card of a merged model; folders of this machine are named by their last part, and not linked."""
     known, dataset = not Path(base_model).exists(), Path(dataset_name)
+    public = "/" in dataset_name and not dataset.exists()
     data = ModelCardData(
         model_name=name.split("/")[-1],
         base_model=base_model if known else None,
         base_model_relation="finetune" if known else None,
-        datasets=None if dataset.exists() else dataset_name,
+        datasets=dataset_name if public else None,
         library_name="transformers",
         pipeline_tag="image-classification",
         tags=["plasticity"],
         eval_results=[
             EvalResult(
                 task_type="image-classification",
-                dataset_type=dataset.stem if dataset.exists() else dataset_name,
+                dataset_type=dataset_name if public else dataset.stem,
                 dataset_name=dataset.stem,
                 dataset_split="test",
                 metric_type="accuracy",
@@ -102,8 +105,9 @@ def merged_card(
         f"# {name.split('/')[-1]}\n\n"
         f"{base}, finetuned on {dataset.stem} to classify images: {trained} trained, and merged into the weights.\n"
         f"Test accuracy: {100 * accuracy:.2f} %.\n\n"
-        f'```python\nfrom transformers import pipeline\n\nclassify = pipeline("image-classification", model="{name}")\n'
+        "```python\nfrom transformers import pipeline\n\n"
+        f'classify = pipeline("image-classification", model="{name}")\n'
         'classify("image.png")\n```\n\n'
-        f"The adapter alone, with what was measured to choose what trains: [{adapter}](https://huggingface.co/{adapter})."
+        f"The adapter alone, with what was measured to choose: [{adapter}](https://huggingface.co/{adapter})."
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")
