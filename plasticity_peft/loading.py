@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from math import isclose
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -107,7 +107,10 @@ def load_adapter(
     described = _json(source, REPORT_NAME, hub)
     report = None
     if described is not None:
-        report = PlasticityReport.from_dict(described)
+        try:
+            report = PlasticityReport.from_dict(described)
+        except ReportError as error:
+            raise ReportError(f"Cannot read {REPORT_NAME} of {source}: {error}.") from error
         report.check_matches(architecture.model_type, architecture.components)
     options = read_options(config, source)
     components = report.scores if report else ()
@@ -136,7 +139,7 @@ def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
     if adapter_name in taken:
         raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
     usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
-    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict, adapter_name) or adapter_name in "lora_":
+    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict(), adapter_name) or adapter_name in "lora_":
         raise AdapterError(
             "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
             f"part of 'lora_' has. Got {shown(adapter_name)}."
@@ -222,6 +225,11 @@ def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, A
     }
 
 
+@dataclass
+class _Labels:
+    id2label: dict[int, str] | None
+
+
 class _Adapter(NamedTuple):
     """What plasticity.json says of the adapter beside it."""
 
@@ -239,7 +247,7 @@ def _adapter(described: Any, architecture: Architecture, layers: Mapping[str, La
         raise ReportError(f"Cannot read {REPORT_NAME}: it does not say what the adapter trains.")
     try:
         selection = TypeAdapter(Selection).validate_python({**adapter, "modules": ()})
-        labels = TypeAdapter(dict[int, str] | None).validate_python(adapter.get("id2label"))
+        labels = TypeAdapter(_Labels).validate_python({"id2label": adapter.get("id2label")}).id2label
     except ValidationError as error:
         first = error.errors()[0]
         raise ReportError(f"Cannot read {REPORT_NAME}: adapter.{first['loc'][0]}: {first['msg']}") from None
