@@ -20,7 +20,7 @@ ORDER = """
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config rounds
-    measure tuner renames adapter_options adapter_weights loading
+    measure tuner renames adapter_options adapter_weights adapter_report loading
 """.split()  # noqa: SIM905
 
 
