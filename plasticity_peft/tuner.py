@@ -103,24 +103,18 @@ class PlasticityModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
         config = self.peft_config[adapter_name]
-        if isinstance(config, PlasticityConfig) and config.selection is None:
-            with _unmarked_on_failure(model):
+        try:
+            if isinstance(config, PlasticityConfig) and config.selection is None:
                 _choose(model, config)
-        with _unmarked_on_failure(model), restored_on_failure(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
-                model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
-
-
-@contextmanager
-def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception takes back the mark that transformers' add_adapter sets before it asks us."""
-    try:
-        yield
-    except BaseException:
-        if not hasattr(model, "peft_config"):
-            vars(model).pop("_hf_peft_config_loaded", None)
-        raise
+            with restored_on_failure(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+                    model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+        except BaseException:
+            # transformers' add_adapter marks the model as adapted before it asks us.
+            if not hasattr(model, "peft_config"):
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
 
 
 _SWITCH = "modules_to_save_switch"

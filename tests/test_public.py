@@ -21,7 +21,7 @@ ORDER = """
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config rounds
-    measure tuner renames adapter_options adapter_weights loading pretrained callback image_datasets
+    measure tuner renames adapter_options adapter_weights adapter_report loading pretrained callback image_datasets
     commands commands.options commands.reports commands.models commands.measure commands.show commands.select
     commands.compare commands.card cli __main__
 """.split()  # noqa: SIM905
