@@ -30,9 +30,9 @@ def last_whole_checkpoint(
 ) -> Path | None:
     """Returns the checkpoint in `folder` that was written last, of those that are whole; None where there is none.
 
-    In place of `transformers.trainer_utils.get_last_checkpoint`, which takes the highest number, whole or not. The time
-    of writing decides, for a folder may hold checkpoints of an earlier, longer run. Those left out are warned of, with
-    the reason, and left alone.
+    In place of `transformers.trainer_utils.get_last_checkpoint`, which takes the highest number, whole or not. The
+    time of writing decides, for a folder may hold checkpoints of an earlier, longer run. Those left out are warned of,
+    with the reason, and left alone.
 
     Args:
         folder: the `output_dir` of a Trainer of a PeftModel, which may not exist yet.
