@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -86,7 +86,7 @@ def _check_json(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     if path.name == STATE_NAME and values["global_step"] != _step(path.parent):
         raise ValueError(f"it was written at step {values['global_step']}")
-    if path.name == "plasticity.json":
+    if path.name == REPORT_NAME:
         PlasticityReport.from_dict(values)
 
 

@@ -25,7 +25,7 @@ from plasticity_peft.criteria import resolve
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.precision import check_dtype
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.selection import Selection
 
 PEFT_TYPE = "PLASTICITY"
@@ -33,9 +33,6 @@ PEFT_TYPE = "PLASTICITY"
 
 CONFIG_NAME = "adapter_config.json"
 """The file without which a folder is no adapter."""
-
-REPORT_NAME = "plasticity.json"
-"""The file beside an adapter that tells what was measured and chosen."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",

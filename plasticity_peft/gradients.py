@@ -15,6 +15,7 @@ from plasticity_peft.calls import Call, first_tensor, hooked, per_image, run
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images import Inputs
 from plasticity_peft.precision import full_precision, precise
+from plasticity_peft.quantised import holds_plain_weights
 
 MOST_ELEMENTS = 2**24
 """How many numbers the gradients of one layer by single images may take at a time."""
@@ -33,10 +34,10 @@ def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[lis
     parameters = []
     for part in architecture.components:
         own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
-        if not all(parameter.is_floating_point() for parameter in own):
+        if not all(map(holds_plain_weights, weights_of(model, part))):
             raise ModelError(
-                f"{part.id}: its weights are {own[0].dtype}, which have no gradient. Use a criterion that needs none, "
-                "such as 'rate_of_change'."
+                f"{part.id}: its weights are quantised ({type(own[0]).__name__}, {own[0].dtype}), and have no "
+                "gradient. Use another criterion, such as 'parameter_plasticity'."
             )
         if any(parameter.is_meta for parameter in own):
             raise ModelError(
@@ -164,9 +165,7 @@ def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) ->
         gradients: by what it returned, (images, tokens, outputs).
     """
     if isinstance(layer, nn.Linear):
-        size = max(1, MOST_ELEMENTS // (tokens.shape[-1] * gradients.shape[-1]))
-        parts = zip(torch.split(tokens, size), torch.split(gradients, size), strict=True)
-        found = torch.cat([_sums((back.mT @ given).flatten(1)) for given, back in parts])
+        found = _product_squares(tokens, gradients)
         return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
     if type(layer) is nn.LayerNorm and layer.elementwise_affine:
         normalised = F.layer_norm(tokens, layer.normalized_shape, eps=layer.eps)
@@ -176,6 +175,26 @@ def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) ->
     if not all(parameter.is_floating_point() for parameter in own.values()):
         raise ModelError(f"{type(layer).__name__}: its weights are no floating-point numbers, and have no gradient.")
     return torch.stack([_sum_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)])
+
+
+def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Returns ||G^T X||_F^2, image by image: X (tokens, inputs) and G (tokens, outputs) are its rows.
+
+    It is also <X X^T, G G^T>, of one number for each two tokens, which is less work where these are few.
+    """
+    images, count, inputs = tokens.shape
+    outputs = gradients.shape[-1]
+    by_tokens = count * (inputs + outputs) < inputs * outputs
+    size = max(1, MOST_ELEMENTS // (count**2 if by_tokens else inputs * outputs))
+    found = []
+    for start in range(0, images, size):
+        given, back = tokens[start : start + size], gradients[start : start + size]
+        if by_tokens:
+            products = (given @ given.mT).double() * (back @ back.mT)
+            found.append(products.sum(dim=(1, 2)).clamp_min(0))
+        else:
+            found.append(_sums((back.mT @ given).flatten(1)))
+    return torch.cat(found)
 
 
 def _sum_by_autograd(

@@ -16,23 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    EntryNotFoundError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from plasticity_peft.architectures import Architecture, find_architecture, walk
-from plasticity_peft.config import REPORT_NAME, PlasticityConfig
+from plasticity_peft.config import PlasticityConfig
 from plasticity_peft.errors import AdapterError, ReportError
+from plasticity_peft.hub import find_file, read_json
 from plasticity_peft.renames import Layer, differing, read, rename, write
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 from plasticity_peft.selection import Selection
 
 CONFIG_NAME = "adapter_config.json"
@@ -91,14 +85,8 @@ def load_adapter(
         raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
     architecture = find_architecture(base, backbone)
     source = os.fspath(folder_or_repo)
-    config = _json(source, CONFIG_NAME, hub)
-    if config is None:
-        raise AdapterError(f"{source} holds no {CONFIG_NAME}: it is no adapter.")
-    if config.get("peft_type") != "LORA":
-        raise AdapterError(
-            f"{source}: only adapters with peft_type LORA can be loaded. Got {config.get('peft_type')!r}."
-        )
-    described = _json(source, REPORT_NAME, hub)
+    config = read_config(source, **hub)
+    described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
     report = None
     if described is not None:
         report = PlasticityReport.from_dict(described)
@@ -132,40 +120,24 @@ def load_adapter(
     return loaded
 
 
-def _file(source: str, name: str, hub: Mapping[str, Any]) -> str | None:
-    """Returns the path of a file of the adapter, from the folder or the Hub's cache; None where there is none."""
-    if os.path.isdir(source):
-        path = os.path.join(source, hub.get("subfolder") or "", name)
-        return path if os.path.isfile(path) else None
-    try:
-        return str(hf_hub_download(source, name, **hub))
-    except LocalEntryNotFoundError as error:
-        # Offline, what is not in the cache may or may not exist.
-        if name == REPORT_NAME:
-            return None
-        raise AdapterError(f"{source} is no folder, and the Hub cannot be reached for {name}: {error}") from error
-    except EntryNotFoundError:
-        return None
-    except (RepositoryNotFoundError, HFValidationError) as error:
-        raise AdapterError(f"{source} is neither a folder nor a repository on the Hub: {error}") from error
+def read_config(source: str, **hub: Any) -> dict[str, Any]:
+    """Returns what adapter_config.json says.
 
-
-def _json(source: str, name: str, hub: Mapping[str, Any]) -> dict[str, Any] | None:
-    path = _file(source, name, hub)
-    if path is None:
-        return None
-    kind = ReportError if name == REPORT_NAME else AdapterError
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise kind(f"Cannot read {name} of {source}: {error}.") from error
-    if not isinstance(values, dict):
-        raise kind(f"Cannot read {name} of {source}: it holds {type(values).__name__}, not an object.")
-    return values
+    Raises:
+        AdapterError: there is none, or it is not that of a LoRA adapter.
+    """
+    config = read_json(source, CONFIG_NAME, AdapterError, **hub)
+    if config is None:
+        raise AdapterError(f"{source} holds no {CONFIG_NAME}: it is no adapter.")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{source}: only adapters with peft_type LORA can be loaded. Got {config.get('peft_type')!r}."
+        )
+    return config
 
 
 def _weights(source: str, hub: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    path = _file(source, WEIGHTS_NAME, hub)
+    path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
         raise AdapterError(
             f"{source} holds no {WEIGHTS_NAME}. Weights in other formats, such as pickles, are not read."

@@ -27,6 +27,7 @@ from plasticity_peft.components import KINDS, MATRIX_KINDS, Component
 from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.files import write_text
 from plasticity_peft.formatting import table
+from plasticity_peft.hub import find_file
 from plasticity_peft.plotting import Line, draw_lines
 from plasticity_peft.scores import Estimate, KindScore, Score
 from plasticity_peft.selection import RankedUnit, Selection, choice_of, parameter_counts
@@ -34,6 +35,8 @@ from plasticity_peft.settling import Ending
 
 FORMAT = "plasticity_peft"
 FORMAT_VERSION = 1
+REPORT_NAME = "plasticity.json"
+"""The file beside an adapter that tells what was measured and chosen."""
 
 
 @dataclass(frozen=True)
@@ -244,6 +247,24 @@ class PlasticityReport:
         except (ValueError, RecursionError) as error:
             reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
             raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> PlasticityReport:
+        """Returns the report that was saved or published with an adapter.
+
+        Args:
+            folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
+            hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ReportError: there is no plasticity.json, it cannot be fetched, or it is no whole report.
+        """
+        path = find_file(folder_or_repo, REPORT_NAME, ReportError, **hub)
+        if path is None:
+            raise ReportError(
+                f"{os.fspath(folder_or_repo)} holds no {REPORT_NAME}: what it holds was not trained with this package."
+            )
+        return cls.load(path)
 
     def plot(self, ax: Any = None) -> Any:
         """Returns matplotlib axes with the rate of change over the blocks, a line a kind, with 95 % confidence bands.

@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
+from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, gradients, measure_plasticity
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.components import KINDS, Component
 from plasticity_peft.criteria import CRITERIA, DEFAULT
@@ -512,3 +512,20 @@ def test_half_precision_ranks_as_float32(criterion: str, dtype: torch.dtype) -> 
     full = measure(model, criterion)
     for one, other in zip(half.kinds, full.kinds, strict=True):
         assert one.mean == pytest.approx(other.mean, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(5, 40, 60), (60, 40, 60), (24, 40, 60), (1, 1, 1), (7, 3, 200)]
+)
+@pytest.mark.parametrize("most", [1, 5_000, 2**24])
+def test_gradients_of_linear_layers_by_image(
+    tokens: int, inputs: int, outputs: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With few tokens and with many, in one piece and in several, against the gradient matrix of each image."""
+    monkeypatch.setattr(gradients, "MOST_ELEMENTS", most)
+    generator = torch.Generator().manual_seed(0)
+    given, back = (torch.randn(3, tokens, width, generator=generator) for width in (inputs, outputs))
+    found = gradients._squares(torch.nn.Linear(inputs, outputs), given, back * 1e-4)
+    weight = torch.einsum("pti,pto->poi", given.double(), back.double() * 1e-4)
+    bias = back.double().sum(dim=1) * 1e-4
+    torch.testing.assert_close(found, weight.square().sum((1, 2)) + bias.square().sum(1), rtol=1e-6, atol=0)

@@ -14,13 +14,14 @@ from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
-    errors components moments checks precision files formatting plotting selection settling scores report checkpoints
+    errors components moments checks precision files hub formatting plotting selection settling scores report
+    checkpoints quantised
     layouts offloading architectures images calls isolation pairs processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config rounds
-    measure tuner renames loading
+    measure tuner renames loading pretrained
 """.split()  # noqa: SIM905
 
 
@@ -30,11 +31,10 @@ def test_the_public_names() -> None:
         "BlockLayout",
         "PlasticityConfig",
         "PlasticityError",
-        "PlasticityModel",
         "PlasticityReport",
-        "Selection",
         "find_components",
         "load_adapter",
+        "load_pretrained",
         "measure_plasticity",
         "register_architecture",
     ]
