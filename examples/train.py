@@ -373,12 +373,12 @@ def main() -> None:
     for noisy in ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+    check_writable(arguments.output_dir)
     demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
     processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
-    check_writable(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     options = asdict(plasticity)
     head_only = options.pop("head_only")

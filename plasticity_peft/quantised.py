@@ -72,11 +72,12 @@ def trainable_after(model: nn.Module) -> Iterator[None]:
                 "train. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers "
                 "before it is run."
             )
-    packing = [module for module in model.modules() if getattr(module, "support_avx512bf16_for_cpu", False) is True]
+    packing = [module for module in model.modules() if "support_avx512bf16_for_cpu" in vars(module)]
+    before = [module.support_avx512bf16_for_cpu for module in packing]
     try:
         for module in packing:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         yield
     finally:
-        for module in packing:
-            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        for module, packs in zip(packing, before, strict=True):
+            module.support_avx512bf16_for_cpu = packs

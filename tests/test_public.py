@@ -15,7 +15,7 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
     errors components moments checks precision files hub formatting plotting selection settling scores report
-    checkpoints quantised
+    checkpoints quantised recomputing
     layouts offloading architectures images calls isolation pairs processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
