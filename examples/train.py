@@ -380,6 +380,7 @@ def main() -> None:
     for noisy in ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+    check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
         raise SystemExit("--push_merged publishes beside the adapter: give --push_to_hub true with it.")
     repository = None
@@ -393,7 +394,6 @@ def main() -> None:
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
-    check_writable(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     options = asdict(plasticity)
     head_only = options.pop("head_only")

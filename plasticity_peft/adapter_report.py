@@ -11,8 +11,9 @@ from peft import LoraConfig, PeftConfig
 from plasticity_peft.architectures import Architecture
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, shown
 from plasticity_peft.components import KINDS
-from plasticity_peft.config import CHOSEN_FOR_THE_USER, REPORT_NAME, PlasticityConfig
+from plasticity_peft.config import CHOSEN_FOR_THE_USER, PlasticityConfig
 from plasticity_peft.errors import ReportError
+from plasticity_peft.hub import REPORT_NAME
 from plasticity_peft.renames import Layer
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection

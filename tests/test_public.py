@@ -15,7 +15,8 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
     errors extras components moments checks precision files hub formatting selection settling scores provenance
-    measurement summary plotting believable report checkpoints results trained snippets card_part card
+    measurement summary plotting believable report checkpoints results trained snippets card_part card quantised
+    recomputing
     layouts offloading architectures images calls isolation pairs processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
