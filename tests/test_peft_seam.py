@@ -117,9 +117,11 @@ def test_a_table_of_methods_is_a_dictionary_that_peft_itself_looks_into(name: st
 
 
 def test_a_method_outside_the_enum_can_only_be_registered_in_the_tables() -> None:
-    with reliance('PeftType("PLASTICITY") is no member', "tuner.py fills the tables; with a member it need not"):
-        with pytest.raises(ValueError, match="is not a valid PeftType"):
-            PeftType("PLASTICITY")
+    with (
+        reliance('PeftType("PLASTICITY") is no member', "tuner.py fills the tables; with a member it need not"),
+        pytest.raises(ValueError, match="is not a valid PeftType"),
+    ):
+        PeftType("PLASTICITY")
 
 
 def test_get_peft_model_asks_the_tables(foreign: type[ForeignModel]) -> None:
@@ -240,9 +242,11 @@ def test_dummy_target_modules_means_no_target(tmp_path: Path) -> None:
         assert trained == {f"base_model.model.{chosen}.modules_to_save.default.{n}" for n in ("weight", "bias")}
         adapted.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == DUMMY_TARGET_MODULES
-    with reliance("target_modules=[] is refused", "tuner.py, _choose, which therefore uses the constant"):
-        with pytest.raises(ValueError, match="target_modules"):
-            get_peft_model(tiny_model(), LoraConfig(target_modules=[]))
+    with (
+        reliance("target_modules=[] is refused", "tuner.py, _choose, which therefore uses the constant"),
+        pytest.raises(ValueError, match="target_modules"),
+    ):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=[]))
 
 
 class Twins(nn.Module):

@@ -106,7 +106,7 @@ matplotlib.use("agg")
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
-import scipy.stats, rich.table, pydantic, accelerate.utils  # what is imported on use, so that no import is watched
+import scipy.stats, rich.table, pydantic, accelerate.utils  # imported on use otherwise
 from plasticity_peft import PlasticityConfig, PlasticityReport, load_adapter, measure_plasticity
 
 folder = pathlib.Path(sys.argv[1])
@@ -148,8 +148,8 @@ adapted.save_pretrained(folder / "adapter")
 load_adapter(base(), folder / "adapter")
 PeftModel.from_pretrained(base(), folder / "adapter")
 temporary = os.path.realpath(tempfile.gettempdir())
-elsewhere = [p for p in written if not os.path.realpath(p).startswith((str(folder.resolve()), temporary)) and p != os.devnull]
-elsewhere = [p for p in elsewhere if not p.isdigit()]
+here = (str(folder.resolve()), temporary, os.devnull)
+elsewhere = [path for path in written if not os.path.realpath(path).startswith(here) and not path.isdigit()]
 assert not elsewhere, f"written elsewhere: {elsewhere}"
 assert not network, f"reached for: {network}"
 if sys.argv[2:] == ["reach out"]:
