@@ -17,7 +17,8 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from plasticity_peft.report import REPORT_NAME, PlasticityReport
+from plasticity_peft.hub import REPORT_NAME
+from plasticity_peft.report import PlasticityReport
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

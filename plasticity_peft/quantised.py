@@ -66,7 +66,8 @@ def trainable_after(model: nn.Module) -> Iterator[None]:
         ModelError: that has happened already.
     """
     for path, module in model.named_modules():
-        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+        state = getattr(module._parameters.get("weight"), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
             raise ModelError(
                 f"{path}: an evaluation on this CPU has packed its 4-bit weights into a form that bitsandbytes cannot "
                 "train. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers "

@@ -61,12 +61,17 @@ def calls(node: ast.Call, name: str) -> Iterator[str]:
         yield f"line {node.lineno}: {name}"
 
 
+ALLOWED = {
+    "plasticity_peft/extras.py": "calls import_module",  # of the name of an extra, which is written in our code
+    "examples/benchmarks/scaling.py": "imports subprocess",  # to start itself by `accelerate launch`
+}
 FILES = sorted([*(REPOSITORY / "plasticity_peft").rglob("*.py"), *(REPOSITORY / "examples").rglob("*.py")])
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_no_file_executes_what_others_wrote(path: Path) -> None:
-    assert not list(findings(path.read_text()))
+    allowed = ALLOWED.get(str(path.relative_to(REPOSITORY)), "no finding")
+    assert not [finding for finding in findings(path.read_text()) if not finding.endswith(allowed)]
 
 
 @pytest.mark.parametrize(
