@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard
 from transformers.utils import logging
 
 from plasticity_peft.card_part import comment, eval_results_of, part_of
@@ -120,7 +120,7 @@ def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
     return [result for one in found if one not in adapter.results for result in eval_results_of(one)]
 
 
-def _merge(data: ModelCardData, ours: ModelCardData, *, outdated: list[EvalResult], folder: Path) -> None:
+def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) -> None:
     """Adds our metadata to those of the card; what is already there stays, but for results that no longer hold."""
     data.library_name = data.library_name or ours.library_name
     data.base_model = data.base_model or ours.base_model
@@ -145,7 +145,7 @@ def _union(one: Any, other: Any) -> list[str] | None:
     return list(dict.fromkeys(values)) or None
 
 
-def _hide_path(card: ModelCard, adapter: TrainedAdapter) -> None:
+def _hide_path(card: Any, adapter: TrainedAdapter) -> None:
     """Takes a base model that is not on the Hub, such as a local folder, out of what PEFT and Trainer wrote.
 
     The Hub refuses such metadata, and nobody else has that folder.

@@ -21,11 +21,11 @@ TAG = "plasticity_peft"
 
 
 def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
-    """Returns the card that the template makes of an adapter; `picture` is the path of its picture, if there is one."""
+    """Returns the card that the template makes of an adapter; `picture` is the path of its picture, if any."""
     report, selection = adapter.report, adapter.selection
     rows = report.ranking(selection.granularity)
     most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "block" else len(rows)
-    return ModelCard.from_template(
+    card: ModelCard = ModelCard.from_template(
         _metadata(adapter),
         template_path=str(_template()),
         begin=comment("begin", adapter.name),
@@ -48,6 +48,7 @@ def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         own_snippet=own_snippet(adapter),
         labels=_labels(adapter.id2label or {}) if adapter.classifies_images else "",
     )
+    return card
 
 
 def comment(which: str, name: str) -> str:

@@ -1,7 +1,8 @@
-"""Metrics that were measured with an adapter's weights, kept in its plasticity.json for as long as these are its weights.
+"""Metrics that were measured with an adapter's weights, kept in plasticity.json for as long as these are its weights.
 
-A model card is written anew by several hands (PEFT, Trainer, us); what was measured is therefore kept beside the scores,
-with the SHA-256 of the weights file: weights that were trained further have no results until they are measured again.
+A model card is written anew by several hands (PEFT, Trainer, us); what was measured is therefore kept beside the
+scores, with the SHA-256 of the weights file: weights that were trained further have no results until they are measured
+again.
 """
 
 from __future__ import annotations

@@ -20,8 +20,9 @@ def own_snippet(adapter: TrainedAdapter) -> str:
     """Returns code that loads the adapter with this package."""
     subfolder = "" if adapter.name == "default" else f', subfolder="{adapter.name}"'
     if not adapter.classifies_images:
-        base = [f"base = {_base(adapter)}", "", f'model = load_adapter(base, "{REPOSITORY}"{subfolder})']
-        return _lines(*_import_base(adapter), "from plasticity_peft import load_adapter", "", *base)
+        model = f'model = load_adapter(base, "{REPOSITORY}"{subfolder})'
+        imports = ["from plasticity_peft import load_adapter", *_import_base(adapter)]
+        return _lines(*imports, "", f"base = {_base(adapter)}", model)
     base = "" if adapter.hub_model else f', base_model="{_unknown(adapter)}"'
     return _lines(
         "from PIL import Image",

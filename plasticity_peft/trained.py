@@ -1,4 +1,4 @@
-"""What an adapter is, as far as a model card tells it: from its files, or handed in by whoever holds the live model."""
+"""What an adapter is, as far as a model card tells it: from its files, or from whoever holds the live model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from plasticity_peft.errors import AdapterError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME

@@ -61,7 +61,7 @@ class PlasticityPeftModel(PeftModel):
         except Exception:
             logger.warning("The model card in %s lacks what was measured and trained.", output_dir, exc_info=True)
 
-    def _upload_modified_files(self, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         # push_to_hub has just put the card of the repository, or an empty one, in the place of ours.
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
