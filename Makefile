@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint test-lowest clean
+.PHONY: demo test test-lowest matrix lint audit clean
 
 demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no network, about three minutes on two cores
 	$(BIN)/python examples/train.py
@@ -12,16 +12,25 @@ demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no networ
 test: $(VENV)/.test  ## all tests
 	$(BIN)/python -m pytest -n 2
 
-test-lowest:  ## all tests on the lowest supported transformers and peft, in an environment of its own
+test-lowest:  ## all tests on the lowest supported version of every dependency, in an environment of its own
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
+
+matrix: $(VENV)/.quality  ## all tests on every supported set of versions, see noxfile.py: hours, and a CUDA torch each
+	$(BIN)/nox
 
 lint: $(VENV)/.quality  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+audit: $(VENV)/.test $(VENV)/.quality  ## what is installed: whether it fits together, its licences, its known faults (needs a network)
+	$(BIN)/python -m pip check
+	$(BIN)/pip-licenses --partial-match --fail-on="GPL;General Public License" --summary
+	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > $(VENV)/audit.txt
+	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
+
 clean:
-	rm -rf .venv .venv-lowest outputs
+	rm -rf .venv .venv-lowest .nox outputs
 
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

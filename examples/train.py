@@ -28,6 +28,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
 from PIL import ImageOps
+from publishing import claim_repository, publish, publish_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
@@ -166,6 +167,13 @@ class FinetuningArguments(TrainingArguments):
     remove_unused_columns: bool = field(default=False, metadata={"help": "The transforms need the image column."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All that trains is used."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the images' memory for a GPU."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "When to publish: at the end, complete, or with every checkpoint too."}
+    )
+    push_merged: bool = field(
+        default=False,
+        metadata={"help": "With --push_to_hub, publish the merged model too, as <hub_model_id>-merged."},
+    )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
 
@@ -339,7 +347,7 @@ def check_writable(folder: str) -> None:
 def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
     """Returns the same recipe, with a folder of its own and nothing to publish."""
     arguments = copy.copy(arguments)
-    arguments.output_dir = str(Path(arguments.output_dir) / "head_only")
+    arguments.output_dir = str(Path(arguments.output_dir) / "_head_only")  # Trainer publishes nothing with that "_"
     resumes = str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
     arguments.resume_from_checkpoint = "True" if resumes else None
     arguments.push_to_hub = False
@@ -372,12 +380,20 @@ def main() -> None:
     for noisy in ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
+    check_writable(arguments.output_dir)
+    if arguments.push_merged and not arguments.push_to_hub:
+        raise SystemExit("--push_merged publishes beside the adapter: give --push_to_hub true with it.")
+    repository = None
+    if arguments.push_to_hub:
+        with arguments.main_process_first(desc="making the repository"):
+            repository = claim_repository(arguments, model_arguments.model_name_or_path)
+        arguments.hub_model_id = repository
+
     demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
     processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
-    check_writable(arguments.output_dir)
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     options = asdict(plasticity)
     head_only = options.pop("head_only")
@@ -399,12 +415,14 @@ def main() -> None:
     if options["report"] is None:
         options |= {"target_data": splits["target"], "source_data": splits.get("source")}
     config = PlasticityConfig(**options)
-    model = get_peft_model(load_model(model_arguments, labels), config)
+    revision = None if model_arguments.revision == "main" else model_arguments.revision
+    model = get_peft_model(load_model(model_arguments, labels), config, revision=revision)
     logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), plasticity.training)
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
     selected = " + ".join(("head", *config.selection.units))
     results[selected] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
+    arguments.push_to_hub = False  # save_model would publish what has no metrics yet
     if arguments.should_save:
         with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
             trainer.save_model(str(folder))
@@ -420,8 +438,17 @@ def main() -> None:
             name, trainable, total, 100 * trainable / total, 100 * accuracy,
         )  # fmt: skip
     logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
-    if arguments.push_to_hub:
-        trainer.push_to_hub(**about)
+    if repository is not None:
+        publish(trainer, repository, **about)
+    if arguments.push_merged:
+        publish_merged(
+            trainer,
+            repository,
+            base_model=model_arguments.model_name_or_path,
+            dataset_name=data.dataset_name or "digits",
+            trained=f"{selected} ({plasticity.training})",
+            metrics=metrics,
+        )
 
 
 def run() -> None:

@@ -116,7 +116,7 @@ def _described(layers: dict[str, Layer], options: AdapterOptions) -> dict[str, L
             raise AdapterError(f"The adapter holds LoRA weights of {path}, and its config says that none are there.")
         for name, due in extras.items():
             if (name in layer.lora) != due:
-                raise AdapterError(f"{path}: its config says that {name} is {'there' if due else 'not there'}.")
+                raise AdapterError(f"The adapter's config says of {path} that {name} is {'' if due else 'not '}there.")
         layer.scaling = options.alpha(path) / (layer.rank**0.5 if options.use_rslora else layer.rank)
     return layers
 

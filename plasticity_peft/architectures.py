@@ -23,6 +23,7 @@ from plasticity_peft.components import KINDS, Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.layouts import LAYOUTS, BlockLayout
 from plasticity_peft.offloading import onloaded
+from plasticity_peft.quantised import matrix_of, parameter_count
 
 PIXELS = "pixel_values"
 
@@ -105,7 +106,7 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
         components=tuple(components),
         heads=() if entry else _find_heads(model, stack.backbone),
         hidden_size=_norm_width(model.get_submodule(f"{stack.paths[0]}.{layout.LN1}")),
-        parameters=sum(_own_parameters(module) for _, module in walk(model)),
+        parameters=sum(parameter_count(module) for _, module in walk(model)),
         layout=layout,
     )
 
@@ -141,7 +142,7 @@ def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Te
     """
     modules = weights_of(model, component)
     with onloaded(*modules):
-        weights = [module.get_parameter("weight") for module in modules]
+        weights = [matrix_of(module) for module in modules]
     if component.kind == "FC1":
         return [(component.modules[0], torch.cat([*weights]))]
     return list(zip(component.modules, weights, strict=True))
@@ -162,10 +163,6 @@ class _Stack:
     backbone: str
     layout: BlockLayout
     paths: tuple[str, ...]
-
-
-def _own_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters(recurse=False))
 
 
 def _indices(path: str, layout: BlockLayout) -> tuple[int, ...]:
@@ -374,7 +371,7 @@ def _component(
         kind=kind,
         path=f"{path}.{layout.path(kind)}",
         modules=tuple(f"{path}.{name}" for name in layout.weights(kind)),
-        parameters=sum(parameter.numel() for module in modules for parameter in module.parameters()),
+        parameters=sum(parameter_count(part) for module in modules for _, part in walk(module)),
         features=tuple((m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)),
     )
 
@@ -402,5 +399,5 @@ def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
     return tuple(
         name
         for name, child in children.items()
-        if name != part and any(_own_parameters(module) for _, module in walk(child))
+        if name != part and any(parameter_count(module) for _, module in walk(child))
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report import REPORT_NAME, PlasticityReport
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -30,9 +30,9 @@ def last_whole_checkpoint(
 ) -> Path | None:
     """Returns the checkpoint in `folder` that was written last, of those that are whole; None where there is none.
 
-    In place of `transformers.trainer_utils.get_last_checkpoint`, which takes the highest number, whole or not. The time
-    of writing decides, for a folder may hold checkpoints of an earlier, longer run. Those left out are warned of, with
-    the reason, and left alone.
+    In place of `transformers.trainer_utils.get_last_checkpoint`, which takes the highest number, whole or not. The
+    time of writing decides, for a folder may hold checkpoints of an earlier, longer run. Those left out are warned of,
+    with the reason, and left alone.
 
     Args:
         folder: the `output_dir` of a Trainer of a PeftModel, which may not exist yet.
@@ -86,7 +86,7 @@ def _check_json(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
     if path.name == STATE_NAME and values["global_step"] != _step(path.parent):
         raise ValueError(f"it was written at step {values['global_step']}")
-    if path.name == "plasticity.json":
+    if path.name == REPORT_NAME:
         PlasticityReport.from_dict(values)
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
@@ -100,7 +100,7 @@ def check_path(name: str, value: object) -> None:
 def check_number(name: str, value: object) -> None:
     """Raises ConfigError unless `value`, the argument `name`, is a finite number above 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:  # type: ignore[operator]
+    if not number or not 0 < value <= sys.float_info.max:  # type: ignore[operator]
         raise ConfigError(f"{name} must be a number above 0. Got {shown(value)}.")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from plasticity_peft.calls import Call, first_tensor, hooked, per_image, run
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images import Inputs
 from plasticity_peft.precision import full_precision, precise
+from plasticity_peft.quantised import holds_plain_weights
+from plasticity_peft.recomputing import recomputed
 
 MOST_ELEMENTS = 2**24
 """How many numbers the gradients of one layer by single images may take at a time."""
@@ -33,10 +36,10 @@ def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[lis
     parameters = []
     for part in architecture.components:
         own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
-        if not all(parameter.is_floating_point() for parameter in own):
+        if not all(map(holds_plain_weights, weights_of(model, part))):
             raise ModelError(
-                f"{part.id}: its weights are {own[0].dtype}, which have no gradient. Use a criterion that needs none, "
-                "such as 'rate_of_change'."
+                f"{part.id}: its weights are quantised ({type(own[0]).__name__}, {own[0].dtype}), and have no "
+                "gradient. Use another criterion, such as 'parameter_plasticity'."
             )
         if any(parameter.is_meta for parameter in own):
             raise ModelError(
@@ -82,28 +85,37 @@ class GradientsByImage:
         self._layers = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
         self._dimensions = self._find_dimensions(example)
 
-    def __call__(self, images: int, scalar: Callable[[], torch.Tensor]) -> torch.Tensor:
+    def __call__(self, images: int, scalar: Callable[[], torch.Tensor], recompute: bool = False) -> torch.Tensor:
         """Returns the squared norms: float64 of shape (images, components).
 
         Args:
             images: how many images a pass holds.
             scalar: runs the model and returns a sum over the images, of which no term depends on another image.
+            recompute: computes each block again on the way back instead of keeping what all have computed: the same
+                numbers, in less memory and a third more time.
         """
         squares: dict[str, torch.Tensor] = {}
-        called: set[str] = set()
+        given: dict[str, torch.Tensor] = {}
+        back: dict[str, torch.Tensor] = {}
+        calls = dict.fromkeys(self._layers, 0)
 
         def watch(path: str, call: Call, output: Any) -> None:
-            if path in called:  # by `_squares`
-                return
-            called.add(path)
-            tokens = call.tokens.detach()
+            calls[path] += 1
+            if calls[path] == 1:
+                first_tensor(output).register_hook(partial(keep, path))  # type: ignore[no-untyped-call]
+            if calls[path] == 1 + recompute:  # later ones are by `_squares`
+                given[path] = call.tokens.detach()
 
-            def keep(gradient: torch.Tensor) -> None:
-                with torch.no_grad(), full_precision(gradient):
-                    rows = (self._rows(path, values, images) for values in (tokens, gradient))
+        def keep(path: str, gradient: torch.Tensor) -> None:
+            back[path] = gradient
+            settle()
+
+        def settle() -> None:
+            """Computes what can be: in a block that is computed again, the gradient may come before the tokens."""
+            for path in back.keys() & given.keys():
+                with torch.no_grad(), full_precision(back[path]):
+                    rows = (self._rows(path, values.pop(path), images) for values in (given, back))
                     squares[path] = _squares(unwrap(self._layers[path]), *rows)
-
-            first_tensor(output).register_hook(keep)  # type: ignore[no-untyped-call]
 
         # Where nothing requires gradients none are recorded: this does, and changes no number.
         root = torch.zeros((), requires_grad=True)
@@ -112,12 +124,13 @@ class GradientsByImage:
             call = Call(args, kwargs)
             return call.with_tokens(call.tokens + root.to(call.tokens))
 
-        block = self._model.get_submodule(self._architecture.blocks[0])
-        handle = block.register_forward_pre_hook(enter, with_kwargs=True)
+        blocks = [self._model.get_submodule(path) for path in self._architecture.blocks]
+        handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            with torch.enable_grad(), hooked(self._layers, watch):
+            with torch.enable_grad(), hooked(self._layers, watch), recomputed(blocks if recompute else ()):
                 total = scalar()
                 torch.autograd.grad(total, root)
+                settle()
         finally:
             handle.remove()
         none = torch.zeros(images, dtype=torch.float64)  # of a layer that the scalar does not depend on

@@ -12,31 +12,26 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from math import isclose
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
 from plasticity_peft.adapter_options import AdapterOptions, read_options
+from plasticity_peft.adapter_report import describe, resolved_config
 from plasticity_peft.adapter_weights import fitting, read_shapes, read_weights
-from plasticity_peft.architectures import Architecture, find_architecture
-from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, shown
-from plasticity_peft.components import KINDS
-from plasticity_peft.config import PlasticityConfig
+from plasticity_peft.architectures import find_architecture
+from plasticity_peft.checks import shown
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
 from plasticity_peft.isolation import restored_on_failure
 from plasticity_peft.renames import Layer, write
 from plasticity_peft.report import PlasticityReport
-from plasticity_peft.selection import Selection
 from plasticity_peft.tuner import NO_TARGET_MODULES, PlasticityPeftModel
-
-BY_NAME = ("exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters")
-"""Options that say by old names what the weights say too."""
 
 
 def load_adapter(
@@ -93,7 +88,10 @@ def load_adapter(
     described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
     report = None
     if described is not None:
-        report = PlasticityReport.from_dict(described)
+        try:
+            report = PlasticityReport.from_dict(described)
+        except ReportError as error:
+            raise ReportError(f"Cannot read {REPORT_NAME} of {source}: {error}.") from error
         report.check_matches(architecture.model_type, architecture.components)
     options = read_options(config, source)
     components = report.scores if report else ()
@@ -101,7 +99,7 @@ def load_adapter(
     # All that shapes can tell is told before any weight is read.
     fitting(read_shapes(path, source), options, base, architecture, components, source)
     renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
-    adapter = None if report is None else _adapter(described, architecture, renamed)
+    adapter = None if report is None else describe(described, architecture, renamed)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
         Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
         save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
@@ -111,9 +109,8 @@ def load_adapter(
         else:
             loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
         if report is not None and adapter is not None:
-            loaded.peft_config[adapter_name] = _resolved(
-                loaded.peft_config[adapter_name], report, adapter, architecture
-            )
+            lora = loaded.peft_config[adapter_name]
+            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture)
     return loaded
 
 
@@ -122,7 +119,7 @@ def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
     if adapter_name in taken:
         raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
     usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
-    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict, adapter_name) or adapter_name in "lora_":
+    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict(), adapter_name) or adapter_name in "lora_":
         raise AdapterError(
             "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
             f"part of 'lora_' has. Got {shown(adapter_name)}."
@@ -190,72 +187,3 @@ def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, A
             if not isclose(value, options.lora_alpha, rel_tol=1e-9)
         },
     }
-
-
-class _Adapter(NamedTuple):
-    """What plasticity.json says of the adapter beside it."""
-
-    selection: Selection
-    training: str
-    id2label: dict[int, str] | None
-
-
-def _adapter(described: Any, architecture: Architecture, layers: Mapping[str, Layer]) -> _Adapter:
-    """Returns what plasticity.json says of the adapter that holds `layers`. Raises ReportError where it is wrong."""
-    from pydantic import TypeAdapter, ValidationError
-
-    adapter, labels = described.get("adapter"), None
-    if not isinstance(adapter, Mapping):
-        raise ReportError(f"Cannot read {REPORT_NAME}: it does not say what the adapter trains.")
-    try:
-        selection = TypeAdapter(Selection).validate_python({**adapter, "modules": ()})
-        labels = TypeAdapter(dict[int, str] | None).validate_python(adapter.get("id2label"))
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.{first['loc'][0]}: {first['msg']}") from None
-    here = {part.id: part for part in architecture.components}
-    unknown = [name for name in selection.components if name not in here]
-    if unknown:
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
-    units = here if selection.granularity == "block" else KINDS
-    training = adapter.get("training", "lora")
-    modes = training in TRAINING_MODES if isinstance(training, str) else False
-    if (
-        selection.granularity not in GRANULARITIES
-        or not modes
-        or not selection.units
-        or set(selection.units) - set(units)
-    ):
-        raise ReportError(
-            f"Cannot read {REPORT_NAME}: adapter has granularity {shown(selection.granularity)}, units "
-            f"{shown(selection.units)} and training {shown(training)}, which do not go together."
-        )
-    modules = tuple(path for name in selection.components for path in here[name].modules)
-    trained = {path for part in architecture.components for path in part.modules if path in layers}
-    if trained != set(modules):
-        other = min(trained ^ set(modules))
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components and the weights differ in {other}.")
-    return _Adapter(replace(selection, modules=modules), training, labels)
-
-
-def _resolved(
-    lora: PeftConfig, report: PlasticityReport, adapter: _Adapter, architecture: Architecture
-) -> PlasticityConfig:
-    """Returns the config of an adapter of ours as it was when it was saved, with the names of this model."""
-    here = {part.id: part for part in architecture.components}
-    rows = tuple(
-        replace(row, path=here[row.id].path, modules=here[row.id].modules, features=here[row.id].features)
-        for row in report.scores
-    )
-    report = replace(report, scores=rows)
-    options = {f.name: getattr(lora, f.name) for f in fields(LoraConfig) if f.init}
-    chosen = {name: options.pop(name) for name in ("target_modules", "modules_to_save")}
-    config = PlasticityConfig(
-        **{name: value for name, value in options.items() if name not in BY_NAME and name != "peft_type"},
-        report=report,
-        granularity=adapter.selection.granularity,
-        training=adapter.training,
-        top_k=len(adapter.selection.units),
-    )
-    config.resolve(report, adapter.selection, **chosen, id2label=adapter.id2label)
-    return config

@@ -26,6 +26,7 @@ from plasticity_peft.precision import check_dtype
 from plasticity_peft.probe import Probe
 from plasticity_peft.processes import Share, in_step, this_process
 from plasticity_peft.provenance import provenance_of
+from plasticity_peft.quantised import trainable_after
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.rounds import Seen, Table, check_finite, check_same, observe_until_settled
 from plasticity_peft.scores import KindScore, Score
@@ -159,7 +160,7 @@ def measure_plasticity(
         planned = 1 if rule.observed == "weights" else probe.planned(rule.observed)
         return planned, len(architecture.components), architecture.model_type
 
-    with left_as_found(model, seed, dtype):
+    with left_as_found(model, seed, dtype), trainable_after(model):
         planned, *_ = check_same("number of images, or model", in_step(share, get_ready))
         (at,) = ready
         settling = Settling(choice, confidence=settle or 0.0, looks=_number_of_looks(rule, planned))
@@ -261,7 +262,8 @@ def _check_weights(model: nn.Module) -> None:
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.is_meta:
                     raise ModelError(f"The model has no weights yet: {path}.{name} is on the meta device. Load them.")
-                if parameter.is_floating_point() and not torch.isfinite(parameter).all():
+                plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
+                if plain and not torch.isfinite(parameter).all():
                     raise NonFiniteError(f"The weights of the model hold NaN or infinity: {path}.{name}.")
 
 

@@ -139,7 +139,7 @@ class PlasticityReport(Measurement):
             report = TypeAdapter(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
+            place = ".".join(map(str, first["loc"])) or "it cannot be read"
             raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
         report.check()
         check_believable(report)

@@ -31,13 +31,14 @@ from safetensors.torch import save
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.architectures import find_architecture, walk
+from plasticity_peft.architectures import Architecture, find_architecture, walk, weights_of
 from plasticity_peft.card import complete_card
 from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.isolation import restored_on_failure
 from plasticity_peft.measure import measure_plasticity
+from plasticity_peft.quantised import holds_plain_weights
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.results import digest, results_for
 from plasticity_peft.trained import TrainedAdapter
@@ -103,24 +104,18 @@ class PlasticityModel(LoraModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
         config = self.peft_config[adapter_name]
-        if isinstance(config, PlasticityConfig) and config.selection is None:
-            with _unmarked_on_failure(model):
+        try:
+            if isinstance(config, PlasticityConfig) and config.selection is None:
                 _choose(model, config)
-        with _unmarked_on_failure(model), restored_on_failure(model):
-            super().inject_adapter(model, adapter_name, *args, **kwargs)
-            if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
-                model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
-
-
-@contextmanager
-def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception takes back the mark that transformers' add_adapter sets before it asks us."""
-    try:
-        yield
-    except BaseException:
-        if not hasattr(model, "peft_config"):
-            vars(model).pop("_hf_peft_config_loaded", None)
-        raise
+            with restored_on_failure(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+                    model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+        except BaseException:
+            # transformers' add_adapter marks the model as adapted before it asks us.
+            if not hasattr(model, "peft_config"):
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
 
 
 _SWITCH = "modules_to_save_switch"
@@ -151,6 +146,7 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
     architecture = find_architecture(model, config.backbone)
+    _check_trainable(model, architecture, config)
     report = config.load_report()
     if report is None:
         report = _measure(model, config)
@@ -235,6 +231,26 @@ def _split(components: Iterable[Component], chosen: Iterable[str], training: str
             lora = training == "lora" and component.features
             (linears if lora else others).extend(component.modules)
     return linears, others
+
+
+def _check_trainable(model: nn.Module, architecture: Architecture, config: PlasticityConfig) -> None:
+    """Raises ModelError where quantised weights, which take LoRA alone, would have to train in full."""
+    for head in architecture.heads:
+        for path, module in walk(model.get_submodule(head), head):
+            if not holds_plain_weights(module):
+                raise ModelError(
+                    f"{path}, of the head, is quantised ({type(module).__name__}), and the head trains in full. Load "
+                    "the model with its head left as it is: llm_int8_skip_modules (bitsandbytes) or "
+                    f"modules_to_not_convert (others) = {list(architecture.heads)}."
+                )
+    for part in architecture.components:
+        quantised = not all(map(holds_plain_weights, weights_of(model, part)))
+        if quantised and part.kind in config.candidates and (config.training == "full" or not part.features):
+            raise ModelError(
+                f'{part.id} is quantised ({type(weights_of(model, part)[0]).__name__}), and training="full" would '
+                'train its weights themselves. Use training="lora", load the model without quantisation, or choose '
+                'among others: candidates=("LN1", "LN2").'
+            )
 
 
 def _check_free(model: nn.Module, linears: list[str], others: list[str]) -> None:

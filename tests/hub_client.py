@@ -38,7 +38,7 @@ for line in sys.stdin:
             if job["stock"]:
                 sys.modules["plasticity_peft"] = None
             time.sleep = lambda seconds: print("slept", seconds, file=sys.stderr)
-            exec(compile(job["script"], "script", "exec"), {"__name__": "__main__", **job["names"]})
+            exec(compile(job["script"], "script", "exec"), {**globals(), **job["names"]})
             code = 0
         except BaseException:
             traceback.print_exc()

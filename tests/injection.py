@@ -31,7 +31,9 @@ class Injection:
         code = frame.f_code
         wanted = self._known.get(code)
         if wanted is None:
-            wanted = self._known[code] = any(part in code.co_filename for part in self.parts)
+            # A generator expression is also resumed to be closed, where no exception can leave it.
+            wanted = code.co_name != "<genexpr>" and any(part in code.co_filename for part in self.parts)
+            self._known[code] = wanted
         if not wanted:
             return
         self.count += 1

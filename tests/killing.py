@@ -109,7 +109,8 @@ def child(train: Any, step: dict[str, Any]) -> None:
 
 def main() -> None:
     specification = importlib.util.spec_from_file_location("train", sys.argv[1])
-    assert specification and specification.loader
+    assert specification is not None
+    assert specification.loader is not None
     train = importlib.util.module_from_spec(specification)
     sys.modules["train"] = train
     specification.loader.exec_module(train)

@@ -58,7 +58,7 @@ CLASSES = {"SegformerDecodeHead": "a head alone"}
 FOUR = {"videomae": "its projections are not called by transformers 4"}
 NOT_BUILT = (
     "requires the", "can only concatenate list", "argument 'size'", "is not subscriptable", "has no attribute",
-    "out_indices", "cannot be instantiated", "couldn't connect",
+    "out_indices", "cannot be instantiated", "couldn't connect", "empty() received an invalid combination",
 )  # fmt: skip
 """What a class says that cannot be built from its default config here: a library is missing, or an option."""
 DEPTHS = ("depths", "num_hidden_layers", "depth")

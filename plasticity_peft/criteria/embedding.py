@@ -27,6 +27,7 @@ from plasticity_peft.images import Inputs
 from plasticity_peft.offloading import execution_device, offloaded, onloaded
 from plasticity_peft.pairs import join
 from plasticity_peft.precision import full_precision, precise
+from plasticity_peft.quantised import holds_plain_weights
 
 
 class EmbeddingProtocol:
@@ -90,9 +91,13 @@ class EmbeddingProtocol:
         return self._distance(module(F.pad(tokens, (0, missing))))
 
 
+def _is_plain(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and holds_plain_weights(module)
+
+
 def _ends_with(attention: nn.Module, projection: nn.Module, call: Call) -> bool:
     """Returns whether what the attention returns is what its output projection, a plain linear layer, returns."""
-    if type(projection) is not nn.Linear:
+    if not _is_plain(projection):
         return False
     seen: list[torch.Tensor] = []
     handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -107,23 +112,29 @@ class _Linears:
     """The plain linear layers of the MLPs, by their Gram matrices W^T W."""
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        self.ids: list[str] = []
-        device = execution_device(model)
-        grams, scales = [], []
+        device, width = execution_device(model), architecture.hidden_size
+        plain: dict[str, list[nn.Module]] = {}
         for part in architecture.components:
             modules = [model.get_submodule(path) for path in part.modules]
-            if part.kind not in ("FC1", "FC2") or any(type(module) is not nn.Linear for module in modules):
-                continue
+            if part.kind in ("FC1", "FC2") and all(map(_is_plain, modules)):
+                plain[part.id] = modules
+        self.ids = list(plain)
+        # (features, features, layers): one matrix product a row of D^T D, summed over rows in double precision. It is
+        # filled in place, for all layers together are a sixth of a model whose MLP is four times as wide.
+        self._grams: torch.Tensor | None = None
+        scales = []
+        for number, modules in enumerate(plain.values()):
             with onloaded(*modules):
-                weight = torch.cat([module.get_parameter("weight") for module in modules])
-            weight = weight[:, : architecture.hidden_size].to(precise(weight.dtype))
+                weight = torch.cat([module.get_parameter("weight")[:, :width] for module in modules])
+            weight = weight.to(precise(weight.dtype))
             scale = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares must not overflow
+            weight = weight / scale
             with full_precision(weight):
-                grams.append(((weight / scale).T @ (weight / scale)).to(device))
+                gram = (weight.T @ weight).to(device)
+            if self._grams is None:
+                self._grams = gram.new_empty(width, width, len(plain))
+            self._grams[:, :, number] = gram
             scales.append(scale.double().to(device))
-            self.ids.append(part.id)
-        # (features, features, layers): one matrix product a row of D^T D, summed over rows in double precision.
-        self._grams = torch.stack(grams, dim=-1) if grams else None
         self._scales = torch.stack(scales) if scales else None
 
     def __call__(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:

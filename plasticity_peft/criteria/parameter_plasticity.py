@@ -56,7 +56,8 @@ class ParameterPlasticity(Criterion):
                 directions = [torch.randn(moved.shape[1:], generator=probe.generator(i)) for i in batch.numbers]
                 return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
 
-            return Observations(gradients(len(next(iter(images.values()))), projected)[:count])
+            # Who measures image by image has little memory.
+            return Observations(gradients(len(next(iter(images.values()))), projected, recompute=count == 1)[:count])
 
         return observe
 

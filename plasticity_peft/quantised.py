@@ -1,0 +1,83 @@
+"""Layers whose weights are stored in fewer bits: bitsandbytes, torchao and others that PEFT puts LoRA on.
+
+Each library stores them in its own way: in bytes, in another shape, in a subclass of a tensor. What all have in common
+is used here: a layer that computes the product with a matrix, and says how wide it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from plasticity_peft.errors import ModelError
+
+
+def holds_plain_weights(module: nn.Module) -> bool:
+    """Returns whether the module's own weights are ordinary floating-point parameters, which can be read and trained.
+
+    Examples:
+        >>> holds_plain_weights(nn.Linear(2, 2))
+        True
+    """
+    return all(
+        parameter.is_floating_point() and type(parameter) in (nn.Parameter, torch.Tensor)
+        for parameter in module.parameters(recurse=False)
+    )
+
+
+def matrix_of(module: nn.Module) -> torch.Tensor:
+    """Returns the weight of a layer as numbers: (outputs, inputs) of a linear layer, (features,) of a norm.
+
+    That of a quantised layer is what it makes of the identity, in float32: the very matrix that it multiplies with.
+    """
+    if holds_plain_weights(module) or not isinstance(module, nn.Linear):
+        return module.get_parameter("weight")
+    parameter = next(module.parameters(recurse=False))
+    with torch.no_grad():
+        identity = torch.eye(module.in_features, device=parameter.device)
+        columns: torch.Tensor = module(identity).float()
+        return (columns if module.bias is None else columns - module.bias.float()).T
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Returns the number of the module's own weights and biases, whatever the number of bytes that hold them.
+
+    Examples:
+        >>> parameter_count(nn.Linear(3, 2))
+        8
+    """
+    counts = {name: parameter.numel() for name, parameter in module.named_parameters(recurse=False)}
+    if isinstance(module, nn.Linear) and "weight" in counts and not holds_plain_weights(module):
+        counts["weight"] = module.in_features * module.out_features
+    return sum(counts.values())
+
+
+@contextmanager
+def trainable_after(model: nn.Module) -> Iterator[None]:
+    """Inside, bitsandbytes leaves its 4-bit weights as they are.
+
+    On a CPU with AVX512-BF16 it packs them anew in the first pass of an evaluation, into a form whose product has no
+    gradient: what was measured could not be trained.
+
+    Raises:
+        ModelError: that has happened already.
+    """
+    for path, module in model.named_modules():
+        if getattr(getattr(getattr(module, "weight", None), "quant_state", None), "packing_format_for_cpu", False):
+            raise ModelError(
+                f"{path}: an evaluation on this CPU has packed its 4-bit weights into a form that bitsandbytes cannot "
+                "train. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers "
+                "before it is run."
+            )
+    packing = [module for module in model.modules() if "support_avx512bf16_for_cpu" in vars(module)]
+    before = [module.support_avx512bf16_for_cpu for module in packing]
+    try:
+        for module in packing:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        yield
+    finally:
+        for module, packs in zip(packing, before, strict=True):
+            module.support_avx512bf16_for_cpu = packs
