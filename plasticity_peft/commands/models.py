@@ -30,7 +30,7 @@ def load_model(name: str, labels: list[str] | None, *, revision: str | None = No
         auto = AutoModelForImageClassification if has_head(config) else AutoModel
         options: dict[str, Any] = {"ignore_mismatched_sizes": True}
         if auto is AutoModelForImageClassification and labels:
-            options |= {"num_labels": len(labels)}
+            options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
         model: nn.Module = auto.from_pretrained(name, revision=revision or "main", dtype=torch.float32, **options)
     except NOT_LOADED as error:
         raise ModelError(f"Cannot load the model {name}: {error}") from error
