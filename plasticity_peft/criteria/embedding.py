@@ -153,7 +153,7 @@ def _gram(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     scale = largest.clamp_min(torch.finfo(dtype).tiny)  # squares must not overflow
     gram = weights[0].new_zeros(width, width, dtype=dtype)
     with full_precision(gram):
-        for rows in (rows for weight in weights for rows in weight.split(width)):
+        for rows in (rows for weight in weights for rows in torch.split(weight, width)):
             scaled = rows.to(dtype) / scale
             gram.addmm_(scaled.T, scaled)
     return gram, scale
