@@ -125,15 +125,10 @@ class _Linears:
         scales = []
         for number, modules in enumerate(plain.values()):
             with onloaded(*modules):
-                weight = torch.cat([module.get_parameter("weight")[:, :width] for module in modules])
-            weight = weight.to(precise(weight.dtype))
-            scale = weight.abs().max().clamp_min(torch.finfo(weight.dtype).tiny)  # squares must not overflow
-            weight = weight / scale
-            with full_precision(weight):
-                gram = (weight.T @ weight).to(device)
+                gram, scale = _gram([module.get_parameter("weight")[:, :width] for module in modules])
             if self._grams is None:
-                self._grams = gram.new_empty(width, width, len(plain))
-            self._grams[:, :, number] = gram
+                self._grams = torch.empty(width, width, len(plain), dtype=gram.dtype, device=device)
+            self._grams[:, :, number] = gram.to(device)
             scales.append(scale.double().to(device))
         self._scales = torch.stack(scales) if scales else None
 
@@ -146,6 +141,22 @@ class _Linears:
             squares = (products @ self._grams).double().sum(dim=0)
         distances = squares.clamp_min(0).sqrt() * self._scales
         return dict(zip(self.ids, distances.unbind(dim=1), strict=True))
+
+
+def _gram(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns W^T W / scale^2 and scale, the largest entry of W, for the rows of W in one or more matrices.
+
+    It is summed up part by part: no copy of a weight is made.
+    """
+    width, dtype = weights[0].shape[1], precise(weights[0].dtype)
+    largest = torch.stack([end for weight in weights for end in weight.aminmax()]).abs().max().to(dtype)
+    scale = largest.clamp_min(torch.finfo(dtype).tiny)  # squares must not overflow
+    gram = weights[0].new_zeros(width, width, dtype=dtype)
+    with full_precision(gram):
+        for rows in (rows for weight in weights for rows in torch.split(weight, width)):
+            scaled = rows.to(dtype) / scale
+            gram.addmm_(scaled.T, scaled)
+    return gram, scale
 
 
 class _Norms:
