@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from itertools import groupby
 from typing import Any, ClassVar
 
@@ -182,7 +183,7 @@ class PlasticityReport:
         Raises:
             ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
         """
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
@@ -197,7 +198,7 @@ class PlasticityReport:
         except (TypeError, ValueError, RecursionError) as error:
             raise ReportError(f"it holds what JSON cannot say: {error}") from error
         try:
-            report = TypeAdapter(cls).validate_json(text)
+            report = _reader(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it cannot be read"
@@ -331,3 +332,11 @@ def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:
     stages = [(stage, len(list(rows))) for stage, rows in groupby(blocks, key=lambda block: block[0])]
     numbered = [(stage, block) for stage, count in stages for block in range(count)]
     return blocks == numbered and [stage for stage, _ in stages] in ([None], list(range(len(stages))))
+
+
+@cache
+def _reader(cls: type[PlasticityReport]) -> Any:
+    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)
