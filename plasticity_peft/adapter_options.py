@@ -12,6 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, ClassVar
 
 from peft import LoraConfig
@@ -77,7 +78,7 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
         AdapterError: an option has a value of the wrong type, or would change the model in a way that is not known
             here; the message names it.
     """
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     known = {each.name for each in fields(AdapterOptions)}
     given = {name: value for name, value in config.items() if name in known and value is not None}
@@ -89,7 +90,7 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
             "is put on it. Save it with path_initial_model_for_weight_conversion=..., which makes it plain LoRA."
         )
     try:
-        options = TypeAdapter(AdapterOptions).validate_json(json.dumps(given))
+        options: AdapterOptions = _reader().validate_json(json.dumps(given))
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
@@ -149,3 +150,10 @@ def _names(key: str, path: str) -> bool:
     """Returns whether the key of a pattern, a path or its end, names a module. "^" is for whole paths, as in PEFT."""
     name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
     return path == name or (not key.startswith("^") and path.endswith(f".{name}"))
+
+
+@cache
+def _reader() -> Any:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(AdapterOptions)

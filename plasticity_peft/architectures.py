@@ -79,6 +79,7 @@ def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Comp
         >>> components[4].features
         ((64, 16),)
     """
+    model = uncompiled(model)
     get_base_model = getattr(model, "get_base_model", None)
     return find_architecture(get_base_model() if callable(get_base_model) else model, backbone).components
 
@@ -87,6 +88,10 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
     """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
+    if uncompiled(model) is not model:
+        raise ModelError(
+            f"{type(model).__name__}: adapt a model before it is compiled: torch.compile(get_peft_model(model, config))."
+        )
     stack = _one_stack(model, backbone)
     layout = stack.layout
     names = [(path, _indices(path, layout)) for path in stack.paths]
@@ -109,6 +114,12 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
         parameters=sum(parameter_count(module) for _, module in walk(model)),
         layout=layout,
     )
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Returns the model that torch.compile wrapped, or the model itself."""
+    inner = getattr(model, "_modules", {}).get("_orig_mod")
+    return model if inner is None else inner
 
 
 def unwrap(module: nn.Module) -> nn.Module:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.architectures import Architecture, find_architecture, walk
+from plasticity_peft.architectures import Architecture, find_architecture, uncompiled, walk
 from plasticity_peft.calls import block_input, check_calls, input_names, why_unlike
 from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
 from plasticity_peft.components import KINDS
@@ -131,6 +131,7 @@ def measure_plasticity(
     check_path("backbone", backbone)
     dtype = check_dtype(dtype)
     check_target(rule, target)
+    model = uncompiled(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
     choice = choice_of(

@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 from plasticity_peft.believable import check_believable
@@ -121,7 +122,7 @@ class PlasticityReport(Measurement):
         Raises:
             ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
         """
-        from pydantic import TypeAdapter, ValidationError
+        from pydantic import ValidationError
 
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
@@ -136,7 +137,7 @@ class PlasticityReport(Measurement):
         except (TypeError, ValueError, RecursionError) as error:
             raise ReportError(f"it holds what JSON cannot say: {error}") from error
         try:
-            report = TypeAdapter(cls).validate_json(text)
+            report = _reader(cls).validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it cannot be read"
@@ -217,3 +218,11 @@ class PlasticityReport(Measurement):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
+
+
+@cache
+def _reader(cls: type[PlasticityReport]) -> Any:
+    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(cls)

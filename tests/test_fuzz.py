@@ -13,7 +13,7 @@ from tests.fuzz import fuzz
 
 
 def test_a_few_damaged_files() -> None:
-    found = fuzz(1500, seed=1)
+    found = fuzz(800, seed=1)
     assert not found["failures"], found["failures"][0]
     outcomes = " ".join(found["counts"])
     for outcome in ("report_values: accepted", "report_file: ReportError", "adapter: loaded", "adapter: AdapterError"):
@@ -24,7 +24,7 @@ def test_the_fuzzer_sees_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that forgets a kind of damage is found out."""
     monkeypatch.setattr("plasticity_peft.report.PlasticityReport._check_rows", lambda self: None)
     monkeypatch.setattr("plasticity_peft.report.check_believable", lambda report: None)
-    assert fuzz(300, seed=2)["failures"]
+    assert fuzz(150, seed=2)["failures"]
 
 
 @pytest.mark.slow

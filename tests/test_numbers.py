@@ -14,9 +14,10 @@ from plasticity_peft import PlasticityConfig, PlasticityReport, find_components,
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
-from plasticity_peft.errors import DataError
+from plasticity_peft.errors import DataError, ModelError
 from tests.conftest import random_images, tiny_model
 from tests.families import FAMILIES, items
+from tests.snapshots import assert_same, snapshot
 from tests.test_families import family, some_families
 
 MEASURES: dict[str, dict[str, Any]] = {
@@ -26,6 +27,8 @@ MEASURES: dict[str, dict[str, Any]] = {
 }
 SINGLE, DOUBLE = 2e-4, 1e-9
 """Relative tolerances of scores in float32 and float64 where the order of sums differs."""
+SOFTMAX = 1e-5
+"""The same for eager against SDPA attention: several eager ones of transformers take the softmax in float32."""
 LAYOUTS = ("vit", "dinov2-swiglu", "clip", "swin", "cvt", "hiera")
 most_families = pytest.mark.parametrize("name", some_families((*LAYOUTS, "beit", "siglip2", "mobilevit", "groupvit")))
 every_measure = pytest.mark.parametrize("measure", MEASURES)
@@ -115,7 +118,7 @@ def test_eager_and_sdpa_attention_agree_in_double_precision(name: str, measure: 
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
         reports.append(measure_plasticity(model, data, pairs=4, **MEASURES[measure]))
-    assert means(reports[1]) == pytest.approx(means(reports[0]), rel=DOUBLE)
+    assert means(reports[1]) == pytest.approx(means(reports[0]), rel=SOFTMAX)
 
 
 def compiled_whole(model: nn.Module, backend: str) -> nn.Module:
@@ -175,14 +178,21 @@ def test_a_model_compiled_by_inductor_scores_as_it_does_uncompiled(name: str, ho
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_compiled_model_can_be_adapted() -> None:
+def test_a_model_is_adapted_before_it_is_compiled() -> None:
+    config = {"target_data": random_images(), "pairs": 4, "candidates": "MHA"}
     model = torch.compile(tiny_model(), backend="eager")
-    adapted = get_peft_model(model, PlasticityConfig(target_data=random_images(), pairs=4, candidates="MHA"))
-    trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
-    assert any("lora_" in name for name in trained)
-    assert any("classifier" in name for name in trained)
-    with torch.no_grad():
-        assert adapted(pixel_values=random_images()).logits.isfinite().all()
+    before = snapshot(model)
+    with pytest.raises(ModelError, match=r"before it is compiled: torch.compile\(get_peft_model"):
+        get_peft_model(model, PlasticityConfig(**config))
+    assert_same(before, snapshot(model))
+    for compiled in (compiled_in_place, compiled_blocks):
+        adapted = get_peft_model(compiled(tiny_model(), "eager"), PlasticityConfig(**config))
+        trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+        assert any("lora_" in name for name in trained)
+        assert any("classifier" in name for name in trained)
+        assert logits(adapted, {"pixel_values": random_images()}).isfinite().all()
+    whole = torch.compile(get_peft_model(tiny_model(), PlasticityConfig(**config)), backend="eager")
+    assert [part.id for part in find_components(whole)] == [part.id for part in find_components(tiny_model())]
 
 
 def test_duplicated_images_are_skipped_and_counted() -> None:

@@ -131,7 +131,11 @@ def undeclared(folder: str, always: dict[str, Any], inside_functions: dict[str, 
 
 @pytest.mark.parametrize(
     ("folder", "extras", "inside_functions"),
-    [("plasticity_peft", (), ("datasets", "plot")), ("examples", ("examples",), ()), ("tests", ("examples", "test"), ())],
+    [
+        ("plasticity_peft", (), ("datasets", "plot")),
+        ("examples", ("examples",), ()),
+        ("tests", ("examples", "test", "plot", "quantization"), ()),
+    ],
 )
 def test_every_import_is_declared(folder: str, extras: tuple[str, ...], inside_functions: tuple[str, ...]) -> None:
     # packaging comes with transformers, peft and pytest alike; tomli is there for Python 3.10 alone
