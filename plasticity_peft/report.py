@@ -137,7 +137,7 @@ class PlasticityReport(Measurement):
         except (TypeError, ValueError, RecursionError) as error:
             raise ReportError(f"it holds what JSON cannot say: {error}") from error
         try:
-            report = _reader(cls).validate_json(text)
+            report: PlasticityReport = _reader().validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it cannot be read"
@@ -221,8 +221,8 @@ class PlasticityReport(Measurement):
 
 
 @cache
-def _reader(cls: type[PlasticityReport]) -> Any:
+def _reader() -> Any:
     """Returns what checks the types of a report's values; to make it takes longer than to use it."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    return TypeAdapter(PlasticityReport)
