@@ -188,7 +188,9 @@ def test_combinations_are_carried_out_or_refused(options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(PlasticityConfig) if f.init])
-@pytest.mark.parametrize("value", [5, "x", True, math.nan, [1], {"a": 1}, object()], ids=lambda value: repr(value).split(" at ")[0])
+@pytest.mark.parametrize(
+    "value", [5, "x", True, math.nan, [1], {"a": 1}, object()], ids=lambda value: repr(value).split(" at ")[0]
+)
 @pytest.mark.filterwarnings("ignore")
 def test_no_option_of_lora_raises_anything_else(field: str, value: Any) -> None:
     """What PEFT checks when a config is written has our type too; what it does not check is PEFT's to refuse later."""
