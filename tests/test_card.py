@@ -42,6 +42,9 @@ from plasticity_peft.trained import TrainedAdapter
 from plasticity_peft.tuner import PlasticityPeftModel
 from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
 
+# PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
+pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
+
 IMAGES = random_images()
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 CASES: dict[str, dict[str, Any]] = {
@@ -384,7 +387,7 @@ def test_labels_cannot_break_the_card(tmp_path: Path) -> None:
     first = (tmp_path / "README.md").read_text()
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == first
-    assert first.count("plasticity_peft: end default") == 1
+    assert first.count("<!-- plasticity_peft: end default -->") == 1
     line = next(line for line in snippets(first)[0].split("\n") if line.startswith("id2label = "))
     assert eval(line.removeprefix("id2label = ")) == HOSTILE
 
@@ -526,7 +529,8 @@ def test_the_cards_of_this_repository_are_valid_and_have_what_they_show(folder: 
     (result,) = card.data.eval_results
     assert f"| {result.dataset_name} | test | accuracy | {result.metric_value:.4g} |" in card.text
     assert "(plasticity.png)" in card.text
-    assert Image.open(path / "plasticity.png").size[0] > 1000
+    with Image.open(path / "plasticity.png") as picture:
+        assert picture.size[0] > 1000
     assert not re.search(r"/(tmp|home|root|work)\b", card.content)
 
 
