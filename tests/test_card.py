@@ -52,6 +52,7 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"training": "full", "criterion": "rate_of_change"},
     "block": {"granularity": "block", "top_k": 3},
     "norms": {"candidates": ("LN1", "MHA"), "top_k": 2},
+    "candidates": {"candidates": ("FC1",), "top_k": 1},
     "weights": {"criterion": "bound", "target_data": None},
     "many": {},
     "headless": {"training": "full"},
@@ -133,6 +134,8 @@ def test_a_card_tells_what_was_trained_and_why(cache: Path, case: str) -> None:
     trainable, _ = adapted(cache, case, **CASES[case]).get_nb_trainable_parameters()
     assert adapter.saved_parameters == saved == trainable
     assert f"holds {saved:,} trained parameters, {100 * saved / selection.model_parameters:.2f} %" in text
+    first = {row.unit for row in ranking[: len(selection.units)]} == set(selection.units)
+    assert ("the best of those that were candidates" in text) == (not first)
     assert ("in full." in text) == (case in ("full", "headless"))
     assert ("layer norms, which LoRA cannot take, in full" in text) == (case == "norms")
     for word in (f"**{', '.join(selection.units)}**", f"| seed | {report.seed} |", report.title, "2602.06883"):
@@ -194,7 +197,7 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
             torch.testing.assert_close(outputs[case], adapted(cache, case, **options)(pixel_values=IMAGES)[0])
     if how == "stock":
         answers = result.stdout.split("\n")
-        assert len([answer for answer in answers if answer in LABELS.values()]) == 5
+        assert len([answer for answer in answers if answer in LABELS.values()]) == 6
         assert len([answer for answer in answers if answer.startswith("label ")]) == 1
 
 
