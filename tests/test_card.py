@@ -49,7 +49,7 @@ IMAGES = random_images()
 LABELS = {0: "cat", 1: "dog", 2: "owl"}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"top_k": 2},
-    "full": {"training": "full", "criterion": "rate_of_change"},
+    "full": {"training": "full", "criterion": "rate_of_change", "candidates": ("MHA", "FC1", "FC2")},
     "block": {"granularity": "block", "top_k": 3},
     "norms": {"candidates": ("LN1", "MHA"), "top_k": 2},
     "candidates": {"candidates": ("FC1",), "top_k": 1},
