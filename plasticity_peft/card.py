@@ -132,6 +132,9 @@ def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) ->
     kept = [result for result in data.eval_results or [] if _key(result) not in replaced]
     if data.eval_results or ours.eval_results:
         data.eval_results = [*kept, *(ours.eval_results or [])] or None
+        left = {result.metric_type for result in data.eval_results or []}
+        gone = {result.metric_type for result in outdated} - left
+        data.metrics = [name for name in _union(data.metrics, None) or [] if name not in gone] or None
         data.model_name = (data.model_name or folder.name) if data.eval_results else None
 
 

@@ -36,6 +36,7 @@ def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         blocks=len(report.scores) // len(report.kinds),
         selection=selection,
         granularity="kind" if selection.granularity == "kind" else "component",
+        the_best="the best" if _are_first(adapter) else "the best of those that were candidates",
         how_trained=_how_trained(adapter),
         count=_count(adapter),
         picture=picture,
@@ -95,6 +96,12 @@ def _metadata(adapter: TrainedAdapter) -> ModelCardData:
         model_name="adapter" if results else None,
         eval_results=results or None,
     )
+
+
+def _are_first(adapter: TrainedAdapter) -> bool:
+    """Returns whether what was chosen leads the ranking; it does not where kinds above it were no candidates."""
+    ranking = adapter.report.ranking(adapter.selection.granularity)
+    return {row.unit for row in ranking[: len(adapter.selection.units)]} == set(adapter.selection.units)
 
 
 def _how_trained(adapter: TrainedAdapter) -> str:

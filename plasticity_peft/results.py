@@ -12,7 +12,8 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +34,14 @@ class Results:
     """SHA-256 of the weights file that was measured."""
 
     def __post_init__(self) -> None:
-        values = self.metrics.items() if isinstance(self.metrics, Mapping) else [("", 0.0)]
-        for name, value in values:
-            number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-            if not number or not isinstance(name, str) or not name.isprintable() or not 0 < len(name) <= 100:
-                raise ConfigError(f"metrics must be finite numbers by name. Got {self.metrics!r}.")
+        if not isinstance(self.metrics, Mapping) or not all(map(_is_metric, self.metrics.items())):
+            raise ConfigError(f"metrics must be finite numbers by name. Got {self.metrics!r}.")
+
+
+def _is_metric(item: tuple[Any, Any]) -> bool:
+    name, value = item
+    named = isinstance(name, str) and name.isprintable() and 0 < len(name) <= 100
+    return named and isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def results_of(metrics: Mapping[str, float], dataset: Any, split: str | None, weights: str) -> Results:
@@ -53,7 +57,8 @@ def results_of(metrics: Mapping[str, float], dataset: Any, split: str | None, we
         provenance.check("dataset")
     except ReportError as error:
         raise ConfigError(f"{error}.") from None
-    return Results({name: float(value) for name, value in metrics.items()}, provenance, weights)
+    results = Results(metrics, provenance, weights)
+    return replace(results, metrics={name: float(value) for name, value in metrics.items()})
 
 
 def read_results(folder: str | os.PathLike[str]) -> list[Results]:
