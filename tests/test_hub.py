@@ -1,4 +1,4 @@
-"""Publishing and loading over real HTTP, by the real client: what comes back, and what is said when things go wrong."""
+"""Publishing and loading over real HTTP, by the real client: what comes back, what is said when it fails."""
 
 from __future__ import annotations
 
