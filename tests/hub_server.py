@@ -192,7 +192,8 @@ class Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not allowed):
             if allowed:
                 raise HubError(404, "Repository not found", "RepoNotFound")
-            raise HubError(401, "Invalid username or password.")
+            # The client knows what this 401 means by the address too, but only if that begins with https.
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
         return found
 
     def commit_of(self, repository: Repository, revision: str) -> str:
