@@ -120,9 +120,11 @@ def environment(hub: HubServer, home: Path, token: str = TOKEN) -> dict[str, str
 @contextmanager
 def machine(hub: HubServer, folder: Path) -> Iterator[Client]:
     """Inside, a client runs scripts."""
-    ours = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    # peft reads what transformers renamed; huggingface_hub gives httpx files in a way that httpx warns of.
+    known = ("`is_gradient_checkpointing` is deprecated:FutureWarning", "Use 'content=<:DeprecationWarning")
+    ignored = [option for warning in known for option in ("-W", f"ignore:{warning}")]
     process = subprocess.Popen(
-        [sys.executable, "-W", "error", "-W", ours, "-c", WARM],
+        [sys.executable, "-W", "error", *ignored, "-c", WARM],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -1,8 +1,8 @@
 """A Hub on loopback: the part of the Hub's HTTP API that huggingface_hub uses to publish and to load models.
 
 Repositories live in memory, as commits that hold whole trees; a commit is made in one step or not at all. Large and
-binary files go through LFS, in one part or in several, and are served by a redirect to another path, as on the real
-Hub; Xet is not spoken (HF_HUB_DISABLE_XET=1). `fail` and `cut` make requests go wrong.
+binary files go through LFS, in one part or in several, and are kept and served at another address, which the token is
+not for, as on the real Hub; Xet is not spoken (HF_HUB_DISABLE_XET=1). `fail` and `cut` make requests go wrong.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ class HubServer:
         self.faults: list[Fault] = []
         self.lock = threading.RLock()
         self.endpoint = ""
+        self.storage = ""
 
     def fail(self, method: str, path: str, status: int, times: int = 1, **headers: str) -> None:
         """Answers the next requests that match with an error."""
@@ -191,7 +192,8 @@ class Handler(BaseHTTPRequestHandler):
         if found is None or (found.private and not allowed):
             if allowed:
                 raise HubError(404, "Repository not found", "RepoNotFound")
-            raise HubError(401, "Invalid username or password.")
+            # The client knows what this 401 means by the address too, but only if that begins with https.
+            raise HubError(401, "Invalid username or password.", "RepoNotFound")
         return found
 
     def commit_of(self, repository: Repository, revision: str) -> str:
@@ -261,7 +263,7 @@ class Handler(BaseHTTPRequestHandler):
             oid, size = wanted["oid"], wanted["size"]
             answer = {"oid": oid, "size": size}
             if oid not in self.hub.objects:
-                upload: dict[str, Any] = {"href": f"{self.hub.endpoint}/storage/{oid}"}
+                upload: dict[str, Any] = {"href": f"{self.hub.storage}/storage/{oid}"}
                 if size > self.hub.part_size:
                     count = -(-size // self.hub.part_size)
                     urls = {str(number): f"{upload['href']}/{number}" for number in range(1, count + 1)}
@@ -358,9 +360,11 @@ class Handler(BaseHTTPRequestHandler):
             self.serve(content, ETag=f'"{git_oid(content)}"', X_Repo_Commit=oid)
             return
         linked = {"X-Linked-ETag": f'"{digest}"', "X-Linked-Size": len(content)}
-        self.send(302, Location=f"{self.hub.endpoint}/storage/{digest}", X_Repo_Commit=oid, **linked)
+        self.send(302, Location=f"{self.hub.storage}/storage/{digest}", X_Repo_Commit=oid, **linked)
 
     def get_object(self, oid: str) -> None:
+        if self.headers.get("Authorization"):
+            raise HubError(400, "The token of the Hub was sent to the storage")
         self.serve(self.hub.objects[oid], ETag=f'"{oid}"')
 
     def serve(self, content: bytes, **headers: Any) -> None:
@@ -404,14 +408,17 @@ def git_oid(content: bytes) -> str:
 def serving(**options: Any) -> Iterator[HubServer]:
     """Inside, a Hub answers at `endpoint`, from threads of its own."""
     hub = HubServer(**options)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("BoundHandler", (Handler,), {"hub": hub}))
-    server.daemon_threads = True
-    hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
-    thread.start()
+    handler = type("BoundHandler", (Handler,), {"hub": hub})
+    servers = [ThreadingHTTPServer(("127.0.0.1", 0), handler) for _ in range(2)]
+    hub.endpoint, hub.storage = (f"http://127.0.0.1:{server.server_address[1]}" for server in servers)
+    threads = [threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True) for server in servers]
+    for server, thread in zip(servers, threads, strict=True):
+        server.daemon_threads = True
+        thread.start()
     try:
         yield hub
     finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
+        for server, thread in zip(servers, threads, strict=True):
+            server.shutdown()
+            server.server_close()
+            thread.join()

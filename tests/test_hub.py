@@ -1,4 +1,4 @@
-"""Publishing and loading over real HTTP, by the real client: what comes back, and what is said when things go wrong."""
+"""Publishing and loading over real HTTP, by the real client: what comes back, what is said when it fails."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 from PIL import Image
 
@@ -18,6 +19,8 @@ from tests.hub_client import Client, Result, environment, machine
 from tests.hub_server import TOKEN, HubServer, Repository, serving
 
 TRAIN = REPOSITORY / "examples" / "train.py"
+RETRIES = not huggingface_hub.__version__.startswith("0.")
+"""Whether the client tries again where releases before 1.0 give up with an error."""
 LABELS = {0: "cat", 1: "dog", 2: "hen"}
 PROCESSOR = {"image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}}
 ADAPTER = {"adapter_config.json", "adapter_model.safetensors", "plasticity.json", "plasticity.png", "README.md"}
@@ -270,14 +273,22 @@ def test_a_server_that_stays_broken_is_no_missing_file(name: str, world: World, 
 def test_a_download_that_breaks_off_goes_on_where_it_was(world: World, published: dict) -> None:
     weights = hashlib.sha256(world.files("user/full")["adapter_model.safetensors"]).hexdigest()
     world.hub.cut("GET", f"/storage/{weights}", after=5000)
-    check_same(load(world, "user/full").values, published["full"])
-    ranges = [headers.get("Range") or headers.get("range") for method, path, headers in world.hub.requests
-              if method == "GET" and path.endswith(weights)]  # fmt: skip
-    assert "bytes=5000-" in ranges
+    small_pieces = (
+        "huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 1000"  # of the last piece, only a whole one is kept
+    )
+    result = load(world, "user/full", first=small_pieces)
+    if not RETRIES:
+        assert "AdapterError: Cannot get adapter_model.safetensors of user/full from the Hub" in result.error
+        result = load(world, "user/full")
+    check_same(result.values, published["full"])
+    asked = [head for method, path, head in world.hub.requests if method == "GET" and path.endswith(weights)]
+    assert ("bytes=5000-" in [{name.lower(): value for name, value in head.items()}.get("range") for head in asked]
+            or not RETRIES)  # fmt: skip
 
 
 def test_a_server_that_errs_twice_and_then_works(world: World) -> None:
-    world.hub.fail("POST", "user/patient/preupload", 429, times=2, Retry_After="7")
+    if RETRIES:
+        world.hub.fail("POST", "user/patient/preupload", 429, times=2, Retry_After="7")
     world.hub.fail("POST", "user/patient.git/info/lfs", 500, times=2)
     world.hub.fail("PUT", "/storage/", 503, times=2)
     result = world.push("user/patient", "full", push="model.push_to_hub(repository)")
@@ -287,7 +298,7 @@ def test_a_server_that_errs_twice_and_then_works(world: World) -> None:
 
 
 UPLOADS = {
-    "storage": ("PUT", "/storage/", "Error while uploading 'adapter_model.safetensors'"),
+    "storage": ("PUT", "/storage/", "Error while uploading '"),
     "commit": ("POST", "user/broken-commit/commit", ""),
 }
 
