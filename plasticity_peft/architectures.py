@@ -89,9 +89,7 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
     if uncompiled(model) is not model:
-        raise ModelError(
-            f"{type(model).__name__}: adapt a model before it is compiled: torch.compile(get_peft_model(model, config))."
-        )
+        raise ModelError("Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)).")
     stack = _one_stack(model, backbone)
     layout = stack.layout
     names = [(path, _indices(path, layout)) for path in stack.paths]

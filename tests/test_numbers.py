@@ -28,7 +28,7 @@ MEASURES: dict[str, dict[str, Any]] = {
 SINGLE, DOUBLE = 2e-4, 1e-9
 """Relative tolerances of scores in float32 and float64 where the order of sums differs."""
 SOFTMAX = 1e-5
-"""The same for eager against SDPA attention: several eager ones of transformers take the softmax in float32."""
+"""The same where the softmax matters: several eager attentions of transformers take it in float32."""
 LAYOUTS = ("vit", "dinov2-swiglu", "clip", "swin", "cvt", "hiera")
 most_families = pytest.mark.parametrize("name", some_families((*LAYOUTS, "beit", "siglip2", "mobilevit", "groupvit")))
 every_measure = pytest.mark.parametrize("measure", MEASURES)
@@ -263,7 +263,7 @@ def test_attention_scales_with_its_value_and_output_projections(name: str, input
                 weight[_rows_of_values(name, weight)] *= 3.0
             else:
                 scaled(model, part.modules[2:3], 3.0)
-        assert scores(model, name, inputs)[part.id] == pytest.approx(3.0 * before[part.id], rel=1e-7)
+        assert scores(model, name, inputs)[part.id] == pytest.approx(3.0 * before[part.id], rel=SOFTMAX)
 
 
 def _rows_of_values(name: str, weight: torch.Tensor) -> slice:
@@ -284,7 +284,7 @@ def test_a_bias_changes_nothing(name: str, inputs: str, kind: str) -> None:
             for bias in biases:
                 if bias is not None:
                     bias.add_(torch.linspace(-1, 2, len(bias), dtype=bias.dtype))
-        assert scores(model, name, inputs)[part.id] == pytest.approx(before[part.id], rel=1e-7)
+        assert scores(model, name, inputs)[part.id] == pytest.approx(before[part.id], rel=SOFTMAX)
 
 
 # ------------------------------------------------------------------------------------------------------- merging
@@ -311,7 +311,7 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     with torch.no_grad():
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
-                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.05).to(dtype))
+                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype))
     images = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family(name).images(4).items()}
     return wrapped.eval(), images
 
@@ -340,7 +340,7 @@ def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, 
         unit = torch.finfo(dtype).eps
         for key, value in model.get_base_model().state_dict().items():
             if key in weights and value.is_floating_point():
-                assert float((value.float() - weights[key].float()).abs().max()) <= 4 * unit * max(
+                assert float((value.float() - weights[key].float()).abs().max()) <= 16 * unit * max(
                     1.0, float(value.abs().max())
                 ), key
     merged = model.merge_and_unload()
