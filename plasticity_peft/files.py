@@ -49,7 +49,7 @@ def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[P
 
     The file named `last` is the one without which no reader takes the folder for what it is (adapter_config.json): an
     old one goes before the first file moves, and the new one moves last. So a process killed in between leaves a
-    folder that is refused, not a mixture of two. An error leaves `folder` as it was.
+    folder that is refused, not a mixture of two. An error while they are written leaves `folder` as it was.
 
     Examples:
         >>> folder = tempfile.mkdtemp()
