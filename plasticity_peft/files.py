@@ -83,11 +83,11 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """Yields an empty folder, whose files move into `folder` when all have been written: all or none.
+    """Yields an empty folder, whose files move into `folder`, with their subfolders, when all have been written.
 
     The file named `last` is the one without which no reader takes the folder for what it is (adapter_config.json): an
     old one goes before the first file moves, and the new one moves last. So a process killed in between leaves a
-    folder that is refused, not a mixture of two. An error leaves `folder` as it was.
+    folder that is refused, not a mixture of two. An error while they are written leaves `folder` as it was.
 
     Examples:
         >>> folder = tempfile.mkdtemp()
@@ -100,13 +100,18 @@ def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[P
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
-        written = sorted(Path(temporary).iterdir(), key=lambda path: path.name == last)
+        written = sorted(
+            (path for path in Path(temporary).rglob("*") if path.is_file()), key=lambda path: path.name == last
+        )
         for path in written:
             with open(path, "rb+") as file:
                 _to_disk(file.fileno())
-        (folder / last).unlink(missing_ok=True)
-        for path in written:
-            os.replace(path, folder / path.name)
+        places = [folder / path.relative_to(temporary) for path in written]
+        for place in places:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.with_name(last).unlink(missing_ok=True)
+        for path, place in zip(written, places, strict=True):
+            os.replace(path, place)
 
 
 def _to_disk(handle: int) -> None:

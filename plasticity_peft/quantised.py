@@ -65,20 +65,19 @@ def trainable_after(model: nn.Module) -> Iterator[None]:
     Raises:
         ModelError: that has happened already.
     """
-    for path, module in model.named_modules():
-        state = getattr(module._parameters.get("weight"), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+    packing = {path: m for path, m in model.named_modules() if "support_avx512bf16_for_cpu" in vars(m)}
+    for path, module in packing.items():
+        if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ModelError(
                 f"{path}: an evaluation on this CPU has packed its 4-bit weights into a form that bitsandbytes cannot "
                 "train. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers "
                 "before it is run."
             )
-    packing = [module for module in model.modules() if "support_avx512bf16_for_cpu" in vars(module)]
-    before = [module.support_avx512bf16_for_cpu for module in packing]
+    before = [module.support_avx512bf16_for_cpu for module in packing.values()]
     try:
-        for module in packing:
+        for module in packing.values():
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         yield
     finally:
-        for module, packs in zip(packing, before, strict=True):
+        for module, packs in zip(packing.values(), before, strict=True):
             module.support_avx512bf16_for_cpu = packs
