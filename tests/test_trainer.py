@@ -132,6 +132,7 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from peft import get_peft_model
+from transformers import TrainingArguments
 from plasticity_peft import PlasticityConfig
 from tests.test_trainer import CHOICE, IMAGES, saved_base, trainer_of, weights
 
@@ -142,8 +143,9 @@ config = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, training=tr
 model = get_peft_model(base, config)
 assert PartialState().num_processes == 2, PartialState()
 config.report.save(folder / f"report-{rank}.json")
-options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-options = options if training == "full" else {}
+names = TrainingArguments.__dataclass_fields__
+name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)  # 5.23, before
+options = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if training == "full" else {}
 trainer = trainer_of(model, folder / "out", ddp_find_unused_parameters=False, num_train_epochs=2, **options)
 assert trainer.args.world_size == 2
 trainer.train()

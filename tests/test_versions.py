@@ -138,8 +138,8 @@ def undeclared(folder: str, always: dict[str, Any], inside_functions: dict[str, 
     ],
 )
 def test_every_import_is_declared(folder: str, extras: tuple[str, ...], inside_functions: tuple[str, ...]) -> None:
-    # packaging comes with transformers, peft and pytest alike; tomli is there for Python 3.10 alone
-    tools = {} if folder == "plasticity_peft" else {"packaging": None, "tomli": None}
+    # packaging comes with transformers, peft and pytest alike; tomllib, of Python 3.11, is tomli before
+    tools = {} if folder == "plasticity_peft" else {"packaging": None, "tomllib": None, "tomli": None}
     wrong = undeclared(folder, {**requirements(*extras), **tools}, requirements(*inside_functions))
     assert not wrong, "; ".join(wrong)
 
