@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever interrupts the writing: an error, a full disk, a killed process; and read with care.
+"""Files that are whole or not there, whatever interrupts the writing: an error, a full disk, a killed process.
 
 A file is written beside its place and then renamed, which file systems do in one step. Before that its content is sent
 to the disk (fsync): some file systems find out only then that there is no room, and after a power cut a renamed file
