@@ -18,7 +18,7 @@ TRANSFORMERS_4 = {"transformers": "4.57.6", "datasets": "5.0.1", "peft": "0.21.0
 """The last release of transformers 4, and of datasets for its huggingface_hub, beside the newest torch."""
 
 VERSIONS: dict[str, tuple[str | None, dict[str, str]]] = {
-    "lowest": ("constraints-lowest.txt", {}),
+    "lowest": ("constraints-lowest.txt", {"torch": "2.6.0"}),
     "transformers4": ("constraints.txt", TRANSFORMERS_4),
     "tested": ("constraints.txt", {}),
     "newest": (None, {}),  # whatever pyproject.toml allows today
