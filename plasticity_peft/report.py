@@ -198,7 +198,7 @@ class PlasticityReport:
         except (TypeError, ValueError, RecursionError) as error:
             raise ReportError(f"it holds what JSON cannot say: {error}") from error
         try:
-            report = _reader(cls).validate_json(text)
+            report: PlasticityReport = _reader().validate_json(text)
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, first["loc"])) or "it cannot be read"
@@ -335,8 +335,8 @@ def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:
 
 
 @cache
-def _reader(cls: type[PlasticityReport]) -> Any:
+def _reader() -> Any:
     """Returns what checks the types of a report's values; to make it takes longer than to use it."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(cls)
+    return TypeAdapter(PlasticityReport)
