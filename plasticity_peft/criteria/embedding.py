@@ -79,10 +79,12 @@ class EmbeddingProtocol:
     def _attention_call(self, index: int, call: Call) -> Call:
         """Returns the call of a block's attention on the tokens, with what the block passes it: a mask, a bias."""
         key = (index, call.tokens.shape[1:])
-        attend = self._attends.get(key)
+        # What a block gets beside the tokens, such as a mask of padding, may be another for other images.
+        alike = not has_tensors(call.extras)
+        attend = self._attends.get(key) if alike else None
         if attend is None:
             attend = attention_call(self._model, self._architecture, index, call)
-            if not has_tensors(attend.extras):  # then it is the same for all images
+            if alike and not has_tensors(attend.extras):  # then it is the same for all images
                 self._attends[key] = attend.with_tokens(attend.tokens[:0])
         return attend.with_tokens(call.tokens)
 
