@@ -8,7 +8,8 @@ judges by a head that knows nothing yet.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -51,6 +52,18 @@ class GradientNorm(Criterion):
         return norms
 
 
+@contextmanager
+def _same_problem(model: nn.Module) -> Iterator[None]:
+    """Inside, the model may note in its config what kind of problem the labels make it; afterwards that is gone."""
+    config = getattr(model, "config", None)
+    before = getattr(config, "problem_type", None)
+    try:
+        yield
+    finally:
+        if config is not None and getattr(config, "problem_type", None) != before:
+            config.problem_type = before
+
+
 def _loss(model: nn.Module, architecture: Architecture, images: Inputs, labels: torch.Tensor) -> torch.Tensor:
     number = getattr(getattr(model, "config", None), "num_labels", None)
     if number is not None and (labels.min() < 0 or labels.max() >= number):
@@ -59,7 +72,8 @@ def _loss(model: nn.Module, architecture: Architecture, images: Inputs, labels: 
             f"{int(labels.min())} to {int(labels.max())}."
         )
     try:
-        loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
+        with _same_problem(model):
+            loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
     except (IndexError, KeyError, AttributeError) as error:
         raise ModelError(
             f"{type(model).__name__} has a loss that is not for one whole number an image as label ({error!r})."
