@@ -152,7 +152,7 @@ def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Te
     modules = weights_of(model, component)
     with onloaded(*modules):
         weights = [matrix_of(module) for module in modules]
-    if component.kind == "FC1":
+    if component.kind == "FC1" and len(weights) > 1:
         return [(component.modules[0], torch.cat([*weights]))]
     return list(zip(component.modules, weights, strict=True))
 

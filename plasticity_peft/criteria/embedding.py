@@ -111,38 +111,56 @@ def _ends_with(attention: nn.Module, projection: nn.Module, call: Call) -> bool:
 
 
 class _Linears:
-    """The plain linear layers of the MLPs, by their Gram matrices W^T W."""
+    """The plain linear layers of the MLPs, by their Gram matrices W^T W.
+
+    Single pairs in a pass, which need least memory, go through the layers themselves: all Gram matrices together are a
+    sixth of a model whose MLP is four times as wide.
+    """
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        device, width = execution_device(model), architecture.hidden_size
-        plain: dict[str, list[nn.Module]] = {}
+        self._device, self._width = execution_device(model), architecture.hidden_size
+        self._plain: dict[str, list[nn.Module]] = {}
         for part in architecture.components:
             modules = [model.get_submodule(path) for path in part.modules]
             if part.kind in ("FC1", "FC2") and all(map(_is_plain, modules)):
-                plain[part.id] = modules
-        self.ids = list(plain)
-        # (features, features, layers): one matrix product a row of D^T D, summed over rows in double precision. It is
-        # filled in place, for all layers together are a sixth of a model whose MLP is four times as wide.
-        self._grams: torch.Tensor | None = None
-        scales = []
-        for number, modules in enumerate(plain.values()):
-            with onloaded(*modules):
-                gram, scale = _gram([module.get_parameter("weight")[:, :width] for module in modules])
-            if self._grams is None:
-                self._grams = torch.empty(width, width, len(plain), dtype=gram.dtype, device=device)
-            self._grams[:, :, number] = gram.to(device)
-            scales.append(scale.double().to(device))
-        self._scales = torch.stack(scales) if scales else None
+                self._plain[part.id] = modules
+        self._grams: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def __call__(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
-        if self._grams is None or self._scales is None:
-            return {}
         apart = difference(tokens).flatten(1, -2)
+        if not self._plain:
+            return {}
+        if len(apart) == 1 and self._grams is None:
+            return {name: self._distance(modules, apart) for name, modules in self._plain.items()}
+        if self._grams is None:
+            self._grams = self._make_grams()
+        grams, scales = self._grams
         with full_precision(tokens):
             products = (apart.mT @ apart).transpose(0, 1)
-            squares = (products @ self._grams).double().sum(dim=0)
-        distances = squares.clamp_min(0).sqrt() * self._scales
-        return dict(zip(self.ids, distances.unbind(dim=1), strict=True))
+            squares = (products @ grams).double().sum(dim=0)
+        distances = squares.clamp_min(0).sqrt() * scales
+        return dict(zip(self._plain, distances.unbind(dim=1), strict=True))
+
+    def _distance(self, modules: list[nn.Module], apart: torch.Tensor) -> torch.Tensor:
+        with onloaded(*modules), full_precision(apart):
+            weights = [module.get_parameter("weight")[:, : self._width] for module in modules]
+            return together([norm(F.linear(apart, weight.to(apart))) for weight in weights])
+
+    def _make_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (features, features, layers), which is filled in place, and the scale of each.
+
+        So there is one matrix product a row of D^T D, summed over rows in double precision.
+        """
+        found, scales = None, []
+        for number, modules in enumerate(self._plain.values()):
+            with onloaded(*modules):
+                gram, scale = _gram([module.get_parameter("weight")[:, : self._width] for module in modules])
+            if found is None:
+                found = gram.new_empty(*gram.shape, len(self._plain), device=self._device)
+            found[:, :, number] = gram.to(self._device)
+            scales.append(scale.double().to(self._device))
+        assert found is not None
+        return found, torch.stack(scales)
 
 
 def _gram(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
