@@ -16,8 +16,9 @@ IN_OTHER_PROCESSES = ",".join(
         "error::DeprecationWarning",
         "error::PendingDeprecationWarning",
         "error::FutureWarning",
-        # as in pyproject.toml, where the reason is
-        "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+        # As in pyproject.toml, where the reason is. Its words are nobody else's: Python drops the second of two equal
+        # options, and so one of `-W` that stands after `-W error`.
+        "ignore:`is_gradient_checkpointing` is:FutureWarning",
     ]
 )
 """PYTHONWARNINGS of what tests start. Other warnings are the user's to see there, such as that of a norm that ranks

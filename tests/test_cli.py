@@ -243,7 +243,7 @@ def test_stock_peft_trains_what_was_selected() -> None:
             "parameters": model.get_nb_trainable_parameters()[0],
         }
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ours = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+    ours = "ignore:`is_gradient_checkpointing`:FutureWarning"
     result = subprocess.run(
         [sys.executable, "-W", "error", "-W", ours, "-c", STOCK],
         input=json.dumps(texts), capture_output=True, text=True, env=environment, timeout=240, check=False,
