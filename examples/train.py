@@ -427,7 +427,11 @@ def main() -> None:
         with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
             trainer.save_model(str(folder))
     trainer.save_metrics("test", metrics)
-    about = {"dataset": splits["test"].info.dataset_name, "tasks": "image-classification"}
+    about = {
+        "dataset": splits["test"].info.dataset_name,
+        "tasks": "image-classification",
+        "finetuned_from": model_arguments.model_name_or_path,  # or Trainer's card says "trained from scratch"
+    }
     if trainer.is_world_process_zero():
         trainer.create_model_card(**about)
         accuracy = {"accuracy": metrics["test_accuracy"]}

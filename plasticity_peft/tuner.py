@@ -35,7 +35,7 @@ from plasticity_peft.architectures import Architecture, find_architecture, walk,
 from plasticity_peft.card import complete_card
 from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
-from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.errors import ConfigError, ModelError, PlasticityError
 from plasticity_peft.isolation import restored_on_failure
 from plasticity_peft.measure import measure_plasticity
 from plasticity_peft.quantised import holds_plain_weights
@@ -58,6 +58,8 @@ class PlasticityPeftModel(PeftModel):
         configs = {name: one for name, one in self.peft_config.items() if isinstance(one, PlasticityConfig)}
         try:
             complete_card(output_dir, [self._trained(*item, output_dir) for item in configs.items()])
+        except (PlasticityError, OSError) as error:
+            logger.warning("The model card in %s lacks what was measured and trained: %s", output_dir, error)
         except Exception:
             logger.warning("The model card in %s lacks what was measured and trained.", output_dir, exc_info=True)
 

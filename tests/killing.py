@@ -108,6 +108,7 @@ def child(train: Any, step: dict[str, Any]) -> None:
 
 
 def main() -> None:
+    sys.path.insert(0, str(Path(sys.argv[1]).parent))  # as Python does for a script
     specification = importlib.util.spec_from_file_location("train", sys.argv[1])
     assert specification is not None
     assert specification.loader is not None
