@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.conftest import REPOSITORY
+from tests.deprecations import IN_OTHER_PROCESSES
 from tests.hub_server import TOKEN, HubServer
 
 WARM = """
@@ -48,6 +49,10 @@ for line in sys.stdin:
             os._exit(code)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
+
+
+CONTENT = "Use 'content=<:DeprecationWarning"
+"""huggingface_hub gives httpx files in a way that httpx warns of."""
 
 
 class Result(NamedTuple):
@@ -114,14 +119,14 @@ def environment(hub: HubServer, home: Path, token: str = TOKEN) -> dict[str, str
         "NO_PROXY": "127.0.0.1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(REPOSITORY),
+        "PYTHONWARNINGS": ",".join([IN_OTHER_PROCESSES, f"ignore:{CONTENT}"]),
     }
 
 
 @contextmanager
 def machine(hub: HubServer, folder: Path) -> Iterator[Client]:
     """Inside, a client runs scripts."""
-    # peft reads what transformers renamed; huggingface_hub gives httpx files in a way that httpx warns of.
-    known = ("`is_gradient_checkpointing` is deprecated:FutureWarning", "Use 'content=<:DeprecationWarning")
+    known = ("`is_gradient_checkpointing` is deprecated:FutureWarning", "Use 'content=<..:DeprecationWarning")
     ignored = [option for warning in known for option in ("-W", f"ignore:{warning}")]
     process = subprocess.Popen(
         [sys.executable, "-W", "error", *ignored, "-c", WARM],

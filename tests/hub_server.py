@@ -329,8 +329,13 @@ class Handler(BaseHTTPRequestHandler):
     def info(self, name: str, revision: str | None = None) -> None:
         repository = self.repository(name)
         oid = self.commit_of(repository, revision or "main")
-        siblings = [{"rfilename": path} for path in sorted(repository.files(oid))]
-        self.answer({"id": name, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []})
+        files = repository.files(oid)
+        siblings = [{"rfilename": path} for path in sorted(files)]
+        known = {"id": name, "sha": oid, "private": repository.private, "siblings": siblings, "tags": []}
+        # The Hub knows of a model what its card says.
+        metadata = re.match(rb"---\n(.*?)\n---", files.get("README.md", b""), flags=re.DOTALL)
+        card = yaml.safe_load(metadata[1]) if metadata else {}
+        self.answer({**known, **{key: card[key] for key in ("pipeline_tag", "library_name") if key in card}})
 
     def tree(self, name: str, revision: str, folder: str | None = None) -> None:
         repository = self.repository(name)

@@ -42,7 +42,7 @@ ADAPT = (
     + """
 from plasticity_peft import PlasticityConfig
 labels = {int(key): name for key, name in labels.items()}
-torch.manual_seed(0)
+torch.manual_seed(sum(map(ord, repository)))  # no two are alike, for a file that the server has is not sent again
 model = ViTForImageClassification.from_pretrained(
     "user/base", id2label=labels, label2id={name: key for key, name in labels.items()}
 )
@@ -87,7 +87,9 @@ class World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     folder = tmp_path_factory.mktemp("hub")
-    backbone().save_pretrained(folder / "base")
+    base = backbone()
+    base.config.num_labels = 2  # as in a checkpoint without a head
+    base.save_pretrained(folder / "base")
     (folder / "base" / "preprocessor_config.json").write_text(json.dumps(PROCESSOR))
     with serving(part_size=10_000) as hub, machine(hub, folder) as client:
         world = World(hub, client, folder)
@@ -181,13 +183,10 @@ def check_same(answer: dict, expected: dict) -> None:
     [
         'pipeline("image-classification", model="user/lora")',
         'AutoModelForImageClassification.from_pretrained("user/lora")',
-        'AutoModelForImageClassification.from_pretrained("user/with-config", num_labels=3)',
     ],
 )
 def test_what_stock_transformers_cannot_do(script: str, world: World, published: dict) -> None:
     """If one of these fails, the card can say less, and --push_merged is needed less."""
-    config = json.loads(world.files("user/base")["config.json"]) | {"architectures": ["ViTForImageClassification"]}
-    world.put("user/with-config", world.files("user/lora") | {"config.json": json.dumps(config).encode()})
     assert world.run(script, stock=True).code == 1
 
 
@@ -404,4 +403,4 @@ def test_the_example_trains_nothing_that_it_could_not_publish(world: World) -> N
     result = train(world, "--output_dir", str(output), "--hub_model_id", "user/refused", token="hf_wrong")
     assert "SystemExit: Publishing user/refused failed: " in result.error
     assert "Nothing was trained." in result.error
-    assert not output.exists()
+    assert not list(output.iterdir())
