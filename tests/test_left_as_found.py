@@ -34,6 +34,9 @@ MEASURES: dict[str, dict[str, Any]] = {
 }
 LAYOUTS = ("vit", "swin", "dinov2-swiglu")
 """Plain, in stages and windows, and gated: where all is tried, and not a sample."""
+SAMPLE = ("beit", "clip", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "siglip2", "vit_mae", "vivit")
+"""One family of each other way to hold or call a block, for the default run; the slow one has them all."""
+sampled_families = pytest.mark.parametrize("name", some_families((*LAYOUTS, *SAMPLE)))
 
 
 class Mark:
@@ -131,7 +134,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str
     fails_at(model, work, parts, spread(total, 12, len(name)))
 
 
-@every_family
+@sampled_families
 def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
@@ -287,7 +290,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
         injection_fails_at(model, work, parts, (first + number for number in spread(last - first, most, 0)))
 
 
-@every_family
+@sampled_families
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     model, work = adapting(name, ("lora", "full")[number % 2], "get_peft_model")

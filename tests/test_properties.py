@@ -420,7 +420,7 @@ def test_a_huge_dataset_is_not_enumerated(criterion: str) -> None:
     assert with_source.pairs == 8
 
 
-@settings(max_examples=20)
+@settings(max_examples=6)
 @given(images=st.integers(2**24 + 1, 2**62), seed=st.integers(0, 2**32), pairs=st.integers(2, 500))
 def test_pairs_of_a_huge_dataset_are_drawn_as_from_any_other(images: int, seed: int, pairs: int) -> None:
     for source in (None, images - 1):
@@ -515,7 +515,7 @@ LABELS = st.one_of(
 )
 
 
-@settings(max_examples=25)
+@settings(max_examples=12)
 @given(labels=st.lists(LABELS, min_size=2, max_size=2))
 def test_a_label_is_a_whole_number_or_refused(labels: list[Any]) -> None:
     data = [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, labels, strict=False)]
