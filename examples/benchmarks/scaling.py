@@ -1,6 +1,6 @@
 """How much sooner two processes have the answer of one: the same pairs on 1 and on 2, one thread each.
 
-    python examples/benchmarks/scaling.py        ViT-S at 224 px, some ten minutes on two cores
+    python examples/benchmarks/scaling.py        ViT-S at 224 px, some twenty minutes on two cores
 
 Processes are started by `accelerate launch`, in turns. What is timed is `measure_plasticity` as a whole, between two
 barriers; starting Python is not in it.
@@ -35,7 +35,8 @@ class BenchmarkArguments:
 
     size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
     image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    pairs: int = field(default=128, metadata={"help": "Pairs, or images, in all."})
+    pairs: int = field(default=384, metadata={"help": "Pairs, or images, in all."})
+    measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "What is measured."})
     batch_size: int = field(default=8, metadata={"help": "Pairs in a pass."})
     rounds: int = field(default=3, metadata={"help": "How often each is timed."})
     output: str = field(default="outputs/benchmarks/scaling.json", metadata={"help": "Where the numbers go."})
@@ -51,7 +52,8 @@ def work(arguments: BenchmarkArguments) -> None:
     images = torch.randn(2 * arguments.pairs, 3, arguments.image_size, arguments.image_size)
     options: dict[str, Any] = {"batch_size": arguments.batch_size, "settle": None}
     seconds = {}
-    for measure, which in MEASURES.items():
+    for measure in arguments.measures:
+        which = MEASURES[measure]
         measure_plasticity(model, images[:8], pairs=4, **options, **which)  # warms up
         state.wait_for_everyone()
         start = time.perf_counter()
@@ -73,7 +75,7 @@ def launch(arguments: BenchmarkArguments, processes: int) -> dict[str, float]:
             sys.executable, "-m", "accelerate.commands.launch", "--num_processes", processes, "--num_machines", 1,
             "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0,
             *(["--multi_gpu"] if processes > 1 else []), __file__, "--worker", path,
-            *(part for key, value in own.items() for part in (f"--{key}", value)),
+            *(part for key, value in own.items() for part in (f"--{key}", *(value if key == "measures" else [value]))),
         ]  # fmt: skip
         environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
         subprocess.run([str(part) for part in command], env=environment, check=True)
@@ -92,7 +94,7 @@ def main() -> None:
         return
     runs = [[launch(arguments, processes) for processes in (1, 2)] for _ in range(arguments.rounds)]
     rows = []
-    for measure in MEASURES:
+    for measure in arguments.measures:
         one, two = (statistics.median(run[number][measure] for run in runs) for number in (0, 1))
         rows.append({"measure": measure, "one": one, "two": two, "speed_up": one / two})
     title = f"{arguments.size}, {arguments.image_size} px: {arguments.pairs} pairs (images for the first), "
