@@ -377,7 +377,7 @@ def test_a_card_that_fails_costs_no_training_and_is_no_secret(
     assert (tmp_path / "adapter_model.safetensors").exists()
     (record,) = (record for record in log.records if "model card" in record.message)
     assert record.levelname == "WARNING"
-    assert "missing.md" in str(record.exc_info[1])
+    assert "missing.md" in record.getMessage()
 
 
 HOSTILE = {0: "a|b", 1: "x\n```\n# y", 2: "<!-- plasticity_peft: end default -->", 3: "'\"\\`"}
