@@ -258,7 +258,7 @@ def join(halves: Mapping[int, Layer]) -> Layer:
     rows = []
     column = 0
     for number in (0, 1):
-        block = torch.zeros(outputs, total, dtype=first.lora["lora_B.weight"].dtype)
+        block = first.lora["lora_B.weight"].new_zeros(outputs, total)
         if number in halves:
             own = halves[number]
             block[:, column : column + own.rank] = own.lora["lora_B.weight"] * (own.scaling / first.scaling)
