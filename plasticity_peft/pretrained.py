@@ -118,9 +118,10 @@ def _base(
             f"Cannot load {base}, the base model of {source}: {error}. Give base_model if it has moved."
         ) from error
     heads = tuple(f"{head}." for head in find_architecture(model, backbone).heads)
-    for key, *shapes in loading["mismatched_keys"]:
+    for found in loading["mismatched_keys"]:
+        key = found if isinstance(found, str) else found[0]  # transformers 5 gives the shapes too
         if not key.startswith(heads):
-            raise AdapterError(f"{base} does not fit {type(model).__name__}: {key} has the shapes {shapes}.")
+            raise AdapterError(f"{base} does not fit {type(model).__name__}: {key} has another shape there.")
     return cast(PreTrainedModel, model)
 
 
