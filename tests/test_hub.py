@@ -288,7 +288,7 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(world: World, published
 def test_a_server_that_errs_twice_and_then_works(world: World) -> None:
     if RETRIES:
         world.hub.fail("POST", "user/patient/preupload", 429, times=2, Retry_After="7")
-    world.hub.fail("POST", "user/patient.git/info/lfs", 500, times=2)
+        world.hub.fail("POST", "user/patient.git/info/lfs", 500, times=2)
     world.hub.fail("PUT", "/storage/", 503, times=2)
     result = world.push("user/patient", "full", push="model.push_to_hub(repository)")
     assert result.code == 0, result.err
