@@ -13,10 +13,10 @@ test: $(VENV)/.test  ## all tests but those that take minutes, which `.venv/bin/
 	$(BIN)/python -m pytest -n 2 $(EXCEPT:%=--ignore=tests/test_%.py)
 
 # The same on the lowest supported version of every dependency, in an environment of its own; without the tests of what
-# is ours alone: statistics, pictures, and readers of damaged files.
+# is ours alone: statistics, pictures, numbers, and readers of damaged files.
 test-lowest:
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt \
-		EXCEPT="settling moments report plotting fuzz properties"
+		EXCEPT="settling moments report plotting numbers fuzz properties hostile_adapters"
 
 matrix: $(VENV)/.quality  ## all tests on every supported set of versions, see noxfile.py: hours, and a CUDA torch each
 	$(BIN)/nox
