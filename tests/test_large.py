@@ -16,7 +16,7 @@ from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.gradients import GradientsByImage
 from plasticity_peft.isolation import left_as_found
 from tests.conftest import REPOSITORY
-from tests.families import FAMILIES
+from tests.test_families import every_family, family
 
 MOST = 1.3
 """Peak of the process above what the libraries take, as a multiple of the model's weights."""
@@ -88,12 +88,10 @@ def memory(name: str, image_size: int, all_options: list[dict[str, Any]]) -> dic
     return found
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@every_family
 def test_blocks_that_are_computed_again_give_the_same_numbers(name: str) -> None:
-    family = FAMILIES[name]
-    if not family.available:
-        pytest.skip("not in this release of transformers")
-    model, images = family.build(), family.images(2)
+    found = family(name)
+    model, images = found.build(), found.images(2)
     architecture = find_architecture(model)
     blocks = [model.get_submodule(path) for path in architecture.blocks]
     with left_as_found(model, 0):
