@@ -199,9 +199,12 @@ STRANGE_TYPES = ["int64", "int32", "uint8", "bool", "complex64", "float8_e4m3fn"
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "classifier.weight"])
 def test_weights_of_a_type_that_no_weights_have(dtype: str, part: str, good: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(good["plain"], tmp_path)
-    with_weights(
-        folder, lambda weights: {k: v.to(getattr(torch, dtype)) if part in k else v for k, v in weights.items()}
-    )
+    try:
+        with_weights(
+            folder, lambda weights: {k: v.to(getattr(torch, dtype)) if part in k else v for k, v in weights.items()}
+        )
+    except KeyError:
+        pytest.skip(f"this release of safetensors cannot write {dtype}")
     refused(folder, "holds")
 
 
