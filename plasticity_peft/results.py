@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from plasticity_peft.errors import ConfigError, ReportError
-from plasticity_peft.files import write_text
+from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, WEIGHTS_NAME
 from plasticity_peft.provenance import Provenance, provenance_of
 
@@ -71,7 +71,7 @@ def read_results(folder: str | os.PathLike[str]) -> list[Results]:
 
     path = Path(folder, REPORT_NAME)
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
         found = TypeAdapter(list[Results]).validate_python(values.get("results", []))
         for number, one in enumerate(found):
             one.dataset.check(f"results.{number}.dataset")
@@ -99,7 +99,7 @@ def results_for(folder: str | os.PathLike[str]) -> list[Results]:
 def add_results(folder: str | os.PathLike[str], results: Results) -> None:
     """Writes `results` into the plasticity.json of `folder`, in the place of those on the same dataset and split."""
     path = Path(folder, REPORT_NAME)
-    values = json.loads(path.read_text(encoding="utf-8"))
+    values = read_json(path)
     kept = [one for one in results_for(folder) if not _same_place(one, results)]
     values["results"] = [asdict(one) for one in (*kept, results)]
     write_text(path, json.dumps(values, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from plasticity_peft.errors import AdapterError, ReportError
+from plasticity_peft.files import read_json
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.results import Results, results_for
@@ -104,7 +104,7 @@ def described_in(path: Path) -> tuple[Selection, dict[str, Any]]:
     """
     from pydantic import TypeAdapter, ValidationError
 
-    described = json.loads(path.read_text(encoding="utf-8")).get("adapter")
+    described = read_json(path).get("adapter")
     if not isinstance(described, dict):
         raise ReportError(f"Cannot read {path.name}: it does not say what the adapter trains.")
     try:
@@ -117,7 +117,7 @@ def described_in(path: Path) -> tuple[Selection, dict[str, Any]]:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise AdapterError(f"Cannot read {path.name} of the adapter: {error}.") from error
     if not isinstance(values, dict):
