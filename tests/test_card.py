@@ -36,10 +36,10 @@ import plasticity_peft
 from plasticity_peft import PlasticityConfig, load_adapter, measure_plasticity
 from plasticity_peft.card import update_card
 from plasticity_peft.errors import AdapterError, ConfigError, ReportError
+from plasticity_peft.peft_model import PlasticityPeftModel
 from plasticity_peft.provenance import Provenance, provenance_of
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.trained import TrainedAdapter
-from plasticity_peft.tuner import PlasticityPeftModel
 from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
@@ -344,14 +344,16 @@ def test_what_is_no_adapter_of_ours_is_refused(cache: Path, tmp_path: Path) -> N
 
 @pytest.fixture
 def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What is logged below the logger of transformers, which passes nothing on."""
+    """What is logged below the logger of transformers, which passes nothing on as a rule."""
     logger = logging.getLogger("transformers")
-    level = logger.level
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(caplog.handler)
     logger.setLevel("INFO")
+    logger.propagate = False  # it is True where the variable CI is set: everything would come twice
     yield caplog
     logger.removeHandler(caplog.handler)
     logger.setLevel(level)
+    logger.propagate = propagate
 
 
 def test_without_matplotlib_a_card_has_no_picture_and_says_nothing_wrong(
