@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from accelerate.utils import find_executable_batch_size
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from transformers.utils import logging
 
@@ -148,25 +148,27 @@ class _Worker:
     def look_at(self, numbers: range, progress: _Progress) -> tuple[Moments, int]:
         """Returns the moments of what is observed, and how many pairs were skipped."""
         moments, skipped, done = Moments.of(np.empty((0, self._table.columns))), 0, 0
-
-        def observe(batch_size: int) -> None:
-            nonlocal moments, skipped, done
-            while done < len(numbers):
-                batch = numbers[done : done + batch_size]
+        while done < len(numbers):
+            batch = numbers[done : done + self._batch_size]
+            # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
+            # which takes longer than a round of a small model.
+            try:
                 values, left_out = self._observe(self._load(batch))
-                check_finite(self._table, values)
-                moments, skipped = moments.merge(self._table.moments(values)), skipped + left_out
-                done += len(batch)
-                progress.advance(len(batch))
-
-        if numbers:
-            retry = find_executable_batch_size(
-                observe, starting_batch_size=self._batch_size, reduce_batch_size_fn=self._halve
-            )
-            retry()
+            except Exception as error:
+                if not should_reduce_batch_size(error):
+                    raise
+                values = None
+            if values is None:  # here the error no longer holds what was in memory
+                clear_device_cache(garbage_collection=True)
+                self._halve()
+                continue
+            check_finite(self._table, values)
+            moments, skipped = moments.merge(self._table.moments(values)), skipped + left_out
+            done += len(batch)
+            progress.advance(len(batch))
         return moments, skipped
 
-    def _halve(self) -> int:
+    def _halve(self) -> None:
         smaller = self._batch_size // 2
         if smaller == 0:
             whole = self._observed == "batches"  # its value is that of the batch as a whole
@@ -177,7 +179,6 @@ class _Worker:
             )
         self._batch_size = smaller
         logger.warning("Out of memory: measuring goes on with %s %s in a pass.", self._batch_size, self._observed)
-        return smaller
 
 
 def check_finite(table: Table, values: torch.Tensor) -> None:
