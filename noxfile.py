@@ -13,6 +13,7 @@ import nox
 nox.needs_version = ">=2024.10"
 nox.options.sessions = ["tests"]
 nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "uv|virtualenv"  # uv shares what it downloads between the environments
 
 TRANSFORMERS_4 = {"transformers": "4.57.6", "datasets": "5.0.1", "peft": "0.21.0"}
 """The last release of transformers 4, and of datasets for its huggingface_hub, beside the newest torch."""
@@ -45,7 +46,8 @@ def tests(session: nox.Session, versions: str) -> None:
     file, instead = VERSIONS[versions]
     options = [] if file is None else ["-c", str(constraints(session, file, instead))]
     session.install(*options, "-e", ".[test]")
-    session.run("python", "-m", "pip", "check")
+    pip = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
+    session.run(*pip, "check")
     session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]))
 
 
