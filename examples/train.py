@@ -19,6 +19,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import evaluate
 import numpy as np
@@ -372,71 +373,102 @@ def load_splits(
     return splits, parts["train"].features[data.label_column].names
 
 
-def main() -> None:
-    """Parses the arguments, then measures, trains, evaluates and saves."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
-    model_arguments, data, plasticity, arguments = parser.parse_args_into_dataclasses()
-    logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
-    for noisy in ("httpx", "datasets", "evaluate"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    check_writable(arguments.output_dir)
-    if arguments.push_merged and not arguments.push_to_hub:
-        raise SystemExit("--push_merged publishes beside the adapter: give --push_to_hub true with it.")
-    repository = None
-    if arguments.push_to_hub:
-        with arguments.main_process_first(desc="making the repository"):
-            repository = claim_repository(arguments, model_arguments.model_name_or_path)
-        arguments.hub_model_id = repository
-
-    demo = data.dataset_name is None and model_arguments.model_name_or_path == str(DEMO_MODEL)
-    processor = load_processor(model_arguments)
-    source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
-    splits, labels = load_splits(data, source_name, processor, arguments)
-    logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
-    checkpoint = find_checkpoint(arguments, "plasticity.json")
+def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: dict[str, Dataset]) -> PlasticityConfig:
+    """Returns the config to measure and select by; a run that goes on selects from the report of its checkpoint."""
     options = asdict(plasticity)
-    head_only = options.pop("head_only")
+    del options["head_only"]
     options["settle"] = options["settle"] or None
-    if checkpoint:
-        options["report"] = str(Path(checkpoint) / "plasticity.json")
-    if options["report"] is not None:
-        options["report"] = PlasticityReport.load(options["report"])
+    report = str(Path(checkpoint) / "plasticity.json") if checkpoint else options["report"]
+    if report is None:
+        return PlasticityConfig(**options, target_data=splits["target"], source_data=splits.get("source"))
+    return PlasticityConfig(**{**options, "report": PlasticityReport.load(report)})
 
-    results = {}
-    if demo if head_only is None else head_only:
-        set_seed(arguments.seed)
-        model = with_head_alone(load_model(model_arguments, labels))
-        recipe = head_only_arguments(arguments)
-        _, metrics = finetune(model, recipe, processor, splits, find_checkpoint(recipe))
-        results["head only"] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
 
-    set_seed(arguments.seed)
-    if options["report"] is None:
-        options |= {"target_data": splits["target"], "source_data": splits.get("source")}
-    config = PlasticityConfig(**options)
-    revision = None if model_arguments.revision == "main" else model_arguments.revision
-    model = get_peft_model(load_model(model_arguments, labels), config, revision=revision)
-    logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), plasticity.training)
-    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
-    selected = " + ".join(("head", *config.selection.units))
-    results[selected] = (*model.get_nb_trainable_parameters(), metrics["test_accuracy"])
+class Result(NamedTuple):
+    """What a training came to."""
 
+    trained: str
+    trainable: int
+    """How many parameters were trained, of how many."""
+    parameters: int
+    accuracy: float
+    """On the test images."""
+
+
+def train_head_alone(
+    model: PreTrainedModel, arguments: FinetuningArguments, processor: BaseImageProcessor, splits: dict[str, Dataset]
+) -> Result:
+    """Returns what the same recipe comes to with the head alone: what the selected components are compared with."""
+    adapted, recipe = with_head_alone(model), head_only_arguments(arguments)
+    _, metrics = finetune(adapted, recipe, processor, splits, find_checkpoint(recipe))
+    return Result("head only", *adapted.get_nb_trainable_parameters(), metrics["test_accuracy"])
+
+
+def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
+    """Writes the adapter with its report, card and picture, and the metrics."""
+    arguments = trainer.args
     arguments.push_to_hub = False  # save_model would publish what has no metrics yet
     if arguments.should_save:
         with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
             trainer.save_model(str(folder))
     trainer.save_metrics("test", metrics)
+    if trainer.is_world_process_zero():
+        trainer.create_model_card(**about)
+        update_card(arguments.output_dir, metrics={"accuracy": metrics["test_accuracy"]}, dataset=test, split="test")
+
+
+def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
+    """Returns the arguments of the command line, after a look at what would fail only at the end of training."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
+    parsed = parser.parse_args_into_dataclasses()
+    arguments = parsed[-1]
+    logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
+    for noisy in ("httpx", "datasets", "evaluate"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    check_writable(arguments.output_dir)
+    if arguments.push_merged and not arguments.push_to_hub:
+        raise SystemExit("--push_merged publishes beside the adapter: give --push_to_hub true with it.")
+    return parsed
+
+
+def main() -> None:
+    """Measures, trains, evaluates, saves and, where asked to, publishes."""
+    model_arguments, data, plasticity, arguments = parse_arguments()
+    base_model = model_arguments.model_name_or_path
+    repository = None
+    if arguments.push_to_hub:
+        with arguments.main_process_first(desc="making the repository"):
+            repository = claim_repository(arguments, base_model)
+        arguments.hub_model_id = repository
+
+    demo = data.dataset_name is None and base_model == str(DEMO_MODEL)
+    processor = load_processor(model_arguments)
+    source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
+    splits, labels = load_splits(data, source_name, processor, arguments)
+    logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
+    checkpoint = find_checkpoint(arguments, "plasticity.json")
+    config = configure(plasticity, checkpoint, splits)  # whatever is wrong with it shows before any training
+
+    results = []
+    if demo if plasticity.head_only is None else plasticity.head_only:
+        set_seed(arguments.seed)
+        results.append(train_head_alone(load_model(model_arguments, labels), arguments, processor, splits))
+
+    set_seed(arguments.seed)
+    revision = None if model_arguments.revision == "main" else model_arguments.revision
+    model = get_peft_model(load_model(model_arguments, labels), config, revision=revision)
+    logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), config.training)
+    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
+    selected = " + ".join(("head", *config.selection.units))
+    results.append(Result(selected, *model.get_nb_trainable_parameters(), metrics["test_accuracy"]))
+
     about = {
         "dataset": splits["test"].info.dataset_name,
         "tasks": "image-classification",
-        "finetuned_from": model_arguments.model_name_or_path,  # or Trainer's card says "trained from scratch"
+        "finetuned_from": base_model,  # or Trainer's card says "trained from scratch"
     }
-    if trainer.is_world_process_zero():
-        trainer.create_model_card(**about)
-        accuracy = {"accuracy": metrics["test_accuracy"]}
-        update_card(arguments.output_dir, metrics=accuracy, dataset=splits["test"], split="test")
-    for name, (trainable, total, accuracy) in results.items():
+    save(trainer, metrics, splits["test"], about)
+    for name, trainable, total, accuracy in results:
         logger.info(
             "%-20s trains %7d of %d parameters (%.2f %%), test accuracy %.2f %%",
             name, trainable, total, 100 * trainable / total, 100 * accuracy,
@@ -448,9 +480,9 @@ def main() -> None:
         publish_merged(
             trainer,
             repository,
-            base_model=model_arguments.model_name_or_path,
+            base_model=base_model,
             dataset_name=data.dataset_name or "digits",
-            trained=f"{selected} ({plasticity.training})",
+            trained=f"{selected} ({config.training})",
             metrics=metrics,
         )
 
