@@ -3,71 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from dataclasses import fields, replace
 
 from peft import LoraConfig, PeftConfig
 
 from plasticity_peft.architectures import Architecture
-from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, shown
+from plasticity_peft.checks import shown
 from plasticity_peft.components import KINDS
 from plasticity_peft.config import CHOSEN_FOR_THE_USER, PlasticityConfig
+from plasticity_peft.description import AdapterDescription
 from plasticity_peft.errors import ReportError
 from plasticity_peft.hub import REPORT_NAME
 from plasticity_peft.renames import Layer
 from plasticity_peft.report import PlasticityReport
-from plasticity_peft.selection import Selection
 
 
-@dataclass
-class _Labels:
-    id2label: dict[int, str] | None
+def check_description(
+    description: AdapterDescription, architecture: Architecture, layers: Mapping[str, Layer]
+) -> AdapterDescription:
+    """Returns the description with the module names of this model. Raises ReportError where it does not fit `layers`.
 
-
-class AdapterDescription(NamedTuple):
-    """What plasticity.json says of the adapter beside it."""
-
-    selection: Selection
-    training: str
-    id2label: dict[int, str] | None
-
-
-def describe(described: Any, architecture: Architecture, layers: Mapping[str, Layer]) -> AdapterDescription:
-    """Returns what plasticity.json says of the adapter that holds `layers`. Raises ReportError where it is wrong."""
-    from pydantic import TypeAdapter, ValidationError
-
-    adapter = described.get("adapter")
-    if not isinstance(adapter, Mapping):
-        raise ReportError(f"Cannot read {REPORT_NAME}: it does not say what the adapter trains.")
-    try:
-        selection = TypeAdapter(Selection).validate_python({**adapter, "modules": ()})
-        labels = TypeAdapter(_Labels).validate_python({"id2label": adapter.get("id2label")}).id2label
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.{first['loc'][0]}: {first['msg']}") from None
-    training = adapter.get("training", "lora")
-    _check_choice(selection, training, architecture)
+    Args:
+        description: what plasticity.json says of the adapter.
+        architecture: the model that gets the adapter.
+        layers: what the adapter holds for each module of the model.
+    """
+    selection = description.selection
     here = {part.id: part.modules for part in architecture.components}
+    unknown = [name for name in selection.components if name not in here]
+    if unknown:
+        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
+    if not set(selection.units) <= set(here if selection.granularity == "block" else KINDS):
+        raise ReportError(
+            f"Cannot read {REPORT_NAME}: adapter.units {shown(selection.units)} are no units of granularity "
+            f"{selection.granularity!r}."
+        )
     modules = tuple(path for name in selection.components for path in here[name])
     trained = {path for paths in here.values() for path in paths if path in layers}
     if trained != set(modules):
         other = min(trained ^ set(modules))
         raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components and the weights differ in {other}.")
-    return AdapterDescription(replace(selection, modules=modules), training, labels)
-
-
-def _check_choice(selection: Selection, training: object, architecture: Architecture) -> None:
-    ids = [part.id for part in architecture.components]
-    unknown = [name for name in selection.components if name not in ids]
-    if unknown:
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
-    units = set(ids if selection.granularity == "block" else KINDS)
-    known = isinstance(training, str) and training in TRAINING_MODES and selection.granularity in GRANULARITIES
-    if not known or not selection.units or not set(selection.units) <= units:
-        raise ReportError(
-            f"Cannot read {REPORT_NAME}: adapter has granularity {shown(selection.granularity)}, units "
-            f"{shown(selection.units)} and training {shown(training)}, which do not go together."
-        )
+    return replace(description, selection=replace(selection, modules=modules))
 
 
 def resolved_config(

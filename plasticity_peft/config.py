@@ -30,6 +30,7 @@ from plasticity_peft.checks import (
 )
 from plasticity_peft.components import KINDS
 from plasticity_peft.criteria import resolve
+from plasticity_peft.description import KEY, AdapterDescription
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
@@ -295,8 +296,8 @@ class PlasticityConfig(LoraConfig):
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if isinstance(self.report, PlasticityReport) and self.selection is not None:
-                adapter = {"training": self.training, **asdict(self.selection), "id2label": self.id2label}
-                values = {**self.report.to_dict(), "adapter": adapter}
+                adapter = AdapterDescription(self.training, self.selection, self.id2label)
+                values = {**self.report.to_dict(), KEY: adapter.to_dict()}
                 results = results_for(save_directory)
                 if results:
                     values["results"] = [asdict(one) for one in results]

@@ -22,16 +22,18 @@ from safetensors.torch import save_file
 from torch import nn
 
 from plasticity_peft.adapter_options import AdapterOptions, read_options
-from plasticity_peft.adapter_report import describe, resolved_config
+from plasticity_peft.adapter_report import check_description, resolved_config
 from plasticity_peft.adapter_weights import fitting, read_shapes, read_weights
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.checks import shown
+from plasticity_peft.description import AdapterDescription
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
 from plasticity_peft.isolation import restored_on_failure
+from plasticity_peft.peft_model import PlasticityPeftModel
 from plasticity_peft.renames import Layer, write
 from plasticity_peft.report import PlasticityReport
-from plasticity_peft.tuner import NO_TARGET_MODULES, PlasticityPeftModel
+from plasticity_peft.tuner import NO_TARGET_MODULES
 
 
 def load_adapter(
@@ -86,20 +88,22 @@ def load_adapter(
     source = os.fspath(folder_or_repo)
     config = read_config(source, **hub)
     described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
-    report = None
+    report = adapter = None
     if described is not None:
         try:
             report = PlasticityReport.from_dict(described)
         except ReportError as error:
             raise ReportError(f"Cannot read {REPORT_NAME} of {source}: {error}.") from error
         report.check_matches(architecture.model_type, architecture.components)
+        adapter = AdapterDescription.from_file(described, REPORT_NAME)
     options = read_options(config, source)
     components = report.scores if report else ()
     path = _weights_file(source, hub)
     # All that shapes can tell is told before any weight is read.
     fitting(read_shapes(path, source), options, base, architecture, components, source)
     renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
-    adapter = None if report is None else describe(described, architecture, renamed)
+    if adapter is not None:
+        adapter = check_description(adapter, architecture, renamed)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
         Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
         save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from plasticity_peft.architectures import find_architecture
+from plasticity_peft.description import AdapterDescription
 from plasticity_peft.errors import AdapterError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
 from plasticity_peft.loading import load_adapter, read_config
@@ -127,13 +128,10 @@ def _base(
 
 def _labels(source: str, hub: Mapping[str, Any]) -> dict[int, str]:
     """Returns the names of the labels in plasticity.json; empty where it says none."""
-    described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub) or {}
-    adapter = described.get("adapter")
-    labels = adapter.get("id2label") if isinstance(adapter, Mapping) else None
-    try:
-        named = {int(key): str(value) for key, value in (labels or {}).items()}
-    except (AttributeError, ValueError) as error:
-        raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label: {error}.") from error
+    values = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
+    if values is None:
+        return {}
+    named = AdapterDescription.from_file(values, f"{REPORT_NAME} of {source}").id2label or {}
     if sorted(named) != list(range(len(named))):
         raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label must number the labels from 0.")
     return named

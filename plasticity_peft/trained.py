@@ -12,7 +12,8 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from plasticity_peft.errors import AdapterError, ReportError
+from plasticity_peft.description import AdapterDescription
+from plasticity_peft.errors import AdapterError
 from plasticity_peft.files import read_json
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME
 from plasticity_peft.report import PlasticityReport
@@ -63,18 +64,18 @@ class TrainedAdapter:
         """
         path = Path(folder, REPORT_NAME)
         report = PlasticityReport.load(path)
-        selection, described = described_in(path)
+        described = AdapterDescription.from_file(read_json(path), path.name)
         config = _json(Path(folder, CONFIG_NAME))
         mapping = config.get("auto_mapping") or {}
         library = str(mapping.get("parent_library"))
         return cls(
             report=report,
-            selection=selection,
-            training=str(described.get("training", "lora")),
+            selection=described.selection,
+            training=described.training,
             saved_parameters=_parameters(Path(folder, WEIGHTS_NAME)),
             base_model=config.get("base_model_name_or_path"),
             base_class=mapping.get("base_model_class") if library.startswith("transformers.") else None,
-            id2label=described["id2label"],
+            id2label=described.id2label,
             options=config,
             results=tuple(results_for(folder)),
         )
@@ -94,25 +95,6 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def described_in(path: Path) -> tuple[Selection, dict[str, Any]]:
-    """Returns what the plasticity.json of an adapter says was chosen, and all that it says of the adapter.
-
-    Raises:
-        ReportError: it does not say so, or not in the right form.
-    """
-    from pydantic import TypeAdapter, ValidationError
-
-    described = read_json(path).get("adapter")
-    if not isinstance(described, dict):
-        raise ReportError(f"Cannot read {path.name}: it does not say what the adapter trains.")
-    try:
-        labels = TypeAdapter(dict[int, str] | None).validate_python(described.get("id2label"))
-        return TypeAdapter(Selection).validate_python(described), {**described, "id2label": labels}
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ReportError(f"Cannot read {path.name}: adapter.{first['loc']}: {first['msg']}") from None
 
 
 def _json(path: Path) -> dict[str, Any]:

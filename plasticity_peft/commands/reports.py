@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import typer
 
-from plasticity_peft.checks import TRAINING_MODES
+from plasticity_peft.description import KEY, AdapterDescription
 from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.extras import require
+from plasticity_peft.files import read_json
 from plasticity_peft.hub import REPORT_NAME, find_file
 from plasticity_peft.report import PlasticityReport
 from plasticity_peft.selection import Selection
-from plasticity_peft.trained import described_in
 
 
 def read_report(source: str, revision: str | None = None) -> PlasticityReport:
@@ -29,8 +29,8 @@ def read_report(source: str, revision: str | None = None) -> PlasticityReport:
     return PlasticityReport.from_pretrained(source, revision=revision)
 
 
-def read_selection(source: str, revision: str | None = None) -> tuple[Selection, str] | None:
-    """Returns what an adapter trains, and in which mode; None for a report that belongs to no adapter.
+def read_description(source: str, revision: str | None = None) -> AdapterDescription | None:
+    """Returns what an adapter trains, and how; None for a report that belongs to no adapter.
 
     Raises:
         ReportError: it is damaged.
@@ -38,13 +38,8 @@ def read_selection(source: str, revision: str | None = None) -> tuple[Selection,
     path: Path | None = Path(source)
     if not _names_a_file(source):
         path = find_file(source, REPORT_NAME, ReportError, revision=revision)
-    if path is None or "adapter" not in json.loads(path.read_text(encoding="utf-8")):
-        return None
-    selection, described = described_in(path)
-    training = described.get("training")
-    if not isinstance(training, str) or training not in selection.parameters:
-        raise ReportError(f"Cannot read {path.name}: adapter.training must be one of {', '.join(TRAINING_MODES)}.")
-    return selection, training
+    values = {} if path is None else read_json(path)
+    return AdapterDescription.from_file(values, path.name) if path is not None and KEY in values else None
 
 
 def _names_a_file(source: str) -> bool:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from plasticity_peft.commands import options
-from plasticity_peft.commands.reports import check_picture, print_json, read_report, read_selection, save_picture
+from plasticity_peft.commands.reports import check_picture, print_json, read_description, read_report, save_picture
 from plasticity_peft.plotting import VIEWS
 
 EXAMPLES = """\b
@@ -28,14 +28,14 @@ def show(
     """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture or JSON."""
     check_picture(plot)
     found = read_report(report, revision)
-    trained = read_selection(report, revision)
+    adapter = read_description(report, revision)
     if plot is not None:
-        save_picture(found, plot, view, trained[0] if trained else None)
+        save_picture(found, plot, view, adapter.selection if adapter else None)
     if as_json:
         print_json(found.to_dict())
         return
     typer.echo(str(found))
-    if trained:
-        selection, training = trained
-        units = ", ".join(selection.units)
-        typer.echo(f"Selected: {units} ({training}, {selection.parameters[training]:,} parameters beside the head)")
+    if adapter:
+        units = ", ".join(adapter.selection.units)
+        parameters = adapter.selection.parameters[adapter.training]
+        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")
