@@ -53,11 +53,6 @@ def family(name: str) -> Family:
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def some_families(names: tuple[str, ...]) -> list[Any]:
-    """Returns all families, of which only these are in the default run."""
-    return [name if name in names else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES]
-
-
 def arguments(architecture: Architecture, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Returns the arguments of a forward pass; a model that hides patches at random hides the same ones."""
     if architecture.model_type != "vit_mae":

@@ -21,7 +21,7 @@ from tests.conftest import tiny_model
 from tests.families import FAMILIES, items
 from tests.injection import InjectedError, calls, injected
 from tests.snapshots import assert_same, snapshot
-from tests.test_families import every_family, family, some_families
+from tests.test_families import every_family, family
 
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
@@ -33,10 +33,7 @@ MEASURES: dict[str, dict[str, Any]] = {
     "parameter_plasticity": {"criterion": "parameter_plasticity"},
 }
 LAYOUTS = ("vit", "swin", "dinov2-swiglu")
-"""Plain, in stages and windows, and gated: where all is tried, and not a sample."""
-SAMPLE = ("beit", "clip", "cvt", "data2vec-vision", "dinov3_vit", "hiera", "siglip2", "vit_mae", "vivit")
-"""One family of each other way to hold or call a block, for the default run; the slow one has them all."""
-sampled_families = pytest.mark.parametrize("name", some_families((*LAYOUTS, *SAMPLE)))
+"""Plain, in stages and windows, and gated: where more is tried than in every family."""
 
 
 class Mark:
@@ -90,7 +87,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
     return model, lambda: measure_plasticity(model, data, pairs=2, batch_size=2, **MEASURES[measure])
 
 
-@pytest.mark.parametrize("name", some_families(LAYOUTS))
+@every_family
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
@@ -134,7 +131,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str
     fails_at(model, work, parts, spread(total, 12, len(name)))
 
 
-@sampled_families
+@every_family
 def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
@@ -290,7 +287,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
         injection_fails_at(model, work, parts, (first + number for number in spread(last - first, most, 0)))
 
 
-@sampled_families
+@every_family
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     model, work = adapting(name, ("lora", "full")[number % 2], "get_peft_model")

@@ -18,7 +18,7 @@ from plasticity_peft.errors import DataError, ModelError
 from tests.conftest import random_images, tiny_model
 from tests.families import FAMILIES, items
 from tests.snapshots import assert_same, snapshot
-from tests.test_families import family, some_families
+from tests.test_families import every_family, family
 
 MEASURES: dict[str, dict[str, Any]] = {
     "embedding": {"inputs": "embedding"},
@@ -30,7 +30,6 @@ SINGLE, DOUBLE = 2e-4, 1e-9
 SOFTMAX = 1e-5
 """The same where the softmax matters: several eager attentions of transformers take it in float32."""
 LAYOUTS = ("vit", "dinov2-swiglu", "clip", "swin", "cvt", "hiera")
-most_families = pytest.mark.parametrize("name", some_families((*LAYOUTS, "beit", "siglip2", "mobilevit", "groupvit")))
 every_measure = pytest.mark.parametrize("measure", MEASURES)
 
 
@@ -50,7 +49,7 @@ def known(name: str, measure: str) -> None:
 # ----------------------------------------------------------------------------------- however they are computed
 
 
-@most_families
+@every_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_the_order_of_pairs_and_within_a_pair_does_not_matter(name: str, inputs: str) -> None:
     known(name, inputs)
@@ -86,7 +85,7 @@ def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str) -> None:
 
 
 @every_measure
-@most_families
+@every_family
 def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
     known(name, measure)
     model, data = family(name).build(), items(family(name).images(4))
@@ -97,7 +96,7 @@ def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
 
 
 @every_measure
-@most_families
+@every_family
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
     known(name, measure)
     single = measure_plasticity(family(name).build(), items(family(name).images(4)), pairs=3, **MEASURES[measure])
@@ -236,7 +235,7 @@ def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Modul
         yield family(name).build().double(), part, before
 
 
-@most_families
+@every_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("kind", ["LN1", "LN2", "FC1", "FC2"])
 def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> None:
@@ -249,7 +248,7 @@ def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> N
             assert all(after[other] == pytest.approx(before[other], rel=DOUBLE) for other in after if other != part.id)
 
 
-@most_families
+@every_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("projection", ["value", "output"])
 def test_attention_scales_with_its_value_and_output_projections(name: str, inputs: str, projection: str) -> None:
@@ -270,7 +269,7 @@ def _rows_of_values(name: str, weight: torch.Tensor) -> slice:
     return slice(2 * len(weight) // 3, None)
 
 
-@most_families
+@every_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bias_changes_nothing(name: str, inputs: str, kind: str) -> None:
