@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 from plasticity_peft.adapter_options import AdapterOptions
-from plasticity_peft.architectures import Architecture, walk
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.base_modules import walk
 from plasticity_peft.components import Component
 from plasticity_peft.errors import AdapterError
 from plasticity_peft.hub import WEIGHTS_NAME

@@ -14,7 +14,8 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, main_input
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.base_modules import main_input
 from plasticity_peft.errors import DataError, ModelError, PlasticityError
 from plasticity_peft.images import LABEL_KEYS, Inputs
 from plasticity_peft.offloading import offloaded

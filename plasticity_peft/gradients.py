@@ -11,7 +11,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plasticity_peft.architectures import Architecture, unwrap, weights_of
+from plasticity_peft.architectures import Architecture, weights_of
+from plasticity_peft.base_modules import unwrap
 from plasticity_peft.calls import Call, first_tensor, hooked, per_image, run
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images import Inputs

@@ -12,7 +12,8 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.architectures import Architecture, find_architecture, uncompiled, walk
+from plasticity_peft.architectures import Architecture, find_architecture
+from plasticity_peft.base_modules import uncompiled, walk
 from plasticity_peft.calls import block_input, check_calls, input_names, why_unlike
 from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
 from plasticity_peft.components import KINDS

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, main_input
+from plasticity_peft.architectures import Architecture
+from plasticity_peft.base_modules import main_input
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images import Images, Inputs
 from plasticity_peft.pairs import PairOrder, draw_indices, stack

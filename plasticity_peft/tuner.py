@@ -26,7 +26,8 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, find_architecture, walk, weights_of
+from plasticity_peft.architectures import Architecture, find_architecture, weights_of
+from plasticity_peft.base_modules import walk
 from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.errors import ConfigError, ModelError

@@ -12,12 +12,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from accelerate import PartialState, cpu_offload
 from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -407,8 +410,39 @@ def test_an_adapter_is_saved_card_first_config_last(tmp_path: Path, monkeypatch:
         }
 
 
+def test_pushing_puts_another_card_in_the_folder_and_then_uploads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class UploadError(Exception):
+        """In the place of the upload."""
+
+    def upload(self: PeftModel, working_dir: str, *_: Any, **__: Any) -> None:
+        seen.append(Path(working_dir, "README.md").read_text())
+        assert Path(working_dir, "adapter_model.safetensors").exists()
+        raise UploadError
+
+    with reliance(
+        "PeftModel.push_to_hub saves into a folder, puts the card of the repository there, and calls "
+        "_upload_modified_files(folder, ...)",
+        "peft_model.py, PlasticityPeftModel._upload_modified_files, which writes our card again",
+    ):
+        hub = transformers.utils.hub
+        made = SimpleNamespace(repo_id="user/repo", __str__=lambda: "user/repo")
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: made)
+        monkeypatch.setattr(hub, "create_repo", lambda *_, **__: made, raising=False)
+        monkeypatch.setattr(
+            hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\ntags: []\n---\nthe card of the Hub")
+        )
+        monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
+        with pytest.raises(UploadError):
+            get_peft_model(tiny_model(), LoraConfig(target_modules=[linear(tiny_model())])).push_to_hub("user/repo")
+        assert ["the card of the Hub" in text for text in seen] == [True]
+
+
 def test_the_card_is_made_from_the_folder_alone() -> None:
-    with reliance("create_or_update_model_card takes the folder alone", "the card that an adapter is saved with"):
+    with reliance(
+        "create_or_update_model_card takes the folder alone", "peft_model.py, the card that an adapter is saved with"
+    ):
         assert list(inspect.signature(PeftModel.create_or_update_model_card).parameters) == ["self", "output_dir"]
 
 

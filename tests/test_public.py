@@ -16,8 +16,8 @@ PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
     errors extras components moments checks precision files hub formatting selection description settling scores
     provenance measurement summary plotting believable report checkpoints results trained snippets card_part card
-    quantised recomputing
-    layouts offloading architectures images calls isolation pairs processes probe gradients
+    quantised recomputing base_modules layouts stacks structure offloading architectures images calls isolation pairs
+    processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
