@@ -24,7 +24,12 @@ class Distances(NamedTuple):
 
 def euclidean(pairs: torch.Tensor) -> torch.Tensor:
     """Returns ||x - y||_F of each pair."""
-    return norm(difference(pairs))
+    # cdist sums while it subtracts: half the time of `norm(difference(pairs))`, and nothing as large as the tokens is
+    # allocated for each component, which on a CPU would scatter over the heap and stay there.
+    x, y = (half.reshape(-1, 1, half.shape[-1]) for half in pairs.to(precise(pairs.dtype)).chunk(2))
+    tokens = torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist").reshape(len(pairs) // 2, -1)
+    distances: torch.Tensor = tokens.double().norm(dim=1)
+    return distances
 
 
 def difference(pairs: torch.Tensor) -> torch.Tensor:
