@@ -99,6 +99,17 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
     return options
 
 
+def readable(config: Mapping[str, Any]) -> bool:
+    """Returns whether `load_adapter` reads an adapter with this config: what PEFT can train, it does not read all."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            read_options(config, "the adapter")
+    except AdapterError:
+        return False
+    return True
+
+
 def _check_rest(rest: Mapping[str, Any], source: str) -> None:
     """Raises AdapterError for options of LoRA that change what it computes; warns of what LoRA does not know."""
     off = (None, False, "none")  # "none" is that of `bias`

@@ -67,8 +67,7 @@ def squared_norms(scalar: torch.Tensor, parameters: Sequence[Sequence[nn.Paramet
 
 
 def _square(gradient: torch.Tensor) -> torch.Tensor:
-    precise = torch.promote_types(gradient.dtype, torch.float32)
-    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=precise)
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=precise(gradient.dtype))
     return norm.double() ** 2
 
 

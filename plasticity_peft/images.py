@@ -7,8 +7,9 @@ that ask for them.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from itertools import islice
+from itertools import count, islice
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from plasticity_peft.checks import shown
 from plasticity_peft.errors import DataError, NonFiniteError
+from plasticity_peft.isolation import seed_cpu
 
 Inputs = dict[str, torch.Tensor]
 """What a model takes for an image, or, stacked, for several: by the names of its arguments."""
@@ -36,12 +38,16 @@ class Images:
     as far as they are asked for, and held.
     """
 
-    def __init__(self, data: Any, name: str, read_at_most: int, names: tuple[str, ...] = PIXELS) -> None:
+    def __init__(
+        self, data: Any, name: str, read_at_most: int, names: tuple[str, ...] = PIXELS, *, seed: int = 0
+    ) -> None:
         """Takes `data`, which the messages call `name`; of a stream, the first `read_at_most` images.
 
-        `names` are the arguments that a model may take for an image; the first is required.
+        `names` are the arguments that a model may take for an image; the first is required. Random transforms draw
+        from `seed` and the number of the image, so that it does not matter which process reads it, and after which.
         """
         self.name = name
+        self._seeds = (seed, zlib.crc32(name.encode()))
         self.stream = False
         """True where images come in an order that is not ours to choose."""
         self._names = names
@@ -55,11 +61,13 @@ class Images:
         data = self._data
         if data is None or isinstance(data, (str, bytes, Mapping)):
             raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
-        if not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+        by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+        # An IterableDataset of torch may tell its length, and inherits a __getitem__ that only raises.
+        if isinstance(data, torch.utils.data.IterableDataset) or not by_index:
             if not isinstance(data, Iterable):
                 raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
             self.stream = True
-            self._data, self._unread = [], islice(data, read_at_most)
+            self._data, self._unread = [], self._seeded(islice(data, read_at_most))
 
     def __len__(self) -> int:
         """Number of images. A stream is read to its end, or as far as it may be read."""
@@ -113,7 +121,18 @@ class Images:
             raise DataError(f"{place}: its label must be a whole number. Got {shown(label)}.")
         return number
 
+    def _seeded(self, items: Iterator[Any]) -> Iterator[Any]:
+        """Yields the items of a stream, each read with random numbers of its own."""
+        for number in count():
+            seed_cpu(*self._seeds, number)
+            try:
+                yield next(items)
+            except StopIteration:
+                return
+
     def _item(self, index: int, place: str) -> Any:
+        if not self.stream:
+            seed_cpu(*self._seeds, index)
         item = self._data[index]
         if self._collate is None:
             return item

@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import nn
+
+from plasticity_peft.offloading import execution_device
 
 
 @contextmanager
@@ -20,10 +22,11 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
     does not look for the hooks that are set here.
 
     What is restored, on success and on failure: the mode of every module, and the random state of torch (CPU and the
-    model's devices), numpy and python. Nothing else of the model may be changed inside; hooks remove themselves.
+    model's devices), numpy and python. Nothing else of the model may be changed inside; hooks remove themselves. The
+    generators of other devices are not touched.
     """
     modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters()}
+    devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
     accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
     python_state, numpy_state = random.getstate(), np.random.get_state()
     try:
@@ -31,11 +34,11 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
             torch.random.fork_rng(devices=accelerators),
             torch.inference_mode(False),
             torch.no_grad(),
-            _uncompiled(),
+            torch.compiler.set_stance("force_eager"),
         ):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
-            torch.manual_seed(seed)
+            seed_cpu(seed)
+            for index in accelerators:
+                torch.cuda.default_generators[index].manual_seed(seed)
             model.eval()
             with _autocast({"cpu", *(device.type for device in devices if device.type != "meta")}, dtype):
                 yield
@@ -46,10 +49,15 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
             module.training = training
 
 
-def _uncompiled() -> AbstractContextManager[object]:
-    """Inside, what was given to torch.compile runs as it was written."""
-    set_stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return nullcontext() if set_stance is None else set_stance("force_eager")
+def seed_cpu(*numbers: int) -> None:
+    """Seeds python, numpy and torch's generator on the CPU by these numbers.
+
+    `torch.manual_seed` would seed every accelerator of the machine too, whether a model is on it or not.
+    """
+    state = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[0]))
+    torch.default_generator.manual_seed(int(state[0]))
 
 
 @contextmanager

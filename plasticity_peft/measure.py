@@ -133,6 +133,7 @@ def measure_plasticity(
     dtype = check_dtype(dtype)
     check_target(rule, target)
     model = uncompiled(model)
+    _check_device(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
     choice = choice_of(
@@ -228,6 +229,15 @@ def _tell(ending: Ending, rule: Criterion, seen: Seen, share: Share) -> None:
         )  # fmt: skip
 
 
+def _check_device(model: nn.Module) -> None:
+    """Raises ModelError on a device that has no double precision, in which sums are taken."""
+    if any(parameter.device.type == "mps" for parameter in model.parameters()):
+        raise ModelError(
+            "The model is on a GPU of Apple (mps), which has no float64. Measure it on the CPU, model.to('cpu'), and "
+            "move it back to train."
+        )
+
+
 def _check_alike(model: nn.Module, architecture: Architecture, example: Inputs) -> None:
     """Raises ModelError unless one and the same input can be fed to all components, as the paper's protocol does."""
     reason = why_unlike(model, architecture, example)
@@ -249,8 +259,9 @@ def check_target(criterion: Criterion, target: Any) -> None:
 
 def _probe(model: nn.Module, target: Any, source: Any, count: int, names: tuple[str, ...], **settings: Any) -> Probe:
     """Returns what a criterion may look at. Raises DataError where there are too few images."""
-    images = None if target is None else Images(target, "target", read_at_most=2 * count, names=names)
-    others = None if source is None else Images(source, "source", read_at_most=count, names=names)
+    seed = settings["seed"]
+    images = None if target is None else Images(target, "target", read_at_most=2 * count, names=names, seed=seed)
+    others = None if source is None else Images(source, "source", read_at_most=count, names=names, seed=seed)
     for held in (images, others):
         if held is not None and not held.has(1):
             raise DataError(f"{held.name} must hold at least 2 images. Got {len(held)}.")

@@ -163,7 +163,7 @@ class Probe:
         """Moves images to the model's device, without waiting for the end of the transfer where there is a GPU."""
         moved = {}
         for name, value in images.items():
-            pinned = value.pin_memory() if self.device.type == "cuda" else value
+            pinned = value.pin_memory() if (self.device.type, value.device.type) == ("cuda", "cpu") else value
             dtype = self.dtype if value.is_floating_point() else None
             moved[name] = pinned.to(self.device, non_blocking=True).to(dtype)
         return moved

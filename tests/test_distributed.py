@@ -38,13 +38,24 @@ CASES: dict[str, dict[str, Any]] = {
     "a stream of single images": {"pairs": 64},
     "source and target": {"inputs": "embedding", "pairs": 33},
     "weights": {"criterion": "condition_number"},
+    "random transforms": {"settle": None},
 }
+
+
+class Shaded(torch.utils.data.Dataset):
+    """The images, each as bright as chance will have it."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return IMAGES[index] * (0.5 + torch.rand(()))
 
 
 def measured(case: str) -> PlasticityReport:
     """Returns the report of a case, in a process or in one of many."""
     source = IMAGES.flip(0) if case == "source and target" else None
-    target = stream() if "stream" in case else IMAGES
+    target = stream() if "stream" in case else Shaded() if case == "random transforms" else IMAGES
     return measure_plasticity(tiny_model(), target, source, **{"batch_size": 5, **CASES[case]})
 
 

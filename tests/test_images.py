@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from plasticity_peft.errors import DataError, NonFiniteError
 from plasticity_peft.images import Images
@@ -18,6 +19,14 @@ from tests.conftest import random_images
 IMAGES = random_images(6)
 NUMBERS = datasets.Dataset.from_dict({"number": list(range(6))})
 LISTS = datasets.Dataset.from_dict({"pixel_values": IMAGES.tolist(), "label": list(range(6))})
+
+
+class StreamOfKnownLength(IterableDataset):
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        yield from IMAGES
+
+    def __len__(self) -> int:
+        return len(IMAGES)
 
 
 class Stream(IterableDataset):
@@ -46,6 +55,7 @@ HOLDERS: dict[str, Callable[[], Any]] = {
     "DataLoader": lambda: DataLoader(TensorDataset(IMAGES, torch.arange(6)), batch_size=4, shuffle=True),
     "DataLoader with collate_fn": lambda: DataLoader(NUMBERS, batch_size=4, collate_fn=collate),
     "IterableDataset": Stream,
+    "IterableDataset that tells its length": StreamOfKnownLength,
     "DataLoader of a stream": lambda: DataLoader(Stream(), batch_size=4),
     "datasets.IterableDataset": lambda: LISTS.with_format("torch").to_iterable_dataset(),
     "generator": lambda: (image for image in IMAGES),
@@ -90,3 +100,32 @@ def test_an_image_that_is_none_is_refused_by_name(item: Any, error: type[Excepti
 def test_what_holds_no_images_is_refused(data: Any) -> None:
     with pytest.raises(DataError, match=r"source must be a datasets\.Dataset or torch Dataset"):
         Images(data, "source", read_at_most=1)
+
+
+class Flipping(Dataset):
+    """Images that are mirrored at random, by each of the three generators in turn."""
+
+    def __len__(self) -> int:
+        return len(IMAGES)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        coin = (random.random, np.random.random, lambda: float(torch.rand(())))[index % 3]
+        return IMAGES[index] * coin()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_a_random_transform_makes_of_an_image_depends_on_the_image_alone(stream: bool) -> None:
+    def images(seed: int) -> Images:
+        data = Flipping()
+        return Images((data[index] for index in range(6)) if stream else data, "target", 6, seed=seed)
+
+    first, second, other = images(0), images(0), images(1)
+    torch.manual_seed(5)
+    forwards = [first[index]["pixel_values"] for index in range(6)]
+    random.seed(7)
+    backwards = [second[index]["pixel_values"] for index in reversed(range(6))][::-1]
+    for index in range(6):
+        assert torch.equal(forwards[index], backwards[index])
+        assert not torch.equal(forwards[index], other[index]["pixel_values"])
+        if not stream:
+            assert torch.equal(forwards[index], first[index]["pixel_values"])

@@ -194,6 +194,22 @@ def test_it_does_not_matter_what_the_caller_is_in(measure: str, surrounding: str
         assert_same(before, snapshot(model))
 
 
+def test_generators_of_accelerators_that_the_model_is_not_on_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model is often measured before it is moved: what was seeded for its training must still hold there."""
+    seeded = []
+    for module in (torch.cuda, torch.xpu):
+        monkeypatch.setattr(module, "manual_seed_all", seeded.append)
+    monkeypatch.setattr(torch.mps, "manual_seed", seeded.append)
+    torch.manual_seed(42)
+    before = list(seeded)
+    assert set(before) == {42}
+    for measure in MEASURES:
+        _, work = measuring("vit", measure)
+        seeded.clear()
+        work()
+        assert not seeded
+
+
 def test_a_default_dtype_is_left_and_does_not_matter() -> None:
     _, work = measuring("vit", "embedding")
     expected = work()

@@ -319,3 +319,28 @@ def test_the_model_is_left_as_found(model: PreTrainedModel, inputs: str, fault: 
 
 def test_kinds_come_in_the_order_of_a_block() -> None:
     assert [row.kind for row in measure(tiny_model(), IMAGES, pairs=2).kinds] == list(KINDS)
+
+
+def test_an_activation_that_works_in_place_does_not_change_the_scores(vit: PreTrainedModel) -> None:
+    """FC1's output is then no longer what FC1 returned when FC2 gets it."""
+    scores = []
+    for inplace in (False, True):
+        for block in find_architecture(vit).blocks:
+            parts = [module for module in vit.get_submodule(block).modules() if hasattr(module, "activation_fn")]
+            parts += [m for m in vit.get_submodule(block).modules() if hasattr(m, "intermediate_act_fn")]
+            for part in parts:
+                name = "activation_fn" if hasattr(part, "activation_fn") else "intermediate_act_fn"
+                setattr(part, name, torch.nn.ReLU(inplace=inplace))
+            assert parts
+        report = measure_plasticity(vit, random_images(), inputs="activation", pairs=4)
+        scores.append([row.mean for row in report.scores])
+    assert scores[0] == scores[1]
+
+
+def test_a_device_without_double_precision_is_refused(vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnApple:
+        device = torch.device("mps")
+
+    monkeypatch.setattr(vit, "parameters", lambda *_, **__: iter([OnApple()]))
+    with pytest.raises(ModelError, match=r"mps\), which has no float64. Measure it on the CPU"):
+        measure_plasticity(vit, random_images())

@@ -15,14 +15,15 @@ from tests.conftest import REPOSITORY
 PACKAGE = REPOSITORY / "plasticity_peft"
 ORDER = """
     errors extras components moments checks precision files hub formatting selection description settling scores
-    provenance measurement summary plotting believable report checkpoints results trained snippets card_part card
-    quantised recomputing base_modules layouts stacks structure offloading architectures images calls isolation pairs
+    provenance measurement summary plotting believable report checkpoints results trained snippets adapter_options
+    card_part card
+    quantised recomputing base_modules layouts stacks structure offloading isolation architectures images calls pairs
     processes probe gradients
     criteria.criterion criteria.distances criteria.embedding criteria.activation criteria.rate_of_change
     criteria.relative_rate_of_change criteria.token_sensitivity
     criteria.parameter_plasticity criteria.bound criteria.gradient_norm criteria.relative_gradient_norm
     criteria.condition_number criteria.feature_norm criteria.inverse criteria.chance criteria config rounds
-    measure peft_model tuner renames adapter_options adapter_weights adapter_report loading pretrained callback
+    measure peft_model tuner renames adapter_weights adapter_report loading pretrained callback
     image_datasets
     commands commands.options commands.reports commands.models commands.measure commands.show commands.select
     commands.compare commands.card cli __main__

@@ -82,7 +82,8 @@ def measure(
         others = None if source is None else choose_split(load_image_dataset(source), split, source)
     set_seed(seed)  # of a head that the model does not have yet
     labels = None if target is None else label_names(target, label_column)
-    loaded = load_model(model, labels, revision=revision).to(state.device)
+    device = "cpu" if state.device.type == "mps" else state.device  # which has no float64
+    loaded = load_model(model, labels, revision=revision).to(device)
     if target is not None or others is not None:
         columns = {"image_column": image_column, "label_column": label_column}
         processor = load_processor(model, image_size, revision)

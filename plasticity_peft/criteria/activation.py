@@ -31,13 +31,14 @@ class ActivationProtocol:
         images = len(next(iter(both.values())))
         outputs: dict[str, torch.Tensor] = {}
         inputs: dict[str, torch.Tensor] = {}
-        last: list[tuple[torch.Tensor, torch.Tensor]] = []
+        last: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
         def distance(tokens: torch.Tensor) -> torch.Tensor:
-            # What one component returns is often what the next one gets.
-            if not (last and last[0][0] is tokens):
-                last[:] = [(tokens, self._distance(per_image(tokens, images)))]
-            return last[0][1]
+            # What one component returns is often what the next one gets, unless it was changed in place (ReLU).
+            version = -1 if tokens.is_inference() else tokens._version
+            if not (last and last[0][0] is tokens and last[0][1] == version >= 0):
+                last[:] = [(tokens, version, self._distance(per_image(tokens, images)))]
+            return last[0][2]
 
         def reduce(name: str, call: Call, output: Any) -> None:
             inputs[name] = distance(call.tokens)

@@ -12,12 +12,13 @@ import torch
 
 from plasticity_peft.criteria.distances import euclidean
 from plasticity_peft.criteria.rate_of_change import RateOfChange
+from plasticity_peft.precision import precise
 
 
 def relative(pairs: torch.Tensor) -> torch.Tensor:
     """Returns d(x, y) of each pair, float64 of shape (pairs,), for a batch that holds all x and then all y."""
-    precise = pairs.flatten(1).to(torch.promote_types(pairs.dtype, torch.float32))
-    x, y = torch.linalg.vector_norm(precise, dim=1).double().chunk(2)
+    tokens = pairs.flatten(1).to(precise(pairs.dtype))
+    x, y = torch.linalg.vector_norm(tokens, dim=1).double().chunk(2)
     distances: torch.Tensor = 2 * euclidean(pairs) / (x + y).clamp_min(torch.finfo(torch.float64).tiny)
     return distances
 
