@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from plasticity_peft.base_modules import main_input, uncompiled, unwrap, walk
 from plasticity_peft.components import KINDS, Component
@@ -158,7 +159,7 @@ def _takes_images_alone(model: nn.Module) -> bool:
 
 
 def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
-    """Returns the direct children of the model, outside its backbone, that hold weights.
+    """Returns the children of the model, outside its backbone, that hold weights; also of a model that it wraps.
 
     In transformers, only the classes that are *for* a task have a head: `...ForImageClassification`.
     """
@@ -166,11 +167,16 @@ def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
         return ()
     children = dict(model.named_children())
     prefix = getattr(model, "base_model_prefix", "")
-    part = backbone.partition(".")[0] or (prefix if prefix in children else "")
+    part, _, below = backbone.partition(".")
+    part = part or (prefix if prefix in children else "")
     if not part:
         return ()
-    return tuple(
-        name
-        for name, child in children.items()
-        if name != part and any(parameter_count(module) for _, module in walk(child))
-    )
+    beside = [name for name, child in children.items() if name != part and holds_weights(child)]
+    if isinstance(children[part], PreTrainedModel):  # a module of the user's around a whole model
+        beside += [f"{part}.{head}" for head in _find_heads(children[part], below)]
+    return tuple(beside)
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Returns whether there are weights in a module, adapters not counted."""
+    return any(parameter_count(part) for _, part in walk(module))

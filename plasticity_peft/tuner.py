@@ -14,6 +14,7 @@ The only file that touches private parts of PEFT. What it relies on:
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,7 +27,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, find_architecture, weights_of
+from plasticity_peft.architectures import Architecture, find_architecture, holds_weights, weights_of
 from plasticity_peft.base_modules import walk
 from plasticity_peft.components import Component
 from plasticity_peft.config import PEFT_TYPE, PlasticityConfig
@@ -54,6 +55,8 @@ class PlasticityModel(LoraModel):
         try:
             if isinstance(config, PlasticityConfig) and config.selection is None:
                 _choose(model, config)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                _check_switchable(model, getattr(config, "modules_to_save", None) or ())
             with restored_on_failure(model):
                 super().inject_adapter(model, adapter_name, *args, **kwargs)
                 if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
@@ -81,6 +84,7 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
         super().__init__()
         self._model = [model]  # in a list, so that the model does not become its own child
         self._active_adapter = [adapter_name]
+        self._disable_adapters = False
         self.merged_adapters = []
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -101,6 +105,8 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
     linears, others = _split(architecture.components, selection.components, config.training)
+    if not architecture.heads and not config.modules_to_save:
+        _tell_of_frozen(model, architecture)
     _check_free(model, linears, others)
     _check_only(model, linears, [*others, *architecture.heads])
     config.resolve(
@@ -209,6 +215,41 @@ def _check_free(model: nn.Module, linears: list[str], others: list[str]) -> None
                     f'Another adapter of this model trains {path} with training="{held}", and PEFT cannot hold both '
                     f'modes on one module: use training="{held}" here too, or merge or unload that adapter first.'
                 )
+
+
+def _check_switchable(model: nn.Module, modules_to_save: Iterable[str]) -> None:
+    """Raises ConfigError where transformers could not switch between this adapter and those that the model has.
+
+    Its `set_adapter`, unlike that of a PeftModel, takes for granted that every adapter holds every module that any of
+    them trains in full.
+    """
+    held = {path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    saved = tuple(modules_to_save)
+    other = [path for path in held if not path.endswith(saved)]
+    other += [name for name in saved if not any(path.endswith(name) for path in held)]
+    if held and other:
+        raise ConfigError(
+            f"Of this adapter and one that the model has, only one trains {min(other)} in full. transformers' "
+            "add_adapter cannot switch between such adapters. Choose the same components, or make a PeftModel, which "
+            "can: get_peft_model(model, config), then model.add_adapter(name, config)."
+        )
+
+
+def _tell_of_frozen(model: nn.Module, architecture: Architecture) -> None:
+    """Warns of weights beside the backbone that stay as they are, in a class that is not of transformers.
+
+    In those of transformers, whose heads are known, they are the other towers of a bigger model.
+    """
+    backbone = f"{architecture.backbone}."
+    frozen = [name for name, child in model.named_children() if holds_weights(child)]
+    frozen = [name for name in frozen if not backbone.startswith(f"{name}.")]
+    if frozen and architecture.backbone and not type(model).__module__.startswith("transformers."):
+        warnings.warn(
+            f"No head was found in {type(model).__name__}, whose forward does not take pixel_values alone. What lies "
+            f"beside its vision transformer stays frozen and is not saved: {', '.join(frozen)}. Name in "
+            "modules_to_save what should train.",
+            stacklevel=2,
+        )
 
 
 def _check_only(model: nn.Module, linears: list[str], modules_to_save: list[str]) -> None:

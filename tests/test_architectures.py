@@ -16,7 +16,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from plasticity_peft import find_components
+from plasticity_peft import PlasticityConfig, find_components
 from plasticity_peft.architectures import find_architecture
 from plasticity_peft.components import KINDS
 from plasticity_peft.errors import ModelError
@@ -124,3 +124,44 @@ def test_two_stacks_of_blocks_are_refused() -> None:
         ModelError, match=r"holds 2 vision transformers. Say which one with backbone=, one of 'vit', 'other'"
     ):
         find_components(model)
+
+
+class Wrapped(nn.Module):
+    """A model of the user's around a whole one of transformers, with a layer of its own beside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = tiny_model()
+        self.scale = nn.Linear(3, 3)
+
+    def forward(self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        return self.scale(self.net(pixel_values=pixel_values).logits)
+
+
+class OwnHead(nn.Module):
+    """A backbone with a head of the user's, whose images have a name of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = backbone()
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(pixel_values=x).last_hidden_state[:, 0])
+
+
+def test_the_head_of_a_wrapped_model_is_found_too() -> None:
+    assert find_architecture(Wrapped()).heads == ("scale", "net.classifier")
+    model = get_peft_model(Wrapped(), PlasticityConfig(criterion="bound", r=2))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".")[2] for name in trained if "lora" not in name} == {"scale", "net"}
+    assert any("net.classifier" in name for name in trained)
+
+
+def test_a_head_that_is_not_found_is_not_passed_over_in_silence() -> None:
+    with pytest.warns(
+        UserWarning, match=r"No head was found in OwnHead.* stays frozen.*: head\. Name in modules_to_save"
+    ):
+        get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2))
+    model = get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2, modules_to_save=["head"]))
+    assert any("head" in name for name, parameter in model.named_parameters() if parameter.requires_grad)

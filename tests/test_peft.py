@@ -15,7 +15,9 @@ from torch import nn
 from transformers import AutoModelForImageClassification, PreTrainedModel, ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
+from plasticity_peft.errors import ConfigError
 from tests.conftest import ARCHITECTURES, backbone, random_images, tiny_model
+from tests.snapshots import assert_same, snapshot
 from tests.stock import run_stock
 
 MODES = ("lora", "full")
@@ -282,6 +284,16 @@ def test_transformers_switches_between_two_adapters(vit: PreTrainedModel, traini
         vit.set_adapter(name)
         assert vit.active_adapters() in (name, [name])
         torch.testing.assert_close(logits(vit), outputs[name])
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")  # PEFT says so of any second adapter
+def test_adapters_that_transformers_could_not_switch_between_are_refused(vit: PreTrainedModel) -> None:
+    vit.add_adapter(config(training="full", candidates="FC1"), adapter_name="first")
+    before = snapshot(vit)
+    with pytest.raises(ConfigError, match=r"only one trains .*(fc1|fc2|dense) in full.*make a PeftModel"):
+        vit.add_adapter(config(training="full", candidates="FC2"), adapter_name="second")
+    assert_same(before, snapshot(vit))
+    vit.set_adapter("first")
 
 
 def test_a_failing_add_adapter_leaves_a_model_that_takes_one(vit: PreTrainedModel) -> None:
