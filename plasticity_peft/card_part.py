@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from plasticity_peft.adapter_options import readable
 from plasticity_peft.components import MATRIX_KINDS
 from plasticity_peft.plotting import MOST_UNITS
 from plasticity_peft.results import Results
@@ -46,7 +47,7 @@ def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         facts=[(name, _cell(value)) for name, value in _facts(adapter) if value],
         results=[row for one in adapter.results for row in _result_rows(one)],
         stock_snippet=stock_snippet(adapter),
-        own_snippet=own_snippet(adapter),
+        own_snippet=own_snippet(adapter) if readable(adapter.options) else "",
         labels=_labels(adapter.id2label or {}) if adapter.classifies_images else "",
     )
     return card

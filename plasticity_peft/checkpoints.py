@@ -85,8 +85,10 @@ def _step(checkpoint: Path) -> int:
 
 def _check_json(path: Path) -> None:
     values = json.loads(path.read_text(encoding="utf-8"))
-    if path.name == STATE_NAME and values["global_step"] != _step(path.parent):
-        raise ValueError(f"it was written at step {values['global_step']}")
+    if path.name == STATE_NAME:
+        step = values.get("global_step") if isinstance(values, dict) else None
+        if step != _step(path.parent):
+            raise ValueError(f"it was written at step {step}")
     if path.name == REPORT_NAME:
         PlasticityReport.from_dict(values)
 

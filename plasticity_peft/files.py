@@ -64,7 +64,7 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         FileError: it cannot be written; the message tells why. What was at `path` is as it was.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f"_{path.name}.{secrets.token_hex(4)}")  # Trainer publishes nothing with that "_"
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -98,7 +98,7 @@ def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[P
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-", ignore_cleanup_errors=True) as temporary:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="_unfinished-", ignore_cleanup_errors=True) as temporary:
         yield Path(temporary)
         written = sorted(
             (path for path in Path(temporary).rglob("*") if path.is_file()), key=lambda path: path.name == last

@@ -382,6 +382,14 @@ def test_a_card_that_fails_costs_no_training_and_is_no_secret(
     assert "missing.md" in record.getMessage()
 
 
+def test_what_load_adapter_does_not_read_is_not_said_to_load_with_it(cache: Path, tmp_path: Path) -> None:
+    adapted(cache, "lora", bias="lora_only").save_pretrained(tmp_path)
+    assert "load_pretrained" not in (tmp_path / "README.md").read_text()
+    assert "PeftModel.from_pretrained(base, adapter)" in (tmp_path / "README.md").read_text()
+    with pytest.raises(AdapterError, match="bias='lora_only' is not supported by load_adapter"):
+        load_adapter(base_of(cache, "lora"), tmp_path)
+
+
 HOSTILE = {0: "a|b", 1: "x\n```\n# y", 2: "<!-- plasticity_peft: end default -->", 3: "'\"\\`"}
 
 

@@ -158,6 +158,14 @@ def test_a_damaged_checkpoint_is_left_out(damage: str, trained: Path, tmp_path: 
         shutil.rmtree(out)
 
 
+@pytest.mark.parametrize("text", ["{}", "[]", "null", '{"global_step": "12"}'])
+def test_a_state_that_says_no_step_is_left_out(text: str, trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    (out / "checkpoint-12" / "trainer_state.json").write_text(text)
+    assert last_whole_checkpoint(out) == out / "checkpoint-6"
+
+
 def test_the_checkpoint_that_was_written_last_counts(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(trained, out)
@@ -212,7 +220,7 @@ def test_the_config_comes_last(adapter: Path, monkeypatch: pytest.MonkeyPatch) -
     get_peft_model(tiny_model(), PlasticityConfig(criterion="bound")).save_pretrained(adapter)
     assert order[-1] == "adapter_config.json"
     assert "plasticity.json" in order
-    assert not list(adapter.glob(".*"))
+    assert not [*adapter.glob(".*"), *adapter.glob("_*")]
 
 
 @pytest.mark.parametrize("stage", ["first", "second", "moving"])
