@@ -50,8 +50,9 @@ from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.errors import DataError
 from plasticity_peft.files import replaced_when_whole
-from plasticity_peft.image_datasets import load_image_dataset
+from plasticity_peft.image_datasets import choose_split, load_image_dataset
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
@@ -211,11 +212,47 @@ def digits() -> Dataset:
     return Dataset.from_dict({"image": images, "label": bunch.target}, features=features, info=info)
 
 
+def with_named_labels(dataset: DatasetDict, data: DataArguments) -> DatasetDict:
+    """Returns the dataset with labels that are numbered and named alike in all splits.
+
+    Raises:
+        DataError: there is no split for training, or a split lacks the column of the images or of the labels.
+    """
+    name, column = data.dataset_name or "digits", data.label_column
+    choose_split(dataset, "train", name)
+    parts = {part: dataset[part] for part in ("train", "validation", "test") if part in dataset}
+    for part, images in parts.items():
+        for needed in (data.image_column, column):
+            if needed not in images.features:
+                raise DataError(
+                    f"The {part} split of the dataset {name} has no column {needed!r}. It has: "
+                    f"{', '.join(map(repr, images.features))}. Give --image_column and --label_column."
+                )
+    features = [images.features[column] for images in parts.values()]
+    if isinstance(features[0], ClassLabel) and all(one == features[0] for one in features):
+        return DatasetDict(parts)
+    values = [
+        [one.int2str(value) if isinstance(one, ClassLabel) else value for value in images.unique(column)]
+        for one, images in zip(features, parts.values(), strict=True)
+    ]
+    labels = ClassLabel(names=[str(value) for value in sorted({value for found in values for value in found})])
+
+    def numbered(images: Dataset) -> Dataset:
+        old = images.features[column]
+        texts = old.int2str if isinstance(old, ClassLabel) else (lambda found: [str(value) for value in found])
+        return images.map(
+            lambda batch: {column: labels.str2int(texts(batch[column]))},
+            batched=True,
+            features=Features({**images.features, column: labels}),
+        )
+
+    return DatasetDict({part: numbered(images) for part, images in parts.items()})
+
+
 def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
     """Returns train, validation and test splits; those that the dataset lacks are cut from its training images."""
+    dataset = with_named_labels(dataset, data)
     train = dataset["train"]
-    if not isinstance(train.features[data.label_column], ClassLabel):
-        train = train.class_encode_column(data.label_column)
     parts = {"validation": dataset.get("validation"), "test": dataset.get("test")}
     for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if parts[name] is None:
@@ -369,7 +406,7 @@ def load_splits(
         splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in parts.items()}
         splits["target"] = parts["train"].with_transform(plain)
         if source_name is not None:
-            splits["source"] = load_images(source_name)["train"].with_transform(plain)
+            splits["source"] = choose_split(load_images(source_name), "train", source_name).with_transform(plain)
     return splits, parts["train"].features[data.label_column].names
 
 

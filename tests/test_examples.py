@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
+from datasets import ClassLabel, Dataset, DatasetDict
 from peft import PeftModel
 from PIL import Image
 from pyarrow import parquet
@@ -21,6 +22,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from plasticity_peft import PlasticityReport
+from plasticity_peft.errors import DataError
 from tests.conftest import REPOSITORY
 
 TRAIN = REPOSITORY / "examples" / "train.py"
@@ -238,3 +240,39 @@ def test_pretraining_gives_the_same_weights_twice(tmp_path: Path) -> None:
     tables = [parquet.read_table(path) for path in (tmp_path / "first" / "data" / committed.name, committed)]
     assert tables[0].equals(tables[1])
     assert len(tables[0]) == 512
+
+
+def test_labels_are_numbered_alike_in_all_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    train = load_example("train")
+    data = train.DataArguments(dataset_name="pets")
+    image = Image.new("RGB", (4, 4))
+
+    def parts(first: list, second: list) -> DatasetDict:
+        both = {"train": first * 8, "test": second * 8}
+        return DatasetDict(
+            {n: Dataset.from_dict({"image": [image] * len(labels), "label": labels}) for n, labels in both.items()}
+        )
+
+    for first, second, names in (
+        ([1, 2, 10], [2, 10], ["1", "2", "10"]),
+        (["dog", "cat"], ["cat", "owl"], ["cat", "dog", "owl"]),
+    ):
+        found = train.split(parts(first, second), data, seed=0)
+        assert set(found) == {"train", "validation", "test"}
+        for name, expected in (("train", first), ("validation", first), ("test", second)):
+            feature = found[name].features["label"]
+            assert feature.names == names
+            assert {feature.int2str(label) for label in found[name]["label"]} == {str(one) for one in expected}
+    named = parts([0, 1], [1, 0]).cast_column("label", ClassLabel(names=["cat", "dog"]))
+    swapped = DatasetDict(
+        train=named["train"], test=named["test"].cast_column("label", ClassLabel(names=["dog", "cat"]))
+    )
+    test = train.split(swapped, data, seed=0)["test"]
+    assert [test.features["label"].int2str(label) for label in test["label"]] == ["cat", "dog"] * 8
+
+    data.label_column = "breed"
+    with pytest.raises(DataError, match=r"The train split of the dataset pets has no column 'breed'.*--label_column"):
+        train.split(named, data, seed=0)
+    with pytest.raises(DataError, match="The dataset pets has no split 'train'"):
+        train.split(DatasetDict(test=named["test"]), data, seed=0)
