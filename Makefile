@@ -10,13 +10,10 @@ demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no networ
 	$(BIN)/python examples/train.py
 
 test: $(VENV)/.test  ## all tests but those that take minutes, which `.venv/bin/pytest -m slow` runs
-	$(BIN)/python -m pytest -n 2 $(EXCEPT:%=--ignore=tests/test_%.py)
+	$(BIN)/python -m pytest -n 2
 
-# The same on the lowest supported version of every dependency, in an environment of its own; without the tests of what
-# is ours alone: statistics, pictures, numbers, and readers of damaged files.
-test-lowest:
-	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt \
-		EXCEPT="settling moments report plotting numbers fuzz properties hostile_adapters"
+test-lowest:  ## the same on the lowest supported version of every dependency, in an environment of its own
+	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt
 
 matrix: $(VENV)/.quality  ## all tests on every supported set of versions, see noxfile.py: hours, and a CUDA torch each
 	$(BIN)/nox

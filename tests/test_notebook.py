@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import REPOSITORY
+from tests.deprecations import IN_OTHER_PROCESSES
 
 nbclient = pytest.importorskip("nbclient")
 nbformat = pytest.importorskip("nbformat")
@@ -49,6 +50,10 @@ def executed() -> Any:
         patch.setenv("PYTHONPATH", str(REPOSITORY))
         patch.setenv("HF_HUB_OFFLINE", "1")
         patch.setenv("OMP_NUM_THREADS", "1")
+        # The kernel itself does so, under Python 3.13.
+        patch.setenv(
+            "PYTHONWARNINGS", f"{IN_OTHER_PROCESSES},ignore:There is no current event loop:DeprecationWarning"
+        )
         resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
         nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
     return notebook

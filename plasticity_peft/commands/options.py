@@ -46,6 +46,9 @@ Report = Annotated[
     str, typer.Argument(help="A report file, the folder of an adapter, or an adapter on the Hub (user/repo).")
 ]
 Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit on the Hub.")]
+ModelRevision = Annotated[
+    str | None, typer.Option("--model_revision", help="Branch, tag or commit of --model on the Hub.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Picture = Annotated[
     Path | None, typer.Option("--plot", help="Write a picture of the scores (.png, .pdf, .svg); needs matplotlib.")

@@ -52,6 +52,7 @@ def select(
         ),
     ] = None,
     format: Annotated[str, options.one_of("--format", ("yaml", "json"), "How the config is printed.")] = "yaml",
+    model_revision: options.ModelRevision = None,
     revision: options.Revision = None,
 ) -> None:
     """Prints the LoraConfig of the best components of a report, for a script that needs only PEFT.
@@ -64,7 +65,7 @@ def select(
     components: tuple[Component, ...] = found.scores
     heads = options.several(head)
     if model is not None:
-        architecture = find_architecture(blank_model(model), backbone)
+        architecture = find_architecture(blank_model(model, model_revision), backbone)
         found.check_matches(architecture.model_type, architecture.components)
         components, heads = architecture.components, (*architecture.heads, *heads)
     if not heads:
