@@ -1,7 +1,7 @@
 """The versions that are supported, each run by one command: `nox`, or `make matrix`.
 
 `nox --list` shows the environments, `nox -s "tests(newest-3.13)"` runs one. An interpreter that is not on the PATH is
-skipped, with a word. Arguments after `--` go to pytest in the place of `-n 2`.
+fetched where uv can, and else skipped, with a word. Arguments after `--` go to pytest in the place of `-n 2`.
 """
 
 from __future__ import annotations
