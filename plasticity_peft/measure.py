@@ -136,16 +136,8 @@ def measure_plasticity(
     _check_device(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
-    choice = choice_of(
-        architecture.components,
-        architecture.parameters,
-        top_k,
-        budget,
-        granularity=granularity,
-        candidates=candidates,
-        training=training,
-        **lora,
-    )
+    cut = {"granularity": granularity, "candidates": candidates, "training": training, **lora}
+    choice = choice_of(architecture.components, architecture.parameters, top_k, budget, **cut)
     # What reads only weights gives the same in every process: there is nothing to merge.
     share = Share(0, 1) if rule.observed == "weights" else this_process()
     ready: list[_Ready] = []
@@ -174,11 +166,7 @@ def measure_plasticity(
             seen = Seen(table.moments(values), skipped=0)
         else:
             seen = observe_until_settled(at.observe, table, at.probe, share, stop_early=settle is not None)
-            if seen.moments.count < 2:
-                raise DataError(
-                    f"Only {seen.moments.count} of {seen.moments.count + seen.skipped} pairs have a rate of change; "
-                    "in the others a component gets the same input for both images. Give images that differ."
-                )
+            _check_enough(seen)
     ending = None
     if settle is not None and rule.observed != "weights":
         chosen = choice.chosen(table.ranking(seen.moments))
@@ -207,6 +195,16 @@ class _Ready(NamedTuple):
 
 def _number_of_looks(rule: Criterion, planned: int) -> int:
     return 1 if rule.observed == "weights" else len(looks(planned, rule.observed))
+
+
+def _check_enough(seen: Seen) -> None:
+    """Raises DataError where there are too few pairs to tell how far they spread."""
+    count = seen.moments.count
+    if count < 2:
+        raise DataError(
+            f"Only {count} of {count + seen.skipped} pairs have a rate of change; in the others a component gets the "
+            "same input for both images. Give images that differ."
+        )
 
 
 def _spread(model: nn.Module, architecture: Architecture, example: Inputs) -> float:
