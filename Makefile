@@ -10,7 +10,7 @@ demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no networ
 	$(BIN)/python examples/train.py
 
 test: $(VENV)/.test  ## all tests but those that take minutes, which `.venv/bin/pytest -m slow` runs
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-lowest:  ## the same on the lowest supported version of every dependency, in an environment of its own
 	$(MAKE) test VENV=.venv-lowest CONSTRAINTS=constraints-lowest.txt

@@ -1,7 +1,8 @@
 """The versions that are supported, each run by one command: `nox`, or `make matrix`.
 
 `nox --list` shows the environments, `nox -s "tests(newest-3.13)"` runs one. An interpreter that is not on the PATH is
-fetched where uv can, and else skipped, with a word. Arguments after `--` go to pytest in the place of `-n 2`.
+fetched where uv can, and else skipped, with a word. Arguments after `--` go to pytest in the place of `-n 2 --dist
+worksteal`.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def tests(session: nox.Session, versions: str) -> None:
     session.install(*options, "-e", ".[test]")
     pip = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
     session.run(*pip, "check")
-    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2"]))
+    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
 
 
 def constraints(session: nox.Session, file: str, instead: dict[str, str]) -> Path:
