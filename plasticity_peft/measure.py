@@ -133,9 +133,9 @@ def measure_plasticity(
     dtype = check_dtype(dtype)
     check_target(rule, target)
     model = uncompiled(model)
-    _check_device(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
+    _check_device(model)
     cut = {"granularity": granularity, "candidates": candidates, "training": training, **lora}
     choice = choice_of(architecture.components, architecture.parameters, top_k, budget, **cut)
     # What reads only weights gives the same in every process: there is nothing to merge.
