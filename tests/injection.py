@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+LEFT_EARLY = ("<genexpr>", "walk", "_deal")
+"""Generators that are left early (`any`, `next`, `islice`), and then resumed to be closed: no exception can leave that."""
+
 
 class InjectedError(Exception):
     """What is raised at the chosen call."""
@@ -31,8 +34,7 @@ class Injection:
         code = frame.f_code
         wanted = self._known.get(code)
         if wanted is None:
-            # A generator expression is also resumed to be closed, where no exception can leave it.
-            wanted = code.co_name != "<genexpr>" and any(part in code.co_filename for part in self.parts)
+            wanted = code.co_name not in LEFT_EARLY and any(part in code.co_filename for part in self.parts)
             self._known[code] = wanted
         if not wanted:
             return
