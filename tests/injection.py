@@ -12,7 +12,7 @@ from types import FrameType
 from typing import Any
 
 LEFT_EARLY = ("<genexpr>", "walk", "_deal")
-"""Generators that are left early (`any`, `next`, `islice`), and then resumed to be closed: no exception can leave that."""
+"""Generators that are left early, and then resumed to be closed: no exception can leave them then."""
 
 
 class InjectedError(Exception):
