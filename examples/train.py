@@ -231,21 +231,20 @@ def with_named_labels(dataset: DatasetDict, data: DataArguments) -> DatasetDict:
     features = [images.features[column] for images in parts.values()]
     if isinstance(features[0], ClassLabel) and all(one == features[0] for one in features):
         return DatasetDict(parts)
-    values = [
-        [one.int2str(value) if isinstance(one, ClassLabel) else value for value in images.unique(column)]
-        for one, images in zip(features, parts.values(), strict=True)
-    ]
-    labels = ClassLabel(names=[str(value) for value in sorted({value for found in values for value in found})])
+
+    def named(images: Dataset, values: list) -> list:
+        feature = images.features[column]
+        return feature.int2str(values) if isinstance(feature, ClassLabel) else values
 
     def numbered(images: Dataset) -> Dataset:
-        old = images.features[column]
-        texts = old.int2str if isinstance(old, ClassLabel) else (lambda found: [str(value) for value in found])
         return images.map(
-            lambda batch: {column: labels.str2int(texts(batch[column]))},
+            lambda batch: {column: labels.str2int([str(value) for value in named(images, batch[column])])},
             batched=True,
             features=Features({**images.features, column: labels}),
         )
 
+    values = {value for images in parts.values() for value in named(images, images.unique(column))}
+    labels = ClassLabel(names=[str(value) for value in sorted(values)])
     return DatasetDict({part: numbered(images) for part, images in parts.items()})
 
 

@@ -38,8 +38,10 @@ def read_description(source: str, revision: str | None = None) -> AdapterDescrip
     path: Path | None = Path(source)
     if not _names_a_file(source):
         path = find_file(source, REPORT_NAME, ReportError, revision=revision)
-    values = {} if path is None else read_json(path)
-    return AdapterDescription.from_file(values, path.name) if path is not None and KEY in values else None
+    if path is None:
+        return None
+    values = read_json(path)
+    return AdapterDescription.from_file(values, path.name) if KEY in values else None
 
 
 def _names_a_file(source: str) -> bool:
