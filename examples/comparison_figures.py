@@ -10,7 +10,7 @@ import matplotlib as mpl
 from comparison import KINDS, Comparison, rank_correlation
 from matplotlib.ticker import NullLocator
 
-from plasticity_peft.plotting import COLOURS, MARKERS, STYLES
+from plasticity_peft.report.plotting import COLOURS, MARKERS, STYLES
 
 SHOWN = ("parameter_plasticity", "rate_of_change-embedding")
 """The default criterion and the paper's."""

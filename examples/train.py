@@ -52,7 +52,7 @@ from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.errors import DataError
 from plasticity_peft.files import replaced_when_whole
-from plasticity_peft.image_datasets import choose_split, load_image_dataset
+from plasticity_peft.images.datasets import choose_split, load_image_dataset
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"

@@ -1,6 +1,6 @@
 """`python -m plasticity_peft`, and `accelerate launch -m plasticity_peft`."""
 
-from plasticity_peft.cli import main
+from plasticity_peft.cli.app import main
 
 if __name__ == "__main__":
     main()

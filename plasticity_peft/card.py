@@ -18,14 +18,14 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers.utils import logging
 
-from plasticity_peft.card_part import comment, eval_results_of, part_of
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import write_bytes, write_text
-from plasticity_peft.plotting import png
-from plasticity_peft.report import PlasticityReport
-from plasticity_peft.results import add_results, digest_in, read_results, results_of
-from plasticity_peft.selection import Selection
-from plasticity_peft.trained import TrainedAdapter, is_hub_id
+from plasticity_peft.report.plotting import png
+from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.selection import Selection
+from plasticity_peft.saved.card_section import comment, eval_results_of, part_of
+from plasticity_peft.saved.results import add_results, digest_in, read_results, results_of
+from plasticity_peft.saved.trained import TrainedAdapter, is_hub_id
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

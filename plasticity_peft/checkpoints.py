@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from plasticity_peft.hub import REPORT_NAME
-from plasticity_peft.report import PlasticityReport
+from plasticity_peft.report.report import PlasticityReport
 
 logger = logging.get_logger(f"transformers.{__name__}")
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from itertools import islice
 
-from plasticity_peft.components import KINDS
+from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
 
 GRANULARITIES = ("kind", "block")

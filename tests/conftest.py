@@ -7,7 +7,7 @@ import os
 # Before any library looks: no test may reach for the network.
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-from tests.deprecations import IN_OTHER_PROCESSES, no_deprecation_is_logged  # noqa: F401
+from tests.support.deprecations import IN_OTHER_PROCESSES, no_deprecation_is_logged  # noqa: F401
 
 os.environ["PYTHONWARNINGS"] = IN_OTHER_PROCESSES
 

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import HfArgumentParser, ViTModel
 
-from plasticity_peft.architectures import Architecture, find_architecture
-from plasticity_peft.calls import block_input, first_tensor
-from plasticity_peft.criteria.distances import Distances
+from plasticity_peft.components.architecture import Architecture, find_architecture
+from plasticity_peft.components.calls import block_input, first_tensor
+from plasticity_peft.criteria.protocols.distances import Distances
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
-from plasticity_peft.images import Inputs
-from plasticity_peft.pairs import join
+from plasticity_peft.images.indexed import Inputs
+from plasticity_peft.images.pairs import join
 
 
 @dataclass

@@ -17,12 +17,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, matrices, weights_of
-from plasticity_peft.calls import block_input, why_unlike
-from plasticity_peft.components import Component
+from plasticity_peft.components.architecture import Architecture, matrices, weights_of
+from plasticity_peft.components.calls import block_input, why_unlike
+from plasticity_peft.components.component import Component
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.errors import ModelError
-from plasticity_peft.probe import Probe
+from plasticity_peft.images.sampler import Probe
 
 
 class Bound(Criterion):

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
+from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.probe import Probe
+from plasticity_peft.images.sampler import Probe
 
 
 class Random(Criterion):

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture, matrices
+from plasticity_peft.components.architecture import Architecture, matrices
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.probe import Probe
+from plasticity_peft.images.sampler import Probe
 
 EPSILON = 1e-8
 

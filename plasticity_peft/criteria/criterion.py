@@ -12,8 +12,8 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
-from plasticity_peft.probe import Probe
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.images.sampler import Probe
 
 
 class Observations(NamedTuple):

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from plasticity_peft.architectures import Architecture, matrices
-from plasticity_peft.calls import Call, hooked, run
+from plasticity_peft.components.architecture import Architecture, matrices
+from plasticity_peft.components.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.precision import full_precision
-from plasticity_peft.probe import ImageBatch, Probe
+from plasticity_peft.criteria.precision import full_precision
+from plasticity_peft.images.sampler import ImageBatch, Probe
 
 
 class FeatureNorm(Criterion):

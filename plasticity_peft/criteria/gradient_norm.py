@@ -14,13 +14,13 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
-from plasticity_peft.calls import run
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import run
 from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.criteria.gradients import differentiable, squared_norms
 from plasticity_peft.errors import DataError, ModelError
-from plasticity_peft.gradients import differentiable, squared_norms
-from plasticity_peft.images import Inputs
-from plasticity_peft.probe import ImageBatch, Probe
+from plasticity_peft.images.indexed import Inputs
+from plasticity_peft.images.sampler import ImageBatch, Probe
 
 
 class GradientNorm(Criterion):

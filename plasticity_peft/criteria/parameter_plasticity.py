@@ -20,13 +20,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
-from plasticity_peft.calls import Call, hooked, run
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ModelError
-from plasticity_peft.gradients import GradientsByImage
-from plasticity_peft.images import Inputs
-from plasticity_peft.probe import ImageBatch, Probe
+from plasticity_peft.images.indexed import Inputs
+from plasticity_peft.images.sampler import ImageBatch, Probe
 
 
 class ParameterPlasticity(Criterion):

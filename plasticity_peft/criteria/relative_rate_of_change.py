@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import torch
 
-from plasticity_peft.criteria.distances import euclidean
+from plasticity_peft.criteria.precision import precise
+from plasticity_peft.criteria.protocols.distances import euclidean
 from plasticity_peft.criteria.rate_of_change import RateOfChange
-from plasticity_peft.precision import precise
 
 
 def relative(pairs: torch.Tensor) -> torch.Tensor:

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from plasticity_peft.architectures import Architecture
-from plasticity_peft.calls import Call, block_input
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import Call, block_input
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS, ratios
 from plasticity_peft.errors import ModelError
-from plasticity_peft.probe import ImageBatch, Probe
+from plasticity_peft.images.sampler import ImageBatch, Probe
 
 
 class TokenSensitivity(Criterion):

@@ -1,0 +1,186 @@
+"""Plasticity beside the loss: the Trainer's loggers get the ranking, the selection, and how the scores move."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.model import merged_copy
+from plasticity_peft.checks import check_count
+from plasticity_peft.errors import ConfigError
+from plasticity_peft.measuring.measure import measure_plasticity
+from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.selection import Selection, lora_parameters
+
+TAKE_TEXT = {"tensorboard", "wandb"}
+"""Integrations of the Trainer that take text; the others warn of all that is no number."""
+
+
+class PlasticityCallback(TrainerCallback):
+    """Writes the ranking and the selection to the Trainer's loggers, and measures again every n epochs if asked to.
+
+    It logs through `Trainer.log`, so that every integration in `report_to`, the progress bar and the log history get
+    it. A callback is not told which Trainer calls it: it is given the Trainer, and added with `add_callback`.
+
+    When training begins it writes, for every kind (and, with granularity="block", every component), `plasticity/MHA`,
+    `plasticity/standard_error/MHA`, `plasticity/rank/MHA` and `plasticity/selected/MHA`, which is 1 for what is
+    trained; TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores are measured
+    again at the end of every so many epochs, under the same names. `reports` holds what was measured, by epoch.
+
+    What is measured again is a merged copy of the model: the components with what the adapters have learnt so far in
+    their weights, as they would be published. Training is not touched: weights, random numbers and losses are those
+    of a run without the callback. The copy takes the memory of the model once more while it is measured. Under
+    several processes all take part.
+
+    Args:
+        trainer: the Trainer that it is added to.
+        target_data: images to measure on, as in `measure_plasticity`, without augmentation; needed with `every`.
+        source_data: the other half of each pair, as in `measure_plasticity`.
+        every: how many epochs lie between measurements; None measures nothing in training.
+        measuring: arguments of `measure_plasticity`; what is not given is as the PlasticityConfig of the model says,
+            so that the scores can be compared.
+
+    Raises:
+        ConfigError: `every` without images, or images without `every`, or an argument that measuring does not have;
+            when training begins, a model without an adapter of a PlasticityConfig where nothing is measured, or
+            weights that DeepSpeed or FSDP has spread over processes where something is.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
+        >>> from plasticity_peft import PlasticityConfig
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=8, patch_size=4)
+        >>> images = torch.rand(8, 3, 8, 8)
+        >>> model = get_peft_model(ViTForImageClassification(config), PlasticityConfig(target_data=images))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     arguments = TrainingArguments(folder, report_to="none", use_cpu=True)
+        ...     trainer = Trainer(model, arguments, train_dataset=[{"pixel_values": x, "labels": 0} for x in images])
+        ...     trainer.add_callback(PlasticityCallback(trainer, images, every=2))
+    """
+
+    def __init__(
+        self,
+        trainer: Any,  # a transformers.Trainer, whose import is slow
+        target_data: Any = None,
+        source_data: Any = None,
+        *,
+        every: int | None = None,
+        **measuring: Any,
+    ) -> None:
+        if every is not None:
+            check_count("every", every, 1)
+        images = target_data is not None or source_data is not None or bool(measuring)
+        if (every is None and images) or (every is not None and target_data is None):
+            raise ConfigError(
+                "To measure again in training, give target_data, the images, and every, the number of epochs between. "
+                f"Got every={every!r} and {'no ' if target_data is None else ''}target_data."
+            )
+        allowed = [
+            name
+            for function in (measure_plasticity, lora_parameters)
+            for name, parameter in inspect.signature(function).parameters.items()
+            if parameter.kind is parameter.KEYWORD_ONLY
+        ]
+        if set(measuring) - set(allowed):
+            raise ConfigError(f"Measuring takes {', '.join(allowed)}. Got {', '.join(sorted(measuring))}.")
+        self.trainer, self.every = trainer, every
+        self.reports: dict[float, PlasticityReport] = {}
+        """What was measured, by the epoch at whose end it was; 0.0 is the beginning."""
+        self._images, self._measuring = (target_data, source_data), measuring
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Writes what was measured and chosen before training; not again where training is resumed."""
+        model, config = kwargs["model"], _config_of(kwargs["model"])
+        if self.every is not None:
+            self._check_whole()
+        elif config is None:
+            raise ConfigError(
+                "The model has no active adapter of a PlasticityConfig, and there is nothing to report. Give "
+                "target_data and every to measure in training."
+            )
+        if state.global_step:
+            return  # resumed: it was written when training began
+        if config is None:
+            self._report(self._measure(model), None, args, state, control)
+        elif isinstance(config.report, PlasticityReport):
+            self._report(config.report, config, args, state, control)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Measures again, at the end of every `every`-th epoch."""
+        epoch = state.epoch or 0.0
+        whole = abs(epoch - round(epoch)) < 1e-6  # training may end within an epoch
+        if self.every is not None and whole and round(epoch) % self.every == 0:
+            config = _config_of(kwargs["model"])
+            self._report(self._measure(kwargs["model"]), config, args, state, control)
+
+    def _check_whole(self) -> None:
+        if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
+            raise ConfigError(
+                "every=... measures a copy of the model, and DeepSpeed or FSDP has spread its weights over the "
+                "processes. Leave every out, or train with DDP."
+            )
+
+    def _measure(self, model: nn.Module) -> PlasticityReport:
+        config = _config_of(model)
+        settings: dict[str, Any] = {}
+        if config is not None and isinstance(config.report, PlasticityReport):
+            names = ("pairs", "batch_size", "seed", "settle", "dtype", "backbone")
+            settings = {name: getattr(config, name) for name in names} | config.wanted
+            settings |= {"criterion": config.report.criterion, "inputs": config.report.inputs}
+        if "criterion" in self._measuring or "inputs" in self._measuring:
+            settings |= {"criterion": None, "inputs": None}
+        if "top_k" in self._measuring or "budget" in self._measuring:
+            settings |= {"top_k": None, "budget": None}
+        return measure_plasticity(merged_copy(model), *self._images, **(settings | self._measuring))
+
+    def _report(
+        self,
+        report: PlasticityReport,
+        config: PlasticityConfig | None,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+    ) -> None:
+        self.reports[float(state.epoch or 0)] = report
+        should_log = control.should_log
+        selection = config.selection if config is not None else None
+        self.trainer.log(scalars(report, selection))
+        if TAKE_TEXT & set(args.report_to or ()):
+            self.trainer.log({"plasticity/report": str(report)})  # type: ignore[dict-item]
+        # Trainer.log takes what it logs for what was due: the loss of this step may still be.
+        control.should_log = should_log
+
+
+def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, float]:
+    """Returns what is logged of a report, by name: numbers only, which every logger takes."""
+    granularities = ["kind", "block"] if selection is not None and selection.granularity == "block" else ["kind"]
+    logs: dict[str, float] = {}
+    for granularity in granularities:
+        for rank, row in enumerate(report.ranking(granularity), start=1):
+            logs[f"plasticity/{row.unit}"] = row.score
+            logs[f"plasticity/standard_error/{row.unit}"] = row.standard_error
+            logs[f"plasticity/rank/{row.unit}"] = rank
+            if selection is not None and selection.granularity == granularity:
+                logs[f"plasticity/selected/{row.unit}"] = int(row.unit in selection.units)
+    return logs
+
+
+def _config_of(model: nn.Module) -> PlasticityConfig | None:
+    """Returns the config of the active adapter, or of the first of several, that chose its components."""
+    configs = getattr(model, "peft_config", None)
+    if not configs:
+        return None
+    active: Any = model.active_adapters  # of a PeftModel a list, of a model of transformers a method
+    names = active() if callable(active) else active
+    found = (configs[name] for name in names if name in configs)
+    return next((config for config in found if isinstance(config, PlasticityConfig) and config.selection), None)

@@ -1,0 +1,193 @@
+"""Adapters that were saved under other module names, loaded all the same.
+
+PEFT finds modules by their names, and transformers renames modules. What PEFT gets from here is an adapter that says
+the same under the names of the model at hand; the loading itself is PEFT's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors.torch import save_file
+from torch import nn
+
+from plasticity_peft.adapters.adapter_report import check_description, resolved_config
+from plasticity_peft.adapters.model import NO_TARGET_MODULES
+from plasticity_peft.adapters.peft_model import PlasticityPeftModel
+from plasticity_peft.checks import shown
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
+from plasticity_peft.measuring.left_as_found import restored_on_failure
+from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.saved.options import AdapterOptions, read_options
+from plasticity_peft.saved.record import AdapterDescription
+from plasticity_peft.saved.renames import Layer, write
+from plasticity_peft.saved.weights import fitting, read_shapes, read_weights
+
+
+def load_adapter(
+    model: nn.Module,
+    folder_or_repo: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    is_trainable: bool = False,
+    backbone: str | None = None,
+    **hub: Any,
+) -> PeftModel:
+    """Returns `model` with an adapter that may have been saved under another release of transformers.
+
+    Like `PeftModel.from_pretrained`, for adapters of this package in both training modes and for plain LoRA adapters
+    of vision transformers. transformers renamed the modules of ViT (5.9), DINOv2 (5.18) and others, after which PEFT
+    no longer finds what an adapter is for; here every module is known by its canonical id. Only JSON and safetensors
+    are read.
+
+    Args:
+        model: a vision transformer as in `find_components`, with a head of as many labels as the adapter's, or a
+            PeftModel, which then gets one adapter more. It is changed in place.
+        folder_or_repo: a folder with adapter_config.json and adapter_model.safetensors, or "user/repo" on the Hub.
+        adapter_name: name of the adapter in the model.
+        is_trainable: whether it can be trained further.
+        backbone: path of the vision transformer in a model that holds several.
+        hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        AdapterError: there is no such adapter, it is not LoRA, or it does not fit the model; the message names the
+            module.
+        ReportError: plasticity.json beside the adapter is damaged, or was made for another architecture.
+        ModelError: see `find_components`.
+
+    Examples:
+        >>> import tempfile, torch
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> from plasticity_peft import PlasticityConfig
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=8, patch_size=4)
+        >>> model = get_peft_model(ViTForImageClassification(config), PlasticityConfig(criterion="bound"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     model.save_pretrained(folder)
+        ...     loaded = load_adapter(ViTForImageClassification(config), folder)
+        >>> loaded.peft_config["default"].selection.units == model.peft_config["default"].selection.units
+        True
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    _check_name(adapter_name, model.peft_config if isinstance(model, PeftModel) else {})
+    _check_subfolder(hub.get("subfolder"))
+    architecture = find_architecture(base, backbone)
+    source = os.fspath(folder_or_repo)
+    config = read_config(source, **hub)
+    described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
+    report = adapter = None
+    if described is not None:
+        try:
+            report = PlasticityReport.from_dict(described)
+        except ReportError as error:
+            raise ReportError(f"Cannot read {REPORT_NAME} of {source}: {error}.") from error
+        report.check_matches(architecture.model_type, architecture.components)
+        adapter = AdapterDescription.from_file(described, REPORT_NAME)
+    options = read_options(config, source)
+    components = report.scores if report else ()
+    path = _weights_file(source, hub)
+    # All that shapes can tell is told before any weight is read.
+    fitting(read_shapes(path, source), options, base, architecture, components, source)
+    renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
+    if adapter is not None:
+        adapter = check_description(adapter, architecture, renamed)
+    with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
+        Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
+        save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        if isinstance(model, PeftModel):
+            model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
+            loaded = model
+        else:
+            loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
+        if report is not None and adapter is not None:
+            lora = loaded.peft_config[adapter_name]
+            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture)
+    return loaded
+
+
+def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
+    """Raises AdapterError for a name under which PEFT or torch cannot hold an adapter, or a folder not keep it."""
+    if adapter_name in taken:
+        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
+    usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
+    if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict(), adapter_name) or adapter_name in "lora_":
+        raise AdapterError(
+            "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
+            f"part of 'lora_' has. Got {shown(adapter_name)}."
+        )
+
+
+def _check_subfolder(subfolder: object) -> None:
+    if subfolder is None:
+        return
+    if not isinstance(subfolder, str) or os.path.isabs(subfolder) or ".." in re.split(r"[/\\]", subfolder):
+        raise AdapterError(f"subfolder must lie within the folder or repository. Got {shown(subfolder)}.")
+
+
+@contextmanager
+def _named(source: str) -> Iterator[None]:
+    """Turns what PEFT says of an adapter that it cannot load into an error of ours."""
+    try:
+        yield
+    except PlasticityError:
+        raise
+    except (ValueError, TypeError, LookupError, RuntimeError, AttributeError, ArithmeticError) as error:
+        raise AdapterError(f"PEFT cannot load {source}: {type(error).__name__}: {error}") from error
+
+
+def read_config(source: str, **hub: Any) -> dict[str, Any]:
+    """Returns what adapter_config.json says.
+
+    Raises:
+        AdapterError: there is none, or it is not that of a LoRA adapter.
+    """
+    config = read_json(source, CONFIG_NAME, AdapterError, **hub)
+    if config is None:
+        raise AdapterError(f"{source} holds no {CONFIG_NAME}: it is no adapter.")
+    if config.get("peft_type") != "LORA":
+        raise AdapterError(
+            f"{source}: only adapters with peft_type LORA can be loaded. Got {config.get('peft_type')!r}."
+        )
+    return config
+
+
+def _weights_file(source: str, hub: Mapping[str, Any]) -> Path:
+    path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
+    if path is None:
+        raise AdapterError(
+            f"{source} holds no {WEIGHTS_NAME}. Weights in other formats, such as pickles, are not read."
+        )
+    return path
+
+
+def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, Any]:
+    """Returns the LoRA config of an adapter under new names: every module is named in full."""
+    lora = {path: layer for path, layer in layers.items() if layer.lora}
+    alphas = {
+        path: layer.scaling * (layer.rank**0.5 if options.use_rslora else layer.rank) for path, layer in lora.items()
+    }
+    return {
+        "peft_type": "LORA",
+        **asdict(options),
+        "target_modules": sorted(lora) or NO_TARGET_MODULES,
+        "modules_to_save": sorted({p.removesuffix(x.inside) for p, x in layers.items() if x.full}) or None,
+        "rank_pattern": {path: layer.rank for path, layer in lora.items() if layer.rank != options.r},
+        "alpha_pattern": {
+            path: float(f"{value:.12g}")
+            for path, value in alphas.items()
+            if not isclose(value, options.lora_alpha, rel_tol=1e-9)
+        },
+    }

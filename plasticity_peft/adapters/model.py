@@ -1,0 +1,288 @@
+"""The seam with PEFT: registration, and the step from scores to adapted modules.
+
+The only file that touches private parts of PEFT. What it relies on:
+
+- the three tables that map a `peft_type` to its config, tuner and prefix take a new key (`register_peft_method` takes
+  only members of the closed enum `PeftType`);
+- `inject_adapter` runs for the first adapter and for every further one, before any module is replaced;
+- adapters are switched off by a flag on each layer, which hides them without touching `requires_grad`;
+- a PeftModel, and transformers' `add_adapter`, call the tuner through the tables;
+- `get_peft_model` looks up the class of the adapted model by `task_type`, in a table that takes a new key, and
+  `PeftModel.from_pretrained` takes the class that it is called on where there is none.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import LoraModel, PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from plasticity_peft.adapters.config import PEFT_TYPE, PlasticityConfig
+from plasticity_peft.adapters.peft_model import PlasticityPeftModel
+from plasticity_peft.components.architecture import Architecture, find_architecture, holds_weights, weights_of
+from plasticity_peft.components.component import Component
+from plasticity_peft.components.quantized import holds_plain_weights
+from plasticity_peft.components.wrappers import walk
+from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.measuring.left_as_found import restored_on_failure
+from plasticity_peft.measuring.measure import measure_plasticity
+from plasticity_peft.report.report import PlasticityReport
+
+NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
+"""Value of `target_modules` for an adapter without any LoRA layer."""
+
+
+class PlasticityModel(LoraModel):
+    """LoRA on the components that a `PlasticityConfig` chooses; made by `peft.get_peft_model`, not by hand.
+
+    In full mode there is no LoRA layer at all: the chosen modules are trained copies in PEFT's `modules_to_save`, and
+    the originals stay for `disable_adapter`.
+    """
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
+        config = self.peft_config[adapter_name]
+        try:
+            if isinstance(config, PlasticityConfig) and config.selection is None:
+                _choose(model, config)
+            if getattr(model, "_hf_peft_config_loaded", False):
+                _check_switchable(model, getattr(config, "modules_to_save", None) or ())
+            with restored_on_failure(model):
+                super().inject_adapter(model, adapter_name, *args, **kwargs)
+                if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+                    model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
+        except BaseException:
+            # transformers' add_adapter marks the model as adapted before it asks us.
+            if not hasattr(model, "peft_config"):
+                vars(model).pop("_hf_peft_config_loaded", None)
+            raise
+
+
+_SWITCH = "modules_to_save_switch"
+
+
+class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
+    """Lets transformers' own adapter methods reach modules that train in full. It has no weights and computes nothing.
+
+    transformers, unlike a PeftModel, asks the first adapter layer for the active adapter, and enables adapter layers
+    only: with nothing but `modules_to_save` it could not save, and after disabling it could not enable them again.
+    """
+
+    adapter_layer_names = ()
+
+    def __init__(self, model: nn.Module, adapter_name: str) -> None:
+        super().__init__()
+        self._model = [model]  # in a list, so that the model does not become its own child
+        self._active_adapter = [adapter_name]
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Enables or disables all that trains in full."""
+        for module in self._model[0].modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.enable_adapters(enabled)
+
+
+def _choose(model: nn.Module, config: PlasticityConfig) -> None:
+    """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+    architecture = find_architecture(model, config.backbone)
+    _check_trainable(model, architecture, config)
+    report = config.load_report()
+    if report is None:
+        report = _measure(model, config)
+    else:
+        report.check_matches(architecture.model_type, architecture.components)
+    selection = config.select(report)
+    linears, others = _split(architecture.components, selection.components, config.training)
+    if not architecture.heads and not config.modules_to_save:
+        _tell_of_frozen(model, architecture)
+    _check_free(model, linears, others)
+    _check_only(model, linears, [*others, *architecture.heads])
+    config.resolve(
+        report,
+        selection,
+        **lora_arguments(
+            architecture.components,
+            selection.components,
+            config.training,
+            heads=[*architecture.heads, *(config.modules_to_save or ())],
+        ),
+        id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
+    )
+
+
+def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
+    with _adapters_hidden(model):
+        return measure_plasticity(
+            model,
+            config.target_data,
+            config.source_data,
+            criterion=config.criterion,
+            inputs=config.inputs,
+            pairs=config.pairs,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            settle=config.settle,
+            dtype=config.dtype,
+            backbone=config.backbone,
+            **config.wanted,
+        )
+
+
+def lora_arguments(
+    components: Iterable[Component], chosen: Iterable[str], training: str, *, heads: Iterable[str] = ()
+) -> dict[str, Any]:
+    """Returns the `target_modules` and `modules_to_save` of the LoRA config that trains the chosen components.
+
+    Args:
+        components: all components, with the module paths of the model that is to train.
+        chosen: canonical ids of those that train.
+        training: "lora" or "full".
+        heads: paths of what trains in full beside them.
+    """
+    linears, others = _split(components, chosen, training)
+    modules_to_save = list(dict.fromkeys([*others, *heads]))
+    return {"target_modules": linears or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+
+
+def merged_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy of the base model that computes what `model` does: what its active adapters train is in it.
+
+    The copy has the module paths of the base model, and shares no memory with `model`.
+    """
+    copied = copy.deepcopy(model)
+    if isinstance(copied, PeftModel):
+        merged: nn.Module = copied.merge_and_unload()
+        return merged
+    for path, module in list(copied.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            copied.set_submodule(path, module.unload_and_optionally_merge_module(True, False, None))
+        elif isinstance(module, BaseTunerLayer) and path and not isinstance(module, _ModulesToSaveSwitch):
+            module.merge()
+            copied.set_submodule(path, module.get_base_layer())
+    return copied
+
+
+def _split(components: Iterable[Component], chosen: Iterable[str], training: str) -> tuple[list[str], list[str]]:
+    """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
+    linears: list[str] = []
+    others: list[str] = []
+    chosen = set(chosen)
+    for component in components:
+        if component.id in chosen:
+            lora = training == "lora" and component.features
+            (linears if lora else others).extend(component.modules)
+    return linears, others
+
+
+def _check_trainable(model: nn.Module, architecture: Architecture, config: PlasticityConfig) -> None:
+    """Raises ModelError where quantised weights, which take LoRA alone, would have to train in full."""
+    for head in architecture.heads:
+        for path, module in walk(model.get_submodule(head), head):
+            if not holds_plain_weights(module):
+                raise ModelError(
+                    f"{path}, of the head, is quantised ({type(module).__name__}), and the head trains in full. Load "
+                    "the model with its head left as it is: llm_int8_skip_modules (bitsandbytes) or "
+                    f"modules_to_not_convert (others) = {list(architecture.heads)}."
+                )
+    for part in architecture.components:
+        quantised = not all(map(holds_plain_weights, weights_of(model, part)))
+        if quantised and part.kind in config.candidates and (config.training == "full" or not part.features):
+            raise ModelError(
+                f'{part.id} is quantised ({type(weights_of(model, part)[0]).__name__}), and training="full" would '
+                'train its weights themselves. Use training="lora", load the model without quantisation, or choose '
+                'among others: candidates=("LN1", "LN2").'
+            )
+
+
+def _check_free(model: nn.Module, linears: list[str], others: list[str]) -> None:
+    """Raises ConfigError where an adapter that the model carries holds a chosen module in the other mode."""
+    for paths, wrapper, held in ((linears, AuxiliaryTrainingWrapper, "full"), (others, BaseTunerLayer, "lora")):
+        for path in paths:
+            if isinstance(model.get_submodule(path), wrapper):
+                raise ConfigError(
+                    f'Another adapter of this model trains {path} with training="{held}", and PEFT cannot hold both '
+                    f'modes on one module: use training="{held}" here too, or merge or unload that adapter first.'
+                )
+
+
+def _check_switchable(model: nn.Module, modules_to_save: Iterable[str]) -> None:
+    """Raises ConfigError where transformers could not switch between this adapter and those that the model has.
+
+    Its `set_adapter`, unlike that of a PeftModel, takes for granted that every adapter holds every module that any of
+    them trains in full.
+    """
+    held = {path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    saved = tuple(modules_to_save)
+    other = [path for path in held if not path.endswith(saved)]
+    other += [name for name in saved if not any(path.endswith(name) for path in held)]
+    if held and other:
+        raise ConfigError(
+            f"Of this adapter and one that the model has, only one trains {min(other)} in full. transformers' "
+            "add_adapter cannot switch between such adapters. Choose the same components, or make a PeftModel, which "
+            "can: get_peft_model(model, config), then model.add_adapter(name, config)."
+        )
+
+
+def _tell_of_frozen(model: nn.Module, architecture: Architecture) -> None:
+    """Warns of weights beside the backbone that stay as they are, in a class that is not of transformers.
+
+    In those of transformers, whose heads are known, they are the other towers of a bigger model.
+    """
+    backbone = f"{architecture.backbone}."
+    frozen = [name for name, child in model.named_children() if holds_weights(child)]
+    frozen = [name for name in frozen if not backbone.startswith(f"{name}.")]
+    if frozen and architecture.backbone and not type(model).__module__.startswith("transformers."):
+        warnings.warn(
+            f"No head was found in {type(model).__name__}, whose forward does not take pixel_values alone. What lies "
+            f"beside its vision transformer stays frozen and is not saved: {', '.join(frozen)}. Name in "
+            "modules_to_save what should train.",
+            stacklevel=2,
+        )
+
+
+def _check_only(model: nn.Module, linears: list[str], modules_to_save: list[str]) -> None:
+    """Raises ModelError where PEFT, which goes by how a path ends, would take modules that were not chosen."""
+    ends = tuple(f".{path}" for path in linears)
+    for path, _ in walk(model):
+        taken = [end[1:] for end in ends if path.endswith(end)]
+        if not any(f"{path}.".startswith(f"{saved}.") for saved in modules_to_save):
+            taken += [saved for saved in modules_to_save if path.endswith(saved)]
+        if taken and path not in linears:
+            raise ModelError(
+                f"{type(model).__name__}: PEFT finds modules by how their paths end, so that {path} would be trained "
+                f"along with {taken[0]}. Adapt the part of the model that holds the blocks, as a model of its own."
+            )
+
+
+@contextmanager
+def _adapters_hidden(model: nn.Module) -> Iterator[None]:
+    """Inside, the model computes what its base model does; no flag of a parameter changes."""
+    layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+    if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in layers):
+        raise ModelError("An adapter is merged into the model. Call unmerge_adapter() before adding another.")
+    before = [layer._disable_adapters for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
+PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PlasticityModel  # type: ignore[index]
+PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraModel.prefix  # type: ignore[index]
+MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel

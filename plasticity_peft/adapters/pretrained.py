@@ -1,0 +1,177 @@
+"""A published adapter as a model that is ready to use: base model, head, image processor and names of the labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple, cast
+
+import transformers
+from peft import PeftModel
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BaseImageProcessor,
+    PreTrainedModel,
+)
+
+from plasticity_peft.adapters.loading import load_adapter, read_config
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.errors import AdapterError, ReportError
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
+from plasticity_peft.saved.record import AdapterDescription
+
+PROCESSOR_NAME = "preprocessor_config.json"
+SHARED = ("token", "cache_dir", "local_files_only", "force_download")
+"""Options of the Hub that hold for the base model too; `revision` and `subfolder` are those of the adapter."""
+
+
+class Pretrained(NamedTuple):
+    """What `load_pretrained` returns."""
+
+    model: PeftModel
+    """The base model with the adapter on it, in evaluation mode unless `is_trainable`."""
+    image_processor: BaseImageProcessor
+    """What makes images into the tensors that the model takes."""
+    id2label: dict[int, str]
+    """Names of the labels, as in `model.config.id2label`; empty for a model without a head."""
+
+
+def load_pretrained(
+    folder_or_repo: str | os.PathLike[str],
+    *,
+    base_model: str | os.PathLike[str] | None = None,
+    id2label: Mapping[int, str] | None = None,
+    dtype: Any = None,
+    device_map: Any = None,
+    model_kwargs: Mapping[str, Any] | None = None,
+    is_trainable: bool = False,
+    backbone: str | None = None,
+    **hub: Any,
+) -> Pretrained:
+    """Returns (model, image_processor, id2label) of a saved or published adapter, ready for a pipeline.
+
+    The base model is the one that adapter_config.json names, with a head of the adapter's labels; the adapter goes on
+    it as in `load_adapter`. The image processor is the adapter's, or else the base model's.
+
+    Args:
+        folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
+        base_model: folder or Hub name of the base model, where it has moved.
+        id2label: names of the labels, where the adapter does not say them (those of this package do).
+        dtype: type of the base model's weights, as in `from_pretrained`.
+        device_map: where its weights go, as in `from_pretrained`.
+        model_kwargs: other options of the base model's `from_pretrained`.
+        is_trainable: whether the adapter can be trained further.
+        backbone: path of the vision transformer in a model that holds several.
+        hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        AdapterError: there is no such adapter, base model or image processor, or they do not fit together.
+        ReportError: plasticity.json beside the adapter is damaged, or was made for another architecture.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from peft import get_peft_model
+        >>> from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, pipeline
+        >>> from plasticity_peft import PlasticityConfig, load_pretrained
+        >>> from PIL import Image
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        ...                    image_size=8, patch_size=4)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     base, adapter = Path(folder, "base"), Path(folder, "adapter")
+        ...     ViTForImageClassification(config).save_pretrained(base)
+        ...     _ = ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(base)
+        ...     model = ViTForImageClassification.from_pretrained(base, id2label={0: "cat", 1: "dog"})
+        ...     get_peft_model(model, PlasticityConfig(criterion="bound")).save_pretrained(adapter)
+        ...     model, image_processor, id2label = load_pretrained(adapter)
+        >>> classify = pipeline("image-classification", model=model, image_processor=image_processor)
+        >>> sorted(answer["label"] for answer in classify(Image.new("RGB", (8, 8))))
+        ['cat', 'dog']
+    """
+    source = os.fspath(folder_or_repo)
+    config = read_config(source, **hub)
+    base = os.fspath(base_model or config.get("base_model_name_or_path") or "")
+    if not base:
+        raise AdapterError(f"{CONFIG_NAME} of {source} does not name its base model. Give base_model.")
+    labels = {int(key): str(value) for key, value in (id2label or {}).items()} or _labels(source, hub)
+    labels = labels or {index: f"LABEL_{index}" for index in range(_width_of_head(source, hub))}
+    options = {"dtype": dtype, "device_map": device_map, "revision": None if base_model else config.get("revision")}
+    options |= {name: hub.get(name) for name in SHARED}
+    if labels:
+        options |= {"num_labels": len(labels), "id2label": labels, "ignore_mismatched_sizes": True}
+        options["label2id"] = {label: index for index, label in labels.items()}
+    given = {name: value for name, value in options.items() if value is not None}
+    model = _base(_base_class(config), base, {**given, **(model_kwargs or {})}, source, backbone)
+    adapted = load_adapter(model, source, is_trainable=is_trainable, backbone=backbone, **hub)
+    return Pretrained(adapted, _image_processor(source, base, hub), labels)
+
+
+def _base(
+    base_class: Any, base: str, options: Mapping[str, Any], source: str, backbone: str | None
+) -> PreTrainedModel:
+    """Returns the base model; none of its weights but those of its head may differ in shape from the pretrained."""
+    try:
+        model, loading = base_class.from_pretrained(base, output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise AdapterError(
+            f"Cannot load {base}, the base model of {source}: {error}. Give base_model if it has moved."
+        ) from error
+    heads = tuple(f"{head}." for head in find_architecture(model, backbone).heads)
+    for found in loading["mismatched_keys"]:
+        key = found if isinstance(found, str) else found[0]  # transformers 5 gives the shapes too
+        if not key.startswith(heads):
+            raise AdapterError(f"{base} does not fit {type(model).__name__}: {key} has another shape there.")
+    return cast(PreTrainedModel, model)
+
+
+def _labels(source: str, hub: Mapping[str, Any]) -> dict[int, str]:
+    """Returns the names of the labels in plasticity.json; empty where it says none."""
+    values = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
+    if values is None:
+        return {}
+    named = AdapterDescription.from_file(values, f"{REPORT_NAME} of {source}").id2label or {}
+    if sorted(named) != list(range(len(named))):
+        raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label must number the labels from 0.")
+    return named
+
+
+def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
+    """Returns the number of labels of the head that the adapter holds; 0 where it holds none."""
+    path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
+    if path is None:
+        return 0
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"Cannot read {WEIGHTS_NAME} of {source}: {error}.") from error
+    # base_model.model.<head>.weight: heads are modules of the model itself, and what else trains lies deeper.
+    heads = [shape for key, shape in shapes.items() if key.count(".") == 3 and key.endswith(".weight")]
+    widths = {int(shape[0]) for shape in heads if len(shape) == 2}
+    return widths.pop() if len(widths) == 1 else 0
+
+
+def _base_class(config: Mapping[str, Any]) -> Any:
+    """Returns the class that the adapter was trained on, if it is one of transformers."""
+    mapping = config.get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    return found if known else AutoModelForImageClassification
+
+
+def _image_processor(source: str, base: str, hub: Mapping[str, Any]) -> BaseImageProcessor:
+    shared = {name: hub[name] for name in SHARED if name in hub}
+    for place, options in ((source, hub), (base, shared)):
+        path = find_file(place, PROCESSOR_NAME, AdapterError, optional=True, **options)
+        if path is not None:
+            try:
+                return cast(BaseImageProcessor, AutoImageProcessor.from_pretrained(path.parent))  # type: ignore[no-untyped-call]
+            except (OSError, ValueError) as error:
+                raise AdapterError(f"Cannot read {PROCESSOR_NAME} of {place}: {error}") from error
+    raise AdapterError(
+        f"Neither {source} nor its base model {base} holds {PROCESSOR_NAME}. Save the image processor beside the "
+        "adapter, or use load_adapter and an image processor of your own."
+    )

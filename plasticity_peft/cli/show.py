@@ -1,0 +1,41 @@
+"""`plasticity-peft show`: what was measured, as a table or a picture."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from plasticity_peft.cli import options
+from plasticity_peft.cli.reports import check_picture, print_json, read_description, read_report, save_picture
+from plasticity_peft.report.plotting import VIEWS
+
+EXAMPLES = """\b
+Examples:
+  plasticity-peft show beans.json
+  plasticity-peft show path/to/adapter --plot scores.png --view heatmap
+  plasticity-peft show user/repo --json
+"""
+
+
+def show(
+    report: options.Report,
+    plot: options.Picture = None,
+    view: Annotated[str, options.one_of("--view", VIEWS, "What the picture shows.")] = "overview",
+    revision: options.Revision = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture or JSON."""
+    check_picture(plot)
+    found = read_report(report, revision)
+    adapter = read_description(report, revision)
+    if plot is not None:
+        save_picture(found, plot, view, adapter.selection if adapter else None)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    typer.echo(str(found))
+    if adapter:
+        units = ", ".join(adapter.selection.units)
+        parameters = adapter.selection.parameters[adapter.training]
+        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")

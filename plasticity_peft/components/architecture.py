@@ -1,0 +1,182 @@
+"""Which modules of a model are the components: names say it (`stacks.py`), structure checks it (`structure.py`).
+
+LayerScale (DINOv2) and tables of position biases (BEiT, Swin) are bare parameters of a block. They belong to no
+component: they are not measured and not trained.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from plasticity_peft.components.blocks import find_stack
+from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.layouts import BlockLayout
+from plasticity_peft.components.offloading import onloaded
+from plasticity_peft.components.quantized import matrix_of, parameter_count
+from plasticity_peft.components.structure import check_structure, norm_width
+from plasticity_peft.components.wrappers import main_input, uncompiled, unwrap, walk
+from plasticity_peft.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The components of one model, and what the probe needs beside them. Holds names, no modules."""
+
+    model_type: str
+    """`config.model_type` of the backbone."""
+    backbone: str
+    """Path of the module that holds embeddings and blocks; "" if that is the model itself."""
+    entry: str
+    """Path of the module that is run on images: "" for the model, or the backbone where the model needs text too."""
+    blocks: tuple[str, ...]
+    """Paths of the blocks, in the order in which they run."""
+    components: tuple[Component, ...]
+    """Block by block, and within a block in the order of `KINDS`."""
+    heads: tuple[str, ...]
+    """Paths of the modules outside the backbone that hold weights: they always train. Empty for a bare backbone."""
+    hidden_size: int
+    """Features of a token at the input of the first block."""
+    parameters: int
+    """Number of weights and biases of the whole model, adapters not counted."""
+    layout: BlockLayout
+    """Names of the parts of a block."""
+
+    @property
+    def hierarchical(self) -> bool:
+        """True where tokens change their width or their number on the way, so that no input suits all blocks."""
+        return self.components[0].stage is not None
+
+
+def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Component, ...]:
+    """Returns the components of `model`, block by block, in the order LN1, MHA, LN2, FC1, FC2.
+
+    Args:
+        model: a vision transformer of transformers, with or without a head, or a model that has one as a part; it may
+            carry PEFT adapters, or be a PeftModel, whose base model is then looked at.
+        backbone: path of the vision transformer in `model`, such as "model.vision_tower"; needed where there are
+            several.
+
+    Raises:
+        ModelError: there is no supported vision transformer, or more than one, or its structure disagrees with its
+            names. `register_architecture` makes others known.
+
+    Examples:
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+        >>> components = find_components(ViTForImageClassification(config))
+        >>> [component.id for component in components][:5]
+        ['0.LN1', '0.MHA', '0.LN2', '0.FC1', '0.FC2']
+        >>> components[4].features
+        ((64, 16),)
+    """
+    model = uncompiled(model)
+    get_base_model = getattr(model, "get_base_model", None)
+    return find_architecture(get_base_model() if callable(get_base_model) else model, backbone).components
+
+
+def find_architecture(model: nn.Module, backbone: str | None = None) -> Architecture:
+    """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
+    if uncompiled(model) is not model:
+        raise ModelError("Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)).")
+    stack = find_stack(model, backbone)
+    layout = stack.layout
+    names = [(path, _indices(path, layout)) for path in stack.paths]
+    stages = sorted({indices[0] for _, indices in names}) if len(names[0][1]) == 2 else None
+    components = []
+    for path, indices in names:
+        block = model.get_submodule(path)
+        check_structure(path, block, layout)
+        stage = None if stages is None else stages.index(indices[0])
+        components += [_component(stage, indices[-1], kind, path, block, layout) for kind in KINDS]
+    entry = "" if _takes_images_alone(model) else stack.backbone
+    return Architecture(
+        model_type=stack.model_type,
+        backbone=stack.backbone,
+        entry=entry,
+        blocks=stack.paths,
+        components=tuple(components),
+        heads=() if entry else _find_heads(model, stack.backbone),
+        hidden_size=norm_width(model.get_submodule(f"{stack.paths[0]}.{layout.LN1}")),
+        parameters=sum(parameter_count(module) for _, module in walk(model)),
+        layout=layout,
+    )
+
+
+def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
+    """Returns the modules of the base model that hold the weights of a component."""
+    return [unwrap(model.get_submodule(path)) for path in component.modules]
+
+
+def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Tensor]]:
+    """Returns (path, weight) for each matrix of a component, or for the gains of a norm.
+
+    The input layers of a gated MLP count as one matrix, whose outputs are those of all, because some releases of
+    transformers hold them in one layer: a score must not depend on that. The path is that of the first.
+    """
+    modules = weights_of(model, component)
+    with onloaded(*modules):
+        weights = [matrix_of(module) for module in modules]
+    if component.kind == "FC1" and len(weights) > 1:
+        return [(component.modules[0], torch.cat([*weights]))]
+    return list(zip(component.modules, weights, strict=True))
+
+
+def _indices(path: str, layout: BlockLayout) -> tuple[int, ...]:
+    match = layout.pattern.fullmatch(path)
+    assert match
+    return tuple(map(int, match.groups()[1:]))
+
+
+def _component(
+    stage: int | None, index: int, kind: str, path: str, block: nn.Module, layout: BlockLayout
+) -> Component:
+    modules = [unwrap(block.get_submodule(name)) for name in layout.weights(kind)]
+    return Component(
+        stage=stage,
+        block=index,
+        kind=kind,
+        path=f"{path}.{layout.path(kind)}",
+        modules=tuple(f"{path}.{name}" for name in layout.weights(kind)),
+        parameters=sum(parameter_count(part) for module in modules for _, part in walk(module)),
+        features=tuple((m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)),
+    )
+
+
+def _takes_images_alone(model: nn.Module) -> bool:
+    """Returns False where a forward pass of the model needs more than images: text, for a vision-language model."""
+    parameters = inspect.signature(model.forward).parameters
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    text = any(name.endswith("input_ids") for name in parameters)
+    return main_input(model) in parameters and not text and set(needed) <= {main_input(model)}
+
+
+def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
+    """Returns the children of the model, outside its backbone, that hold weights; also of a model that it wraps.
+
+    In transformers, only the classes that are *for* a task have a head: `...ForImageClassification`.
+    """
+    if type(model).__module__.startswith("transformers.") and not re.search("For[A-Z]", type(model).__name__):
+        return ()
+    children = dict(model.named_children())
+    prefix = getattr(model, "base_model_prefix", "")
+    part, _, below = backbone.partition(".")
+    part = part or (prefix if prefix in children else "")
+    if not part:
+        return ()
+    beside = [name for name, child in children.items() if name != part and holds_weights(child)]
+    if isinstance(children[part], PreTrainedModel):  # a module of the user's around a whole model
+        beside += [f"{part}.{head}" for head in _find_heads(children[part], below)]
+    return tuple(beside)
+
+
+def holds_weights(module: nn.Module) -> bool:
+    """Returns whether there are weights in a module, adapters not counted."""
+    return any(parameter_count(part) for _, part in walk(module))

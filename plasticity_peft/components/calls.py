@@ -1,0 +1,254 @@
+"""What a forward pass really does: which modules it calls, and what it passes to them.
+
+Every hook here lives inside a context manager, so that none outlasts an exception.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
+from torch import nn
+
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.offloading import offloaded
+from plasticity_peft.components.wrappers import main_input
+from plasticity_peft.errors import DataError, ModelError, PlasticityError
+from plasticity_peft.images.indexed import LABEL_KEYS, Inputs
+
+
+class Call(NamedTuple):
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """The tensor that the module maps: its first argument, or the first that is given by name."""
+        value = self.args[0] if self.args else self.kwargs[self._name]
+        if not isinstance(value, torch.Tensor):
+            raise ModelError(f"A module was expected to take tokens first. It got {type(value).__name__}.")
+        return value
+
+    @property
+    def extras(self) -> tuple[Any, ...]:
+        """What is passed beside the tokens."""
+        if self.args:
+            return (*self.args[1:], self.kwargs)
+        return ({name: value for name, value in self.kwargs.items() if name != self._name},)
+
+    def with_tokens(self, tokens: torch.Tensor) -> Call:
+        """Returns the same call on other tokens."""
+        if self.args:
+            return Call((tokens, *self.args[1:]), self.kwargs)
+        return Call((), {**self.kwargs, self._name: tokens})
+
+    @property
+    def _name(self) -> str:
+        tensors = (name for name, value in self.kwargs.items() if isinstance(value, torch.Tensor))
+        return "hidden_states" if "hidden_states" in self.kwargs else next(tensors, "hidden_states")
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """Returns the tokens in what a module returned: attention returns a tensor, or a tuple that starts with it."""
+    tensor = output[0] if isinstance(output, tuple) else output
+    if not isinstance(tensor, torch.Tensor):
+        raise ModelError(f"A component was expected to return tokens. It returned {type(tensor).__name__}.")
+    return tensor
+
+
+def per_image(tokens: torch.Tensor, images: int) -> torch.Tensor:
+    """Returns tokens with one row an image: windowed attention (Swin) takes the windows of an image as a batch."""
+    if len(tokens) == images:
+        return tokens
+    if len(tokens) % images:
+        raise ModelError(f"Tokens of shape {tuple(tokens.shape)} cannot be dealt out to {images} images.")
+    return tokens.reshape(images, -1, *tokens.shape[1:])
+
+
+class _StopForwardError(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+@contextmanager
+def hooked(modules: dict[str, nn.Module], hook: Callable[[str, Call, Any], None]) -> Iterator[None]:
+    """Calls `hook(name, call, output)` after each call of the named modules; the hooks go when the block ends."""
+    with ExitStack() as stack:
+        for name, module in modules.items():
+
+            def forward_hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
+                hook(name, Call(args, kwargs), output)
+
+            stack.callback(module.register_forward_hook(forward_hook, with_kwargs=True).remove)
+        yield
+
+
+def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **arguments: Any) -> Any:
+    """Runs the model on images and returns its output; where it needs text as well, its vision backbone.
+
+    Args:
+        model: the model that `architecture` describes.
+        architecture: see `model`.
+        inputs: what the model takes for n images, each tensor (n, ...).
+        arguments: what it takes beside them, such as labels.
+
+    Raises:
+        DataError: the model refuses the images.
+    """
+    entry = model.get_submodule(architecture.entry)
+    if architecture.layout.random_masking:
+        inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
+    try:
+        return entry(**inputs, **arguments)
+    except PlasticityError:
+        raise
+    except (ValueError, RuntimeError, TypeError) as error:
+        if should_reduce_batch_size(error):
+            raise
+        given = ", ".join(
+            f"{name} of shape {tuple(value.shape[1:])} ({value.dtype})" for name, value in inputs.items()
+        )
+        raise DataError(f"{type(entry).__name__} refused {given}: {error}") from error
+
+
+def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the names of what a forward pass may take for an image, the images themselves first."""
+    entry = model.get_submodule(architecture.entry)
+    main = main_input(entry)
+    others = (name for name in inspect.signature(entry.forward).parameters if name not in (main, *LABEL_KEYS))
+    return (main, *others)
+
+
+def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:
+    """Returns the noise that decides which patches are hidden, the same for all images: float32 (n, patches)."""
+    images = inputs[main_input(backbone)]
+    size = int(backbone.config.patch_size)  # type: ignore[arg-type, union-attr]
+    patches = (images.shape[-2] // size) * (images.shape[-1] // size)
+    noise = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+    return {"noise": noise.to(images.device).expand(len(images), -1)}
+
+
+def block_input(model: nn.Module, architecture: Architecture, inputs: Inputs) -> Call:
+    """Returns the call of the first block: the tokens e, (n, tokens, features), and what is passed beside them.
+
+    The pass ends there.
+    """
+    block = model.get_submodule(architecture.blocks[0])
+    # A module that brings its weights from elsewhere sends them back at its end.
+    call = call_of(block, lambda: run(model, architecture, inputs), stop=not offloaded(model))
+    if call is None:
+        raise ModelError(f"{type(model).__name__} ran without calling its first block, {architecture.blocks[0]}.")
+    return call
+
+
+def attention_call(model: nn.Module, architecture: Architecture, index: int, call: Call) -> Call:
+    """Returns what block `index` passes to its attention when the block is called with `call`: a mask, for instance.
+
+    The block does no more than that: its norm, and what it makes for the attention.
+    """
+    block = model.get_submodule(architecture.blocks[index])
+    attention = block.get_submodule(architecture.layout.MHA)
+    found = call_of(attention, lambda: block(*call.args, **call.kwargs), stop=not offloaded(block))
+    if found is None:
+        raise ModelError(f"{type(model).__name__}: block {architecture.blocks[index]} ran without its attention.")
+    return found
+
+
+def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) -> Call | None:
+    """Returns the first call of `module` in `forward`, which ends there if `stop`; None where there is none."""
+    seen: list[Call] = []
+
+    def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
+        seen.append(Call(args, kwargs))
+        if stop:
+            raise _StopForwardError
+
+    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        forward()
+    except _StopForwardError:
+        pass
+    finally:
+        handle.remove()
+    return seen[0] if seen else None
+
+
+def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
+    """Raises ModelError unless a forward pass calls every layer of every component once, in the order of a block.
+
+    This is what names and widths cannot tell: a projection whose weight is used without calling it would take no
+    LoRA, and norms that follow their layer make another kind of block.
+    """
+    order: list[str] = []
+    parts = architecture.components
+    names = {path: model.get_submodule(path) for part in parts for path in part.modules}
+    with hooked(names, lambda name, call, output: order.append(name)):
+        run(model, architecture, inputs)
+    for name in names:
+        if order.count(name) != 1:
+            raise ModelError(
+                f"{type(model).__name__}: a forward pass calls {name} {order.count(name)} times, and a component's "
+                "layers must be called once each: to adapt a layer that is not called does nothing."
+            )
+    kinds = architecture.layout.order
+    place = {
+        path: (number // len(kinds), kinds.index(part.kind))
+        for number, part in enumerate(parts)
+        for path in part.modules
+    }
+    places = [place[name] for name in order]
+    if places != sorted(places):
+        wrong = next(name for name, here, due in zip(order, places, sorted(places), strict=True) if here != due)
+        raise ModelError(
+            f"{type(model).__name__}: {wrong} is called out of the order {', '.join(kinds)} of a "
+            f"{'post' if architecture.layout.post_norm else 'pre'}-norm block."
+        )
+
+
+def why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> str:
+    """Returns why the tokens that enter the first block cannot be fed to all components; "" where they can."""
+    if architecture.hierarchical:
+        return "in a hierarchical model they change in width and number from stage to stage"
+    width = architecture.hidden_size
+    for part in architecture.components:
+        got = part.features[0][0] if part.features else part.parameters
+        if (part.kind == "FC2" and got < width) or (part.kind in ("MHA", "FC1") and got != width):
+            return f"{part.id} takes {got} features where a token has {width}"
+    calls: dict[str, Call] = {}
+    attentions = {path: f"{path}.{architecture.layout.MHA}" for path in architecture.blocks}
+    watched = {path: model.get_submodule(path) for both in attentions.items() for path in both}
+    with hooked(watched, lambda name, call, _: calls.update({name: call})):
+        run(model, architecture, inputs)
+    first = calls[architecture.blocks[0]]
+    for block, attention in attentions.items():
+        if calls[block].tokens.shape != first.tokens.shape or not _equal(calls[block].extras, first.extras):
+            return f"block {block} is called otherwise than the first"
+        if calls[attention].tokens.shape != first.tokens.shape:
+            return f"the attention of {block} gets them in another shape than the block, in windows for instance"
+    return ""
+
+
+def has_tensors(value: Any) -> bool:
+    """Returns whether an argument is a tensor, or holds one."""
+    if isinstance(value, Mapping):
+        return has_tensors(list(value.values()))
+    if isinstance(value, (tuple, list)):
+        return any(map(has_tensors, value))
+    # What is no plain value may hold anything.
+    return not isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None)))
+
+
+def _equal(one: Any, other: Any) -> bool:
+    """Returns whether two arguments are the same, tensors by value."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (tuple, list)) and isinstance(other, (tuple, list)):
+        return len(one) == len(other) and all(map(_equal, one, other))
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_equal(one[name], other[name]) for name in one)
+    return one is other or (type(one) is type(other) and bool(one == other))

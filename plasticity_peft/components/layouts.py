@@ -1,0 +1,289 @@
+"""Where the architectures of transformers keep their components: names, one row of data each.
+
+A family that was renamed has one row per naming; what exists in a model decides between them, not a version number.
+`architectures.py` believes a row only where the structure of the model agrees.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from plasticity_peft.components.component import KINDS
+from plasticity_peft.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockLayout:
+    """Names of a block of a vision transformer, and of its parts: paths relative to the block.
+
+    Examples:
+        >>> layout = BlockLayout(
+        ...     blocks="encoder.layers.*", LN1="norm1", MHA="attn", projections=("attn.qkv", "attn.proj"), LN2="norm2",
+        ...     FC1="mlp.fc1", FC2="mlp.fc2",
+        ... )
+        >>> layout.weights("MHA")
+        ('attn.qkv', 'attn.proj')
+    """
+
+    blocks: str
+    """How the path of a block ends, with `*` for an index: "encoder.layers.*". With two `*` the first is a stage
+    (hierarchical models: "encoder.stages.*.layers.*"), and block ids are "stage.block"."""
+    LN1: str
+    """The norm that belongs to attention: before it, or after it if `post_norm`."""
+    MHA: str
+    """The attention module: what maps tokens to tokens, projections included."""
+    projections: tuple[str, ...]
+    """Its linear layers: query, key, value and output, or the fused query-key-value and output."""
+    LN2: str
+    """The norm that belongs to the MLP."""
+    FC1: str | tuple[str, ...]
+    """The input layer of the MLP; both input layers of a gated one (SwiGLU), the gate first."""
+    FC2: str
+    """The output layer of the MLP."""
+    post_norm: bool = False
+    """True where the norms follow attention and MLP (Swin V2)."""
+    others: tuple[str, ...] = ()
+    """Linear layers and norms that a block may have beside these. They belong to no component: not measured, not
+    trained."""
+    random_masking: bool = False
+    """True where a forward pass hides patches by random numbers, `noise` (ViTMAE). The probe hides the same ones in
+    all images."""
+
+    def path(self, kind: str) -> str:
+        """Returns the path of the module that computes the component of this kind; of a gated FC1, the first."""
+        return self.MHA if kind == "MHA" else self.weights(kind)[0]
+
+    def weights(self, kind: str) -> tuple[str, ...]:
+        """Returns the paths of the modules that hold the weights of the component of this kind."""
+        if kind == "MHA":
+            return self.projections
+        names: str | tuple[str, ...] = getattr(self, kind)
+        return (names,) if isinstance(names, str) else names
+
+    @property
+    def order(self) -> tuple[str, ...]:
+        """The kinds in the order in which a block calls them."""
+        return ("MHA", "LN1", "FC1", "FC2", "LN2") if self.post_norm else KINDS
+
+    @property
+    def pattern(self) -> re.Pattern[str]:
+        """Matches the path of a block in a model: group 1 is what stands before, the others are the indices."""
+        return re.compile(r"((?:.+\.)?)" + re.escape(self.blocks).replace(r"\*", r"(\d+)"))
+
+
+def _split(attention: str, output: str, names: str = "query key value") -> tuple[str, ...]:
+    return (*(f"{attention}.{name}" for name in names.split()), output)
+
+
+_Q_PROJ = "q_proj k_proj v_proj"
+
+_VIT = BlockLayout(
+    blocks="layers.*",
+    LN1="layernorm_before",
+    MHA="attention",
+    projections=_split("attention", "attention.o_proj", _Q_PROJ),
+    LN2="layernorm_after",
+    FC1="mlp.fc1",
+    FC2="mlp.fc2",
+)
+_VIT_UNTIL_5_8 = replace(
+    _VIT,
+    blocks="encoder.layer.*",
+    projections=_split("attention.attention", "attention.output.dense"),
+    FC1="intermediate.dense",
+    FC2="output.dense",
+)
+_DINOV2 = replace(_VIT, blocks="encoder.layer.*", LN1="norm1", LN2="norm2")
+_DINOV2_GATED = replace(_DINOV2, FC1=("mlp.gate_proj", "mlp.up_proj"), FC2="mlp.down_proj")
+_DINOV2_UNTIL_5_17 = replace(_DINOV2, projections=_VIT_UNTIL_5_8.projections)
+_DINOV2_GATED_UNTIL_5_17 = replace(_DINOV2_UNTIL_5_17, FC1="mlp.weights_in", FC2="mlp.weights_out")
+_DINOV3 = replace(_DINOV2, blocks="layer.*", FC1="mlp.up_proj", FC2="mlp.down_proj")
+_DINOV3_GATED = replace(_DINOV3, FC1=("mlp.gate_proj", "mlp.up_proj"))
+_CLIP = BlockLayout(
+    blocks="encoder.layers.*",
+    LN1="layer_norm1",
+    MHA="self_attn",
+    projections=_split("self_attn", "self_attn.out_proj", _Q_PROJ),
+    LN2="layer_norm2",
+    FC1="mlp.fc1",
+    FC2="mlp.fc2",
+)
+_BLIP = replace(_CLIP, projections=("self_attn.qkv", "self_attn.projection"))
+_SAM = replace(
+    _BLIP, blocks="layers.*", MHA="attn", projections=("attn.qkv", "attn.proj"), FC1="mlp.lin1", FC2="mlp.lin2"
+)
+_AIMV2 = BlockLayout(
+    blocks="encoder.layers.*",
+    LN1="rms_norm1",
+    MHA="attention",
+    projections=_split("attention", "attention.out_proj", _Q_PROJ),
+    LN2="rms_norm2",
+    FC1=("ffn.gate_proj", "ffn.up_proj"),
+    FC2="ffn.down_proj",
+)
+_INTERNVL = replace(
+    _VIT,
+    blocks="encoder.layer.*",
+    projections=_split("attention", "attention.projection_layer", _Q_PROJ),
+    others=("attention.q_norm", "attention.k_norm"),
+)
+_SWIN = replace(_VIT, blocks="encoder.layers.*.blocks.*")
+_SWIN_UNTIL_5_8 = replace(
+    _VIT_UNTIL_5_8, blocks=_SWIN.blocks, projections=_split("attention.self", "attention.output.dense")
+)
+_SWINV2 = replace(
+    _SWIN_UNTIL_5_8,
+    post_norm=True,
+    others=tuple(f"attention.self.continuous_position_bias_mlp.{index}" for index in (0, 2)),
+)
+_HIERA = replace(
+    _VIT, blocks="encoder.stages.*.layers.*", MHA="attn", projections=("attn.qkv", "attn.proj"), others=("proj",)
+)
+_PVT = BlockLayout(
+    blocks="encoder.block.*.*",
+    LN1="layer_norm_1",
+    MHA="attention",
+    projections=_split("attention.self", "attention.output.dense"),
+    LN2="layer_norm_2",
+    FC1="mlp.dense1",
+    FC2="mlp.dense2",
+    others=("attention.self.layer_norm",),
+)
+_PVT_V2 = replace(
+    _PVT,
+    blocks="encoder.layers.*.blocks.*",
+    projections=_split("attention", "attention.proj"),
+    others=("attention.layer_norm",),
+)
+_SEGFORMER = replace(_VIT, blocks="stages.*.blocks.*", others=("attention.sequence_reduction.layer_norm",))
+_CVT = replace(
+    _VIT_UNTIL_5_8,
+    blocks="encoder.stages.*.layers.*",
+    projections=_split(
+        "attention.attention", "attention.output.dense", "projection_query projection_key projection_value"
+    ),
+)
+
+LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
+    **dict.fromkeys(("beit", "deit", "ijepa", "pixio", "vit", "vit_msn", "vivit"), (_VIT, _VIT_UNTIL_5_8)),
+    "vit_mae": (replace(_VIT, random_masking=True), replace(_VIT_UNTIL_5_8, random_masking=True)),
+    **dict.fromkeys(("data2vec-vision", "dpt", "flava_image_model", "videomae", "yolos"), (_VIT_UNTIL_5_8,)),
+    "qianfan_ocr_vision": (replace(_INTERNVL, blocks="layers.*"),),
+    "mgp-str": (
+        replace(
+            _VIT,
+            blocks="encoder.blocks.*",
+            LN1="norm1",
+            LN2="norm2",
+            MHA="attn",
+            projections=("attn.qkv", "attn.proj"),
+        ),
+    ),
+    "vjepa2": (replace(_DINOV2, projections=_split("attention", "attention.proj")),),
+    "vitpose_backbone": (replace(_VIT_UNTIL_5_8, FC1="mlp.fc1", FC2="mlp.fc2"),),
+    **dict.fromkeys(
+        ("dinov2", "dinov2_with_registers", "radio", "tipsv2_vision_model"),
+        (_DINOV2, _DINOV2_GATED, _DINOV2_UNTIL_5_17, _DINOV2_GATED_UNTIL_5_17),
+    ),
+    "dinov3_vit": (_DINOV3, _DINOV3_GATED),
+    **dict.fromkeys(
+        (
+            "altclip_vision_model",
+            "chinese_clip_vision_model",
+            "clip_vision_model",
+            "clipseg_vision_model",
+            "git_vision_model",
+            "idefics3_vision",
+            "kosmos_2_vision_model",
+            "metaclip_2_vision_model",
+            "mlcd_vision_model",
+            "owlv2_vision_model",
+            "owlvit_vision_model",
+            "siglip2_vision_model",
+            "siglip_vision_model",
+            "smolvlm_vision",
+        ),
+        (_CLIP,),
+    ),
+    **dict.fromkeys(
+        ("blip_2_vision_model", "blip_vision_model", "instructblip_vision_model", "instructblipvideo_vision_model"),
+        (_BLIP,),
+    ),
+    "groupvit_vision_model": (replace(_CLIP, blocks="encoder.stages.*.layers.*"),),
+    "janus_vision_model": (replace(_CLIP, projections=_split("self_attn", "self_attn.projection_layer", _Q_PROJ)),),
+    "aimv2_vision_model": (_AIMV2,),
+    "sapiens2": (
+        replace(_DINOV3_GATED, others=("attention.q_norm", "attention.k_norm")),
+        replace(_DINOV3, others=("attention.q_norm", "attention.k_norm")),
+    ),
+    **dict.fromkeys(("sam_hq_vision_model", "sam_vision_model"), (_SAM,)),
+    "sam3_vit_model": (replace(_VIT, LN1="layer_norm1", LN2="layer_norm2"),),
+    "vitdet": (replace(_DINOV2, projections=("attention.qkv", "attention.proj")),),
+    "internvl_vision": (_INTERNVL,),
+    "swin": (_SWIN, _SWIN_UNTIL_5_8),
+    **dict.fromkeys(("donut-swin", "maskformer-swin"), (_SWIN_UNTIL_5_8,)),
+    "swin2sr": (replace(_SWINV2, blocks="encoder.stages.*.layers.*"),),
+    "swinv2": (_SWINV2,),
+    "hiera": (_HIERA,),
+    **dict.fromkeys(("glpn", "pvt"), (_PVT,)),
+    "pvt_v2": (_PVT_V2,),
+    "segformer": (_SEGFORMER, _PVT),
+    "cvt": (_CVT,),
+    "mobilevit": (replace(_VIT_UNTIL_5_8, blocks="encoder.layer.*.transformer.layer.*"),),
+}
+"""The supported values of `config.model_type`, each with the namings of its block, newest first."""
+
+
+def register_architecture(model_type: str, *layouts: BlockLayout) -> None:
+    """Makes a vision transformer known whose names plasticity_peft does not have.
+
+    Args:
+        model_type: `config.model_type` of the model, or of the part of it that holds the blocks.
+        layouts: one for each naming of its blocks. A model is checked against them: all linear layers and norms of
+            a block must be named, widths must fit, and a forward pass must call each layer once in the usual order.
+
+    Raises:
+        ConfigError: the model type is known already, or a layout is not one.
+
+    Examples:
+        >>> register_architecture("my_vit", BlockLayout(
+        ...     blocks="encoder.layers.*", LN1="norm1", MHA="attn", projections=("attn.qkv", "attn.proj"), LN2="norm2",
+        ...     FC1="mlp.fc1", FC2="mlp.fc2",
+        ... ))
+        >>> "my_vit" in LAYOUTS
+        True
+    """
+    if model_type in LAYOUTS and LAYOUTS[model_type] != layouts:
+        raise ConfigError(f"model_type {model_type!r} is known already. Give another, or leave it as it is.")
+    if not layouts:
+        raise ConfigError("Give at least one BlockLayout.")
+    for layout in layouts:
+        _check_layout(layout)
+    LAYOUTS[model_type] = layouts
+
+
+def _check_layout(layout: BlockLayout) -> None:
+    if not isinstance(layout, BlockLayout):
+        raise ConfigError(f"A layout must be a BlockLayout. Got {type(layout).__name__}.")
+    stars = layout.blocks.split(".").count("*")
+    if stars not in (1, 2) or not layout.blocks.endswith("*"):
+        raise ConfigError(
+            "blocks must be the end of the path of a block, with * for its index and, before it, for its stage if "
+            f'there are stages: "encoder.layers.*", "stages.*.blocks.*". Got {layout.blocks!r}.'
+        )
+    if not isinstance(layout.projections, tuple) or len(layout.projections) not in (2, 4):
+        raise ConfigError(
+            "projections must be (query, key, value, output), or (fused query-key-value, output). Got "
+            f"{layout.projections!r}."
+        )
+    names = [name for kind in KINDS for name in layout.weights(kind)]
+    if len(set(names)) != len(names):
+        repeated = _repeated(names)
+        raise ConfigError(f"A layer can belong to one component only. Named more than once: {', '.join(repeated)}.")
+
+
+def _repeated(names: Iterable[str]) -> list[str]:
+    names = list(names)
+    return sorted({name for name in names if names.count(name) > 1})

@@ -1,0 +1,75 @@
+"""Whether a block is what the names of its layers promise.
+
+A row of `layouts.py` is believed only if the structure agrees: the named modules are all the linear layers and norms
+that a block has, no block is left over, and the widths fit together. Whether they are called, and in which order,
+shows only in a forward pass: `calls.py` checks that.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from plasticity_peft.components.component import KINDS
+from plasticity_peft.components.layouts import BlockLayout
+from plasticity_peft.components.wrappers import leaves, unwrap
+from plasticity_peft.errors import ModelError
+
+
+def check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
+    """Raises ModelError unless the structure of the block is what the names of the layout promise."""
+    layers = dict(leaves(block))
+    named = {name for kind in KINDS for name in layout.weights(kind)}
+    if set(layers) - set(layout.others) != named:
+        raise ModelError(
+            f"Block {path}: its linear layers and norms are {sorted(layers)}, but the names of this architecture "
+            f"account for {sorted({*named, *layout.others})}. A layer that belongs to no component would be passed "
+            "over."
+        )
+    owner = layout.projections[0].rpartition(".")[0]
+    if hasattr(block.get_submodule(owner), "q_bias"):
+        # VideoMAE until transformers 5: biases of their own tell that only the weights of these layers are read.
+        raise ModelError(
+            f"Block {path}: its attention holds biases beside its query, key and value layers and uses their weights "
+            "without calling them. LoRA on them would do nothing. Use a release of transformers that calls them (for "
+            "VideoMAE, 5.0 or later)."
+        )
+    *inputs, output = (_linear(layers[name]) for name in layout.projections)
+    hidden, fc2 = [_linear(layers[name]) for name in layout.weights("FC1")], _linear(layers[layout.FC2])
+    # What enters the block may be narrower than what leaves it (Hiera). A norm after its layer has the layer's width.
+    entering, leaving = inputs[0].in_features, output.out_features
+    query, key, value = (layer.out_features for layer in (inputs if len(inputs) == 3 else inputs * 3))
+    if len(inputs) == 1:
+        query, key, value = (output.in_features if query == 3 * output.in_features else query,) * 3
+    widths = {
+        "LN1": (norm_width(layers[layout.LN1]), leaving if layout.post_norm else entering),
+        "inputs of the projections": (sorted({layer.in_features for layer in inputs}), [entering]),
+        "outputs of key": (key, value),
+        # With grouped queries (Sapiens 2), several heads share a key and a value.
+        "outputs of query": (query % key, 0),
+        "inputs of the output projection": (output.in_features % value, 0),
+        "LN2": (norm_width(layers[layout.LN2]), leaving),
+        "inputs of FC1": (sorted({layer.in_features for layer in hidden}), [leaving]),
+        "outputs of FC2": (fc2.out_features, leaving),
+    }
+    wrong = {name: got for name, (got, due) in widths.items() if got != due}
+    outputs = {layer.out_features for layer in hidden}
+    # The two halves of a gated FC1 may lie in one layer (DINOv2 until transformers 5.17).
+    if outputs != {fc2.in_features} and not (len(hidden) == 1 and outputs == {2 * fc2.in_features}):
+        wrong["outputs of FC1"] = sorted(outputs)
+    if wrong:
+        raise ModelError(
+            f"Block {path}: its layers do not fit together as a transformer block that takes {entering} features and "
+            f"returns {leaving}: {wrong}; FC2 takes {fc2.in_features}."
+        )
+
+
+def _linear(module: nn.Module) -> nn.Linear:
+    module = unwrap(module)
+    if not isinstance(module, nn.Linear):
+        raise ModelError(f"Expected a linear layer. Got {type(module).__name__}.")
+    return module
+
+
+def norm_width(module: nn.Module) -> int:
+    """Returns how many features a norm scales."""
+    return sum(parameter.numel() for name, parameter in unwrap(module).named_parameters() if name == "weight")

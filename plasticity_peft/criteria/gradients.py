@@ -1,0 +1,223 @@
+"""Gradients by the components' parameters, without touching `.grad` or leaving `requires_grad` changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from plasticity_peft.components.architecture import Architecture, weights_of
+from plasticity_peft.components.calls import Call, first_tensor, hooked, per_image, run
+from plasticity_peft.components.quantized import holds_plain_weights
+from plasticity_peft.components.wrappers import unwrap
+from plasticity_peft.criteria.precision import full_precision, precise
+from plasticity_peft.criteria.recomputing import recomputed
+from plasticity_peft.errors import ModelError
+from plasticity_peft.images.indexed import Inputs
+
+MOST_ELEMENTS = 2**24
+"""How many numbers the gradients of one layer by single images may take at a time."""
+
+
+@contextmanager
+def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[list[list[nn.Parameter]]]:
+    """Inside, gradients are recorded, and the weights and biases of all components take part.
+
+    Yields the parameters of each component, in the order of the architecture. Afterwards every parameter requires
+    gradients as it did before.
+
+    Raises:
+        ModelError: the weights of a component are no floating-point numbers, as when they are quantised.
+    """
+    parameters = []
+    for part in architecture.components:
+        own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
+        if not all(map(holds_plain_weights, weights_of(model, part))):
+            raise ModelError(
+                f"{part.id}: its weights are quantised ({type(own[0]).__name__}, {own[0].dtype}), and have no "
+                "gradient. Use another criterion, such as 'parameter_plasticity'."
+            )
+        if any(parameter.is_meta for parameter in own):
+            raise ModelError(
+                f"{part.id}: its weights are offloaded, and have no gradient there. Use another criterion, such as "
+                "'parameter_plasticity', or keep the model on one device."
+            )
+        parameters.append(own)
+    before = [(parameter, parameter.requires_grad) for own in parameters for parameter in own]
+    try:
+        for parameter, _ in before:
+            parameter.requires_grad_(True)
+        with torch.enable_grad():
+            yield parameters
+    finally:
+        for parameter, required in before:
+            parameter.requires_grad_(required)
+
+
+def squared_norms(scalar: torch.Tensor, parameters: Sequence[Sequence[nn.Parameter]]) -> torch.Tensor:
+    """Returns the squared norm of the gradient of `scalar` by each group of parameters: float64 of shape (groups,)."""
+    flat = [parameter for group in parameters for parameter in group]
+    gradients = iter(torch.autograd.grad(scalar, flat, allow_unused=True, materialize_grads=True))
+    return torch.stack([torch.stack([_square(next(gradients)) for _ in group]).sum() for group in parameters])
+
+
+def _square(gradient: torch.Tensor) -> torch.Tensor:
+    norm: torch.Tensor = torch.linalg.vector_norm(gradient, dtype=precise(gradient.dtype))
+    return norm.double() ** 2
+
+
+class GradientsByImage:
+    """Squared norms of each image's gradient by the parameters of each component.
+
+    One forward and one backward pass serve all images of a batch: the gradient of a layer for one image follows from
+    what the layer got and what came back to its output (for a linear one it is the product of the two), so that the
+    gradient of the batch is never formed. No parameter is touched, nor need it require gradients.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture, example: Inputs) -> None:
+        """Takes the model that `architecture` describes, in evaluation mode, and one image."""
+        self._model, self._architecture = model, architecture
+        self._layers = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
+        self._dimensions = self._find_dimensions(example)
+
+    def __call__(self, images: int, scalar: Callable[[], torch.Tensor], recompute: bool = False) -> torch.Tensor:
+        """Returns the squared norms: float64 of shape (images, components).
+
+        Args:
+            images: how many images a pass holds.
+            scalar: runs the model and returns a sum over the images, of which no term depends on another image.
+            recompute: computes each block again on the way back instead of keeping what all have computed: the same
+                numbers, in less memory and a third more time.
+        """
+        squares: dict[str, torch.Tensor] = {}
+        given: dict[str, torch.Tensor] = {}
+        back: dict[str, torch.Tensor] = {}
+        calls = dict.fromkeys(self._layers, 0)
+
+        def watch(path: str, call: Call, output: Any) -> None:
+            calls[path] += 1
+            if calls[path] == 1:
+                first_tensor(output).register_hook(partial(keep, path))  # type: ignore[no-untyped-call]
+            if calls[path] == 1 + recompute:  # later ones are by `_squares`
+                given[path] = call.tokens.detach()
+
+        def keep(path: str, gradient: torch.Tensor) -> None:
+            back[path] = gradient
+            settle()
+
+        def settle() -> None:
+            """Computes what can be: in a block that is computed again, the gradient may come before the tokens."""
+            for path in back.keys() & given.keys():
+                with torch.no_grad(), full_precision(back[path]):
+                    rows = (self._rows(path, values.pop(path), images) for values in (given, back))
+                    squares[path] = _squares(unwrap(self._layers[path]), *rows)
+
+        # Where nothing requires gradients none are recorded: this does, and changes no number.
+        root = torch.zeros((), requires_grad=True)
+
+        def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+            call = Call(args, kwargs)
+            return call.with_tokens(call.tokens + root.to(call.tokens))
+
+        blocks = [self._model.get_submodule(path) for path in self._architecture.blocks]
+        handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
+        try:
+            with torch.enable_grad(), hooked(self._layers, watch), recomputed(blocks if recompute else ()):
+                total = scalar()
+                torch.autograd.grad(total, root)
+                settle()
+        finally:
+            handle.remove()
+        none = torch.zeros(images, dtype=torch.float64)  # of a layer that the scalar does not depend on
+        columns = [
+            [squares.get(path, none).to(total.device) for path in part.modules]
+            for part in self._architecture.components
+        ]
+        return torch.stack([torch.stack(own).sum(dim=0) for own in columns], dim=1)
+
+    def _find_dimensions(self, example: Inputs) -> dict[str, int]:
+        """Returns in which dimension of what a layer gets the images lie: that which grows with their number.
+
+        As a rule it is the first, with windows or tokens of an image one after the other; but some attentions put the
+        tokens first.
+        """
+        shapes: dict[str, list[torch.Size]] = {path: [] for path in self._layers}
+        with hooked(self._layers, lambda path, call, _: shapes[path].append(call.tokens.shape)):
+            for copies in (1, 2):
+                images = {name: torch.cat([value] * copies) for name, value in example.items()}
+                run(self._model, self._architecture, images)
+        found = {}
+        for path, (one, two) in shapes.items():
+            grown = [dim for dim, (size, larger) in enumerate(zip(one, two, strict=True)) if larger != size]
+            if len(grown) != 1 or two[grown[0]] != 2 * one[grown[0]]:
+                raise ModelError(
+                    f"{type(self._model).__name__}: {path} gets {tuple(one)} for one image and {tuple(two)} for two, "
+                    "so that images cannot be told apart there. Use another criterion."
+                )
+            found[path] = grown[0]
+        return found
+
+    def _rows(self, path: str, values: torch.Tensor, images: int) -> torch.Tensor:
+        """Returns what a layer gets or what comes back to it as (images, tokens, features), at least in float32."""
+        first = values.movedim(self._dimensions[path], 0)
+        return per_image(first, images).flatten(1, -2).to(precise(values.dtype))
+
+
+def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Returns the squared norm of the gradient by the parameters of a layer, image by image: float64 (images,).
+
+    Args:
+        layer: a linear layer, however it holds its weights, or any other module with weights of its own.
+        tokens: what it got, (images, tokens, inputs).
+        gradients: by what it returned, (images, tokens, outputs).
+    """
+    if isinstance(layer, nn.Linear):
+        found = _product_squares(tokens, gradients)
+        return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
+    if type(layer) is nn.LayerNorm and layer.elementwise_affine:
+        normalised = F.layer_norm(tokens, layer.normalized_shape, eps=layer.eps)
+        found = _sums((normalised * gradients).sum(dim=1))
+        return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
+    own = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
+    if not all(parameter.is_floating_point() for parameter in own.values()):
+        raise ModelError(f"{type(layer).__name__}: its weights are no floating-point numbers, and have no gradient.")
+    return torch.stack([_sum_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)])
+
+
+def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    """Returns ||G^T X||_F^2, image by image: X (tokens, inputs) and G (tokens, outputs) are its rows.
+
+    It is also <X X^T, G G^T>, of one number for each two tokens, which is less work where these are few.
+    """
+    images, count, inputs = tokens.shape
+    outputs = gradients.shape[-1]
+    by_tokens = count * (inputs + outputs) < inputs * outputs
+    size = max(1, MOST_ELEMENTS // (count**2 if by_tokens else inputs * outputs))
+    found = []
+    for start in range(0, images, size):
+        given, back = tokens[start : start + size], gradients[start : start + size]
+        if by_tokens:
+            products = (given @ given.mT).double() * (back @ back.mT)
+            found.append(products.sum(dim=(1, 2)).clamp_min(0))
+        else:
+            found.append(_sums((back.mT @ given).flatten(1)))
+    return torch.cat(found)
+
+
+def _sum_by_autograd(
+    layer: nn.Module, parameters: dict[str, torch.Tensor], tokens: torch.Tensor, gradient: torch.Tensor
+) -> torch.Tensor:
+    with torch.enable_grad():
+        copies = {name: parameter.to(tokens.dtype).requires_grad_() for name, parameter in parameters.items()}
+        output = torch.func.functional_call(layer, copies, (tokens[None],))
+        slopes = torch.autograd.grad(output, list(copies.values()), gradient[None].to(output.dtype))
+    return torch.stack([_square(slope) for slope in slopes]).sum()
+
+
+def _sums(values: torch.Tensor) -> torch.Tensor:
+    return values.square().sum(dim=1, dtype=torch.float64)

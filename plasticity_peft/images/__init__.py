@@ -1,0 +1,1 @@
+"""From data to images: single images, pairs and batches, drawn by a seed."""

@@ -1,0 +1,136 @@
+"""Which images make a pair: drawn by a seeded permutation, and dealt out to processes.
+
+No image is used twice before all have been used, and none is paired with itself. With a source and a target, pair p
+is one image of each, as in the paper; with a target alone it is two different images of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+import torch
+
+from plasticity_peft.errors import DataError
+from plasticity_peft.images.indexed import Images, Inputs
+
+MOST_PERMUTED = 2**24
+"""Images of which a permutation is drawn as a whole: 128 MB."""
+
+
+def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.ndarray:
+    """Returns the indices of the images of each pair: int64 of shape (pairs, 2), source first.
+
+    There are fewer than `pairs` rows where the images do not make as many different pairs; at least 2 are drawn.
+
+    Args:
+        pairs: how many pairs are wanted.
+        target: number of target images, 2 or more, or 1 or more with a source.
+        source: number of source images, or None to pair the target images with one another.
+        seed: of the permutations.
+    """
+    different = target * (target - 1) // 2 if source is None else target * source
+    pairs = min(pairs, max(different, 2))
+    generator = np.random.default_rng(seed)
+    if source is None:
+        flat = np.fromiter(islice(_deal(target, 2 * pairs, generator), 2 * pairs), dtype=np.int64, count=2 * pairs)
+        return flat.reshape(pairs, 2)
+    columns = [islice(_deal(images, pairs, generator), pairs) for images in (source, target)]
+    # One column after the other, so that the order of the draws does not depend on how they are read.
+    return np.stack([np.fromiter(column, dtype=np.int64, count=pairs) for column in columns], axis=1)
+
+
+def draw_indices(images: int, count: int, generator: np.random.Generator) -> np.ndarray:
+    """Returns `count` indices without repetition, or all where there are no more: int64 of shape (count,).
+
+    They are the head of a permutation, but where the images are so many that a permutation of all would take memory
+    for nothing.
+    """
+    if images <= MOST_PERMUTED or count > images // 50:
+        return generator.permutation(images)[:count]
+    return generator.choice(images, count, replace=False)
+
+
+def _deal(images: int, wanted: int, generator: np.random.Generator) -> Iterator[int]:
+    """Yields permutation after permutation of the indices, never the same index twice in a row (but for one image).
+
+    No more than `wanted` are taken.
+    """
+    last = -1
+    while True:
+        permutation = draw_indices(images, wanted if wanted < images else images, generator)
+        if permutation[0] == last and images > 1:
+            permutation[[0, 1]] = permutation[[1, 0]]
+        yield from permutation
+        last = permutation[-1]
+
+
+class PairOrder:
+    """Which images make pair 0, 1, 2, ...
+
+    Streams are taken in their own order; what is beyond their end is drawn as from any other images.
+    """
+
+    def __init__(self, pairs: int, *, target: Images, source: Images | None, seed: int) -> None:
+        self._pairs, self._target, self._source, self._seed = pairs, target, source, seed
+        self._streamed = target.stream or (source is not None and source.stream)
+        self._drawn: np.ndarray | None = None
+
+    def available(self, wanted: int) -> int:
+        """Returns how many of the first `wanted` pairs there are."""
+        if wanted <= self._pairs and self._in_stream(wanted - 1):
+            return wanted
+        return min(wanted, len(self._draw()))
+
+    def rows(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the indices of the images of these pairs, source first."""
+        return [self._places(number) if self._in_stream(number) else self._drawn_row(number) for number in numbers]
+
+    def _places(self, number: int) -> tuple[int, int]:
+        return (2 * number, 2 * number + 1) if self._source is None else (number, number)
+
+    def _in_stream(self, number: int) -> bool:
+        if not self._streamed:
+            return False
+        first, second = self._places(number)
+        return self._target.has(second) and (self._source is None or self._source.has(first))
+
+    def _draw(self) -> np.ndarray:
+        if self._drawn is None:
+            source = None if self._source is None else len(self._source)
+            self._drawn = draw_pairs(self._pairs, target=len(self._target), source=source, seed=self._seed)
+        return self._drawn
+
+    def _drawn_row(self, number: int) -> tuple[int, int]:
+        first, second = self._draw()[number]
+        return int(first), int(second)
+
+
+def join(x: Inputs, y: Inputs) -> Inputs:
+    """Returns the images of both as one batch, x first."""
+    return {name: torch.cat([x[name], y[name]]) for name in x}
+
+
+def stack(images: Sequence[tuple[Images, int]]) -> Inputs:
+    """Returns the given images as one batch: tensors of shape (n, ...).
+
+    Raises:
+        DataError: images differ in shape, or in what they hold; the message names two of them.
+    """
+    items = [holder[index] for holder, index in images]
+    shapes = {name: tuple(value.shape) for name, value in items[0].items()}
+    for (holder, index), item in zip(images, items, strict=True):
+        found = {name: tuple(value.shape) for name, value in item.items()}
+        if found != shapes:
+            raise DataError(
+                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has {_shapes(shapes)}, "
+                f"{holder.name}[{index}] has {_shapes(found)}. Let the image processor resize them."
+            )
+    return {name: torch.stack([item[name] for item in items]) for name in shapes}
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    if len(shapes) == 1:
+        return str(next(iter(shapes.values())))
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

@@ -1,0 +1,1 @@
+"""The measurement itself: images through a criterion into a report, over all processes."""

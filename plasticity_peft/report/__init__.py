@@ -1,0 +1,1 @@
+"""From scores to a ranking, a selection, a table and a picture."""

@@ -1,0 +1,228 @@
+"""What was measured, to choose from, to show and to keep. No model and no torch.
+
+A report is measured once and selected from many times: changing `top_k`, `budget`, `candidates` or `granularity`
+touches no model. It keeps canonical ids, which survive the renaming of modules between releases of transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from functools import cache
+from typing import Any
+
+from plasticity_peft.checks import TRAINING_MODES, check_candidates, shown
+from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.errors import ConfigError, ReportError
+from plasticity_peft.files import read_json, write_text
+from plasticity_peft.hub import REPORT_NAME, find_file
+from plasticity_peft.report.measurement import Measurement
+from plasticity_peft.report.plotting import draw
+from plasticity_peft.report.selection import Selection, choice_of, parameter_counts
+from plasticity_peft.report.text import as_html, as_text, why_norms_lead
+from plasticity_peft.report.validation import check_believable
+
+FORMAT = "plasticity_peft"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class PlasticityReport(Measurement):
+    """Scores of all components of a model, with what is needed to read, compare and reuse them.
+
+    Made by `measure_plasticity`; `print(report)` shows the table, `report.plot()` the pictures. What it holds is
+    described at `plasticity_peft.report.measurement.Measurement`.
+    """
+
+    def select(
+        self,
+        top_k: int | None = None,
+        budget: float | None = None,
+        *,
+        granularity: str = "kind",
+        candidates: Iterable[str] = KINDS,
+        training: str = "lora",
+        **lora: Any,
+    ) -> Selection:
+        """Returns the best units, by number or by budget; with neither, the best one.
+
+        Args:
+            top_k: how many units, from 1 to as many as there are.
+            budget: a share of the model's parameters, above 0 and at most 1: the best units are taken in order while
+                they fit. They count as they are trained in the mode `training`; the head always trains and is not
+                counted.
+            granularity: "kind" or "block", as in `ranking`.
+            candidates: kinds that may be chosen; all five by default.
+            training: "lora" or "full": how the budget counts. A norm, which LoRA cannot take, counts in full.
+            lora: `r`, `rank_pattern`, `use_dora`, `lora_bias` as in `peft.LoraConfig`, for the number of LoRA
+                parameters.
+
+        Raises:
+            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
+                unit fits into the budget.
+        """
+        candidates = check_candidates(candidates)
+        choice = choice_of(
+            self.scores,
+            self.model_parameters,
+            top_k,
+            budget,
+            granularity=granularity,
+            candidates=candidates,
+            training=training,
+            **lora,
+        )
+        ranking = self.ranking(granularity, candidates)
+        units = choice.chosen([row.unit for row in ranking])
+        if not units:
+            name = ranking[0].unit
+            size = (choice.sizes or {})[name]
+            raise ConfigError(
+                f"budget={budget!r} is {choice.limit:,.0f} of {self.model_parameters:,} parameters, less than the "
+                f"{size:,} of the best unit, {name}. Give a budget above {size / self.model_parameters:.4f}, a "
+                'smaller r, or granularity="block".'
+            )
+        counts = parameter_counts(self.scores, **lora)
+        explanation = why_norms_lead(self, (row for row in ranking if row.unit in units))
+        if explanation:
+            warnings.warn(explanation, stacklevel=2)
+        rows = [row for row in self.scores if (row.kind if granularity == "kind" else row.id) in units]
+        return Selection(
+            granularity=granularity,
+            units=units,
+            components=tuple(row.id for row in rows),
+            modules=tuple(path for row in rows for path in row.modules),
+            parameters={mode: sum(counts[row.id][mode] for row in rows) for mode in TRAINING_MODES},
+            model_parameters=self.model_parameters,
+        )
+
+    def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
+        """Raises ReportError unless this report was measured on a model with the given components."""
+        measured = {row.id: row.parameters for row in self.scores}
+        given = {component.id: component.parameters for component in components}
+        if self.model_type != model_type or measured != given:
+            raise ReportError(
+                f"The report was measured on another architecture: {self.model_type!r}, {len(measured)} components, "
+                f"{sum(measured.values()):,} parameters in them; the model is {model_type!r}, {len(given)} "
+                f"components, {sum(given.values()):,} parameters. Measure this model, or give the report that belongs "
+                "to it."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the report as values that JSON knows."""
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> PlasticityReport:
+        """Returns the report that `to_dict` described; keys that it doesn't know are left alone.
+
+        Raises:
+            ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
+        """
+        from pydantic import ValidationError
+
+        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
+            raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
+        found = values.get("format_version")
+        if type(found) is not int or found != FORMAT_VERSION:
+            raise ReportError(
+                f"it has format version {shown(found)}, and this release of plasticity_peft reads "
+                f"version {FORMAT_VERSION}"
+            )
+        try:
+            text = json.dumps(dict(values), allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ReportError(f"it holds what JSON cannot say: {error}") from error
+        try:
+            report: PlasticityReport = _reader().validate_json(text)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(map(str, first["loc"])) or "it cannot be read"
+            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
+        report.check()
+        check_believable(report)
+        return report
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the report as JSON to `path`, whole or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PlasticityReport:
+        """Reads a report that `save` wrote, or the plasticity.json of an adapter.
+
+        Raises:
+            ReportError: there is no such file, or it is no whole report; the message names the file.
+        """
+        try:
+            return cls.from_dict(read_json(path))
+        except OSError as error:
+            raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
+        except (ValueError, RecursionError) as error:
+            reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
+            raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
+
+    @classmethod
+    def from_pretrained(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> PlasticityReport:
+        """Returns the report that was saved or published with an adapter.
+
+        Args:
+            folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
+            hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ReportError: there is no plasticity.json, it cannot be fetched, or it is no whole report.
+        """
+        path = find_file(folder_or_repo, REPORT_NAME, ReportError, **hub)
+        if path is None:
+            raise ReportError(
+                f"{os.fspath(folder_or_repo)} holds no {REPORT_NAME}: what it holds was not trained with this package."
+            )
+        return cls.load(path)
+
+    def plot(self, view: str = "overview", *, selection: Selection | None = None, ax: Any = None) -> Any:
+        """Returns the matplotlib axes of a picture of the scores, with 95 % confidence intervals.
+
+        A figure is made without pyplot: nothing of it stays behind, and in a notebook `axes.figure` as the last line
+        of a cell shows it. Needs the extra `plot`.
+
+        Args:
+            view: "overview" is the two next ones side by side. "depth": the scores over the blocks, a line a kind.
+                "ranking": the units, best first. "heatmap": every block and kind.
+            selection: what was chosen, to be marked; its granularity is that of the ranking.
+            ax: axes to draw on, two for the overview; without them a figure is made.
+
+        Returns:
+            Axes; an array of two, shape (2,), for the overview.
+
+        Raises:
+            ConfigError: there is no such view, or `ax` are not as many axes as it needs.
+
+        Examples:
+            >>> from plasticity_peft import measure_plasticity
+            >>> from transformers import ViTConfig, ViTModel
+            >>> report = measure_plasticity(ViTModel(ViTConfig(hidden_size=16, num_hidden_layers=2,
+            ...     num_attention_heads=2, intermediate_size=64, image_size=8, patch_size=4)), criterion="bound")
+            >>> depth, ranking = report.plot(selection=report.select(top_k=2))
+            >>> depth.get_xlabel()
+            'block'
+        """
+        return draw(self, view, selection=selection, ax=ax)
+
+    def __str__(self) -> str:
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        """Returns the table for a notebook."""
+        return as_html(self)
+
+
+@cache
+def _reader() -> Any:
+    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(PlasticityReport)

@@ -1,0 +1,167 @@
+"""What a model card says of one adapter: metadata, and the text that the template `card_template.md` makes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from plasticity_peft.components.component import MATRIX_KINDS
+from plasticity_peft.report.plotting import MOST_UNITS
+from plasticity_peft.report.selection import RankedUnit
+from plasticity_peft.report.text import heading, how_it_ended, observed
+from plasticity_peft.saved.options import readable
+from plasticity_peft.saved.results import Results
+from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
+from plasticity_peft.saved.trained import TrainedAdapter
+
+TAG = "plasticity_peft"
+TEMPLATE = Path(__file__).with_name("card_template.md")
+
+
+def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
+    """Returns the card that the template makes of an adapter; `picture` is the path of its picture, if any."""
+    report, selection = adapter.report, adapter.selection
+    rows = report.ranking(selection.granularity)
+    most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "block" else len(rows)
+    card: ModelCard = ModelCard.from_template(
+        _metadata(adapter),
+        template_path=str(TEMPLATE),
+        begin=comment("begin", adapter.name),
+        end=comment("end", adapter.name),
+        heading="What was trained, and why" + ("" if adapter.name == "default" else f" ({adapter.name})"),
+        report=report,
+        title=_cell(report.title),
+        blocks=len(report.scores) // len(report.kinds),
+        selection=selection,
+        granularity="kind" if selection.granularity == "kind" else "component",
+        the_best="the best" if _are_first(adapter) else "the best of those that were candidates",
+        how_trained=_how_trained(adapter),
+        count=_count(adapter),
+        picture=picture,
+        picture_text=_cell(heading(report)),
+        ranking=[_ranked(adapter, rank, row) for rank, row in enumerate(rows[:most], start=1)],
+        left_out=len(rows[most:]),
+        facts=[(name, _cell(value)) for name, value in _facts(adapter) if value],
+        results=[row for one in adapter.results for row in _result_rows(one)],
+        stock_snippet=stock_snippet(adapter),
+        own_snippet=own_snippet(adapter) if readable(adapter.options) else "",
+        labels=_labels(adapter.id2label or {}) if adapter.classifies_images else "",
+    )
+    return card
+
+
+def comment(which: str, name: str) -> str:
+    """Returns the comment at the "begin" or the "end" of what a card says of the adapter `name`."""
+    return f"<!-- plasticity_peft: {which} {re.sub(r'[^0-9A-Za-z_.-]', '_', name)} -->"
+
+
+def eval_results_of(results: Results) -> list[EvalResult]:
+    """Returns results as the Hub's model-index has them."""
+    data = results.dataset
+    name = data.repo_id or data.name or data.form
+    return [
+        EvalResult(
+            task_type="image-classification",
+            task_name="Image Classification",
+            dataset_type=data.repo_id or re.sub(r"[^\w.-]+", "-", name.lower()),
+            dataset_name=name,
+            dataset_split=data.split,
+            metric_type=metric,
+            metric_name=metric,
+            metric_value=value,
+        )
+        for metric, value in results.metrics.items()
+    ]
+
+
+def _metadata(adapter: TrainedAdapter) -> ModelCardData:
+    datasets = [adapter.report.target_data, *(one.dataset for one in adapter.results)]
+    ids = sorted({one.repo_id for one in datasets if one is not None and one.repo_id})
+    results = [result for one in adapter.results for result in eval_results_of(one)]
+    return ModelCardData(
+        library_name="peft",
+        base_model=adapter.hub_model,
+        pipeline_tag="image-classification" if adapter.classifies_images else None,
+        datasets=ids or None,
+        metrics=sorted({result.metric_type for result in results}) or None,
+        tags=[TAG],
+        model_name="adapter" if results else None,
+        eval_results=results or None,
+    )
+
+
+def _are_first(adapter: TrainedAdapter) -> bool:
+    """Returns whether what was chosen leads the ranking; it does not where kinds above it were no candidates."""
+    ranking = adapter.report.ranking(adapter.selection.granularity)
+    return {row.unit for row in ranking[: len(adapter.selection.units)]} == set(adapter.selection.units)
+
+
+def _how_trained(adapter: TrainedAdapter) -> str:
+    if adapter.training == "full":
+        return "in full"
+    options = [f"{name}={adapter.options[name]}" for name in ("r", "lora_alpha") if name in adapter.options]
+    options += [f"{name}=True" for name in ("use_dora", "use_rslora") if adapter.options.get(name)]
+    kinds = {name.rsplit(".", 1)[-1] for name in adapter.selection.components}
+    norms = "" if kinds <= set(MATRIX_KINDS) else "; layer norms, which LoRA cannot take, in full"
+    return f"with LoRA ({', '.join(options)}{norms})"
+
+
+def _count(adapter: TrainedAdapter) -> str:
+    chosen, total = adapter.selection.parameters[adapter.training], adapter.selection.model_parameters
+    beside = adapter.saved_parameters - chosen
+    parts = f": {chosen:,} in the chosen components, {beside:,} in the head and what else trains beside them"
+    share = 100 * adapter.saved_parameters / total
+    return (
+        f"The adapter holds {adapter.saved_parameters:,} trained parameters, {share:.2f} % of the {total:,} of the "
+        f"model{parts if beside > 0 else ', all of them in the chosen components'}."
+    )
+
+
+def _ranked(adapter: TrainedAdapter, rank: int, row: RankedUnit) -> dict[str, Any]:
+    return {
+        "rank": rank,
+        "unit": row.unit,
+        "score": f"{row.score:.4g}",
+        "error": "exact" if adapter.report.observed == "weights" else f"{row.standard_error:.2g}",
+        "selected": "yes" if row.unit in adapter.selection.units else "",
+    }
+
+
+def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
+    """Yields what was measured and how; what is not known is empty."""
+    report = adapter.report
+    yield "base model", adapter.hub_model or f"a {report.model_type} model that is not on the Hub"
+    yield "criterion", report.criterion
+    yield "inputs (protocol)", report.inputs or ""
+    pairs = f", {report.skipped} skipped" if report.skipped else ""
+    sources = {True: ", each of a source and a target image", False: ", each of two target images"}
+    yield "observed", observed(report) + (sources[report.source] if report.observed == "pairs" else "") + pairs
+    yield "settled", how_it_ended(report) or "looked at all there was to look at"
+    yield "target images", str(report.target_data or "")
+    yield "source images", str(report.source_data or "")
+    yield "seed", str(report.seed)
+    yield "ranked by", "kind, over all blocks" if adapter.selection.granularity == "kind" else "component"
+    yield "versions", ", ".join(f"{name} {release}" for name, release in report.versions.items())
+
+
+def _result_rows(results: Results) -> Iterator[tuple[str, ...]]:
+    data = results.dataset
+    for name, value in results.metrics.items():
+        where = _cell(data.repo_id or data.name or data.form)
+        yield where, _cell(data.split or ""), _cell(name), f"{value:.4g}"
+
+
+def _labels(labels: Mapping[int, str]) -> str:
+    shown = [f"{index}: {_cell(label)}" for index, label in list(labels.items())[:MOST_LABELS]]
+    more = len(labels) - len(shown)
+    return ", ".join(shown) + (f", and {more} more in `plasticity.json`" if more > 0 else "")
+
+
+def _cell(text: str) -> str:
+    """Returns text that may stand in a cell of a table, and ends neither it nor the comments around our part."""
+    plain = re.sub(r"\s+", " ", text).replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain)

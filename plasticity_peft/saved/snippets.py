@@ -1,0 +1,106 @@
+"""Code that a model card shows: it runs as it stands, with this package and without."""
+
+from __future__ import annotations
+
+from plasticity_peft.saved.trained import TrainedAdapter
+
+REPOSITORY = "user/repo"
+"""Stands for the repository that the adapter is published in, whose name an adapter does not know."""
+
+MOST_LABELS = 20
+"""Labels that are written out; more are read from plasticity.json."""
+
+
+def stock_snippet(adapter: TrainedAdapter) -> str:
+    """Returns code that loads the adapter where this package is not installed, and classifies an image if it can."""
+    return _classifier(adapter) if adapter.classifies_images else _features(adapter)
+
+
+def own_snippet(adapter: TrainedAdapter) -> str:
+    """Returns code that loads the adapter with this package."""
+    subfolder = "" if adapter.name == "default" else f', subfolder="{adapter.name}"'
+    if not adapter.classifies_images:
+        model = f'model = load_adapter(base, "{REPOSITORY}"{subfolder})'
+        imports = ["from plasticity_peft import load_adapter", *_import_base(adapter)]
+        return _lines(*imports, "", f"base = {_base(adapter)}", model)
+    base = "" if adapter.hub_model else f', base_model="{_unknown(adapter)}"'
+    return _lines(
+        "from PIL import Image",
+        "from plasticity_peft import load_pretrained",
+        "from transformers import pipeline",
+        "",
+        f'model, image_processor, id2label = load_pretrained("{REPOSITORY}"{base}{subfolder})',
+        'classify = pipeline("image-classification", model=model, image_processor=image_processor)',
+        'print(classify(Image.open("image.png")))',
+    )
+
+
+def _classifier(adapter: TrainedAdapter) -> str:
+    labels = dict(adapter.id2label or {})
+    imports, id2label = [], f"id2label = {_literal(labels)}"
+    if len(labels) > MOST_LABELS:
+        imports = ["import json", ""]
+        subfolder = "" if adapter.name == "default" else f"{adapter.name}/"
+        id2label = (
+            f'with open(hf_hub_download(adapter, "{subfolder}plasticity.json")) as file:\n'
+            '    id2label = {int(key): label for key, label in json.load(file)["adapter"]["id2label"].items()}'
+        )
+    return _lines(
+        *imports,
+        "import torch",
+        *(["from huggingface_hub import hf_hub_download"] if imports else []),
+        "from peft import PeftModel",
+        "from PIL import Image",
+        "from transformers import AutoImageProcessor, AutoModelForImageClassification",
+        "",
+        f'base_model, adapter = "{adapter.hub_model or _unknown(adapter)}", "{REPOSITORY}"',
+        id2label,
+        "base = AutoModelForImageClassification.from_pretrained(",
+        "    base_model, id2label=id2label, label2id={label: i for i, label in id2label.items()},",
+        "    ignore_mismatched_sizes=True,",
+        ")",
+        f"model = PeftModel.from_pretrained(base, adapter{_subfolder(adapter)}).eval()",
+        "image_processor = AutoImageProcessor.from_pretrained(base_model)",
+        'inputs = image_processor(images=Image.open("image.png").convert("RGB"), return_tensors="pt")',
+        "with torch.no_grad():",
+        "    label = model(**inputs).logits.argmax(-1).item()",
+        "print(id2label[label])",
+    )
+
+
+def _features(adapter: TrainedAdapter) -> str:
+    return _lines(
+        "from peft import PeftModel",
+        *_import_base(adapter),
+        "",
+        f"base = {_base(adapter)}",
+        f'model = PeftModel.from_pretrained(base, "{REPOSITORY}"{_subfolder(adapter)}).eval()',
+    )
+
+
+def _subfolder(adapter: TrainedAdapter) -> str:
+    return "" if adapter.name == "default" else f', subfolder="{adapter.name}"'
+
+
+def _import_base(adapter: TrainedAdapter) -> list[str]:
+    return [f"from transformers import {adapter.base_class}"] if adapter.base_class else []
+
+
+def _base(adapter: TrainedAdapter) -> str:
+    if adapter.base_class is None:
+        return "...  # the model that was adapted"
+    return f'{adapter.base_class}.from_pretrained("{adapter.hub_model or _unknown(adapter)}")'
+
+
+def _unknown(adapter: TrainedAdapter) -> str:
+    """Returns what stands for a base model that is not on the Hub."""
+    return f"path/to/the/{adapter.report.model_type}/that/was/adapted"
+
+
+def _literal(labels: dict[int, str]) -> str:
+    """Returns labels as Python, in which no text of theirs can end the block of code or a comment around it."""
+    return ascii(labels).replace("<!--", "\\x3c!--").replace("-->", "--\\x3e").replace("`", "\\x60")
+
+
+def _lines(*lines: str) -> str:
+    return "\n".join(lines)

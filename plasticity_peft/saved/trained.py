@@ -1,0 +1,118 @@
+"""What an adapter is, as far as a model card tells it: from its files, or from whoever holds the live model."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+from plasticity_peft.errors import AdapterError
+from plasticity_peft.files import read_json
+from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME
+from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.selection import Selection
+from plasticity_peft.saved.record import AdapterDescription
+from plasticity_peft.saved.results import Results, results_for
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter of this package."""
+
+    report: PlasticityReport
+    selection: Selection
+    training: str
+    """"lora" or "full"."""
+    saved_parameters: int
+    """How many numbers the adapter holds: what was trained, the head included."""
+    base_model: str | None = None
+    """Name or folder that the base model was loaded from."""
+    base_class: str | None = None
+    """Class of the base model, where it is one of transformers."""
+    id2label: Mapping[int, str] | None = None
+    """Names of the labels; None for a model without a head."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of LoRA: r, lora_alpha, ..."""
+    results: tuple[Results, ...] = ()
+    """What was measured with its weights."""
+    name: str = "default"
+    """Name of the adapter in its model; its files lie in a folder of this name, but for "default"."""
+
+    @property
+    def classifies_images(self) -> bool:
+        """Whether the model has a head for image classification."""
+        return self.id2label is not None and "ForImageClassification" in (self.base_class or "")
+
+    @property
+    def hub_model(self) -> str | None:
+        """The base model, where it is on the Hub as far as one can tell offline."""
+        return self.base_model if is_hub_id(self.base_model) else None
+
+    @classmethod
+    def from_folder(cls, folder: str | os.PathLike[str]) -> TrainedAdapter:
+        """Returns the adapter that was saved in `folder`.
+
+        Raises:
+            AdapterError: there is no adapter.
+            ReportError: plasticity.json is missing or damaged.
+        """
+        path = Path(folder, REPORT_NAME)
+        report = PlasticityReport.load(path)
+        described = AdapterDescription.from_file(read_json(path), path.name)
+        config = _json(Path(folder, CONFIG_NAME))
+        mapping = config.get("auto_mapping") or {}
+        library = str(mapping.get("parent_library"))
+        return cls(
+            report=report,
+            selection=described.selection,
+            training=described.training,
+            saved_parameters=_parameters(Path(folder, WEIGHTS_NAME)),
+            base_model=config.get("base_model_name_or_path"),
+            base_class=mapping.get("base_model_class") if library.startswith("transformers.") else None,
+            id2label=described.id2label,
+            options=config,
+            results=tuple(results_for(folder)),
+        )
+
+
+def is_hub_id(name: str | None) -> bool:
+    """Returns whether `name` can be a repository on the Hub, and is no file or folder here.
+
+    Examples:
+        >>> is_hub_id("google/vit-base-patch16-224-in21k"), is_hub_id("/home/me/vit"), is_hub_id("")
+        (True, False, False)
+    """
+    if not name or os.path.exists(name):
+        return False
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        values = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise AdapterError(f"Cannot read {path.name} of the adapter: {error}.") from error
+    if not isinstance(values, dict):
+        raise AdapterError(f"Cannot read {path.name} of the adapter: it holds no object.")
+    return values
+
+
+def _parameters(path: Path) -> int:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"Cannot read {path.name} of the adapter: {error}.") from error
+    return sum(map(math.prod, shapes))

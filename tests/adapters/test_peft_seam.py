@@ -1,0 +1,541 @@
+"""What this package relies on in the private parts of other libraries, one test a reliance.
+
+Only stock objects are used here, no PlasticityConfig, so that a failure is a change in the library that it names, and
+the message says what of ours that breaks. A release that fails here is not supported until the file named is changed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from accelerate import PartialState, cpu_offload
+from accelerate.utils.memory import should_reduce_batch_size
+from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from peft import LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from tests.conftest import random_images, tiny_model
+
+TABLES = {
+    "PEFT_TYPE_TO_CONFIG_MAPPING": PEFT_TYPE_TO_CONFIG_MAPPING,
+    "PEFT_TYPE_TO_TUNER_MAPPING": PEFT_TYPE_TO_TUNER_MAPPING,
+    "PEFT_TYPE_TO_PREFIX_MAPPING": PEFT_TYPE_TO_PREFIX_MAPPING,
+}
+
+
+@contextmanager
+def reliance(on: str, because: str) -> Iterator[None]:
+    """Turns whatever goes wrong inside into one message: what was relied `on`, and `because` of what of ours."""
+    try:
+        yield
+    except (Exception, pytest.fail.Exception) as error:
+        pytest.fail(f"No longer true: {on}.\nNeeded by: {because}.\nFound: {type(error).__name__}: {error}")
+
+
+@dataclass
+class ForeignConfig(LoraConfig):
+    """A config of a kind that PEFT does not know."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = "FOREIGN"
+
+
+class ForeignModel(LoraModel):
+    """A tuner that writes down when it is asked to inject, and how many adapter layers the model had by then."""
+
+    calls: list[tuple[str, int]]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Takes the targets from the config only now, as PlasticityModel does."""
+        ForeignModel.calls.append((adapter_name, len(layers(model))))
+        self.peft_config[adapter_name].target_modules = [linear(model)]
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+
+def layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def linear(model: nn.Module) -> str:
+    """Returns the path of one linear layer of a block, in any release of transformers and before or after LoRA."""
+    found = [name for name, module in model.named_modules() if isinstance(module, (nn.Linear, BaseTunerLayer))]
+    return next(name for name in found if ".1." in name)
+
+
+def norms(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(pixel_values=random_images(3)).logits
+
+
+def disturb(model: nn.Module) -> nn.Module:
+    """Moves all that trains, so that an adapter that is on can be told from one that is off."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3)
+    return model
+
+
+@pytest.fixture
+def foreign() -> Iterator[type[ForeignModel]]:
+    """A method entered in the three tables, and taken out again."""
+    ForeignModel.calls = []
+    for table, value in zip(TABLES.values(), (ForeignConfig, ForeignModel, LoraModel.prefix), strict=True):
+        table["FOREIGN"] = value
+    yield ForeignModel
+    for table in TABLES.values():
+        table.pop("FOREIGN", None)
+
+
+# The tables.
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_table_of_methods_is_a_dictionary_that_peft_itself_looks_into(name: str) -> None:
+    with reliance(
+        f"peft.mapping.{name} is one dict, shared by PEFT's own modules", "adapters/model.py, which registers there"
+    ):
+        assert type(TABLES[name]) is dict
+        assert getattr(__import__("peft.peft_model").peft_model, name) is TABLES[name]
+
+
+def test_a_method_outside_the_enum_can_only_be_registered_in_the_tables() -> None:
+    with (
+        reliance(
+            'PeftType("PLASTICITY") is no member', "adapters/model.py fills the tables; with a member it need not"
+        ),
+        pytest.raises(ValueError, match="is not a valid PeftType"),
+    ):
+        PeftType("PLASTICITY")
+
+
+def test_get_peft_model_asks_the_tables(foreign: type[ForeignModel]) -> None:
+    with reliance(
+        "get_peft_model makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds", "adapters/model.py, PlasticityModel"
+    ):
+        model = get_peft_model(tiny_model(), ForeignConfig())
+        assert type(model.base_model) is foreign
+        assert model.peft_type == "FOREIGN"
+
+
+def test_transformers_add_adapter_asks_the_tables(foreign: type[ForeignModel]) -> None:
+    with reliance(
+        "PreTrainedModel.add_adapter makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds",
+        "adapters/model.py, PlasticityModel.inject_adapter, for model.add_adapter(PlasticityConfig(...))",
+    ):
+        model = tiny_model()
+        model.add_adapter(ForeignConfig(), "first")
+        with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
+            model.add_adapter(ForeignConfig(), "second")
+        assert foreign.calls == [("first", 0), ("second", 1)]
+
+
+def test_the_config_class_of_a_saved_adapter_is_looked_up_by_its_peft_type(tmp_path: Path) -> None:
+    with reliance(
+        'an adapter_config.json with peft_type "LORA" is read as a LoraConfig',
+        "config.py, which writes LORA so that adapters load where this package is not installed",
+    ):
+        LoraConfig(target_modules=["query"]).save_pretrained(tmp_path)
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
+        assert PeftType.LORA == "LORA"
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "LORA"
+
+
+def test_the_class_of_the_peft_model_is_looked_up_by_task_type(monkeypatch: pytest.MonkeyPatch) -> None:
+    import peft.auto
+
+    class Special(PeftModel):
+        def __init__(
+            self, model: nn.Module, peft_config: LoraConfig, adapter_name: str = "default", **kw: Any
+        ) -> None:
+            super().__init__(model, peft_config, adapter_name, **kw)
+
+    with reliance(
+        "get_peft_model looks up MODEL_TYPE_TO_PEFT_MODEL_MAPPING by task_type, and takes PeftModel without one",
+        "adapters/model.py, which enters a PeftModel of its own there",
+    ):
+        model = tiny_model()
+        assert type(get_peft_model(model, LoraConfig(target_modules=[linear(model)]))) is PeftModel
+        monkeypatch.setitem(peft.auto.MODEL_TYPE_TO_PEFT_MODEL_MAPPING, "SPECIAL", Special)
+        config = LoraConfig(target_modules=[linear(tiny_model())])
+        config.task_type = "SPECIAL"
+        assert type(get_peft_model(tiny_model(), config)) is Special
+
+
+# Injection.
+
+
+def test_inject_adapter_runs_for_every_adapter_before_its_layers_are_made(foreign: type[ForeignModel]) -> None:
+    with reliance(
+        "inject_adapter(model, adapter_name, ...) is called for the first adapter and for further ones, before any "
+        "module is replaced, and reads peft_config[adapter_name] only then",
+        "adapters/model.py, PlasticityModel.inject_adapter, which measures and sets target_modules there",
+    ):
+        model = get_peft_model(tiny_model(), ForeignConfig(), "first")
+        model.add_adapter("second", ForeignConfig())
+        assert foreign.calls == [("first", 0), ("second", 1)]
+        assert all(set(layer.lora_A) == {"first", "second"} for layer in layers(model))
+
+
+def test_an_error_while_injecting_leaves_no_adapter_behind(
+    foreign: type[ForeignModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reliance(
+        "an adapter whose injection raises is forgotten by PeftModel.add_adapter",
+        "adapters/model.py: bad input leaves the model as it was",
+    ):
+        model = get_peft_model(tiny_model(), ForeignConfig(), "first")
+        monkeypatch.setattr(foreign, "inject_adapter", lambda *args, **kwargs: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model.add_adapter("second", ForeignConfig())
+        assert list(model.peft_config) == ["first"]
+
+
+def test_transformers_marks_the_model_before_it_asks_the_tuner(
+    foreign: type[ForeignModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with reliance(
+        "add_adapter sets the instance attribute _hf_peft_config_loaded first, over a class attribute that is False",
+        "adapters/model.py, PlasticityModel.inject_adapter, which takes the mark away where choosing fails, and knows "
+        "by it that transformers' own adapter methods will be used",
+    ):
+        model = tiny_model()
+        assert model._hf_peft_config_loaded is False
+        assert "_hf_peft_config_loaded" not in vars(model)
+        seen = []
+        inject = LoraModel.inject_adapter
+        monkeypatch.setattr(
+            LoraModel,
+            "inject_adapter",
+            lambda self, model, *rest, **kw: (seen.append(vars(model).copy()), inject(self, model, *rest, **kw))[1],
+        )
+        model.add_adapter(ForeignConfig())
+        assert seen[0]["_hf_peft_config_loaded"] is True
+        assert "peft_config" not in seen[0]
+        assert hasattr(model, "peft_config")
+
+
+def test_dummy_target_modules_means_no_target(tmp_path: Path) -> None:
+    with reliance(
+        f"target_modules={DUMMY_TARGET_MODULES!r} adapts no module, and is saved as it is",
+        "adapters/model.py, _choose: full mode has only modules_to_save",
+    ):
+        assert DUMMY_TARGET_MODULES == "dummy-target-modules"  # it stands in adapters that were published
+        model = tiny_model()
+        chosen = norms(model)[0]
+        adapted = get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[chosen]))
+        assert not layers(adapted)
+        trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+        assert trained == {f"base_model.model.{chosen}.modules_to_save.default.{n}" for n in ("weight", "bias")}
+        adapted.save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == DUMMY_TARGET_MODULES
+    with (
+        reliance("target_modules=[] is refused", "adapters/model.py, _choose, which therefore uses the constant"),
+        pytest.raises(ValueError, match="target_modules"),
+    ):
+        get_peft_model(tiny_model(), LoraConfig(target_modules=[]))
+
+
+class Twins(nn.Module):
+    """Modules whose paths end alike, by a dot and without one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ab = nn.Linear(2, 2)
+        self.b = nn.Linear(2, 2)
+        self.inner = nn.ModuleDict({"b": nn.Linear(2, 2)})
+
+
+def test_targets_match_at_a_dot_and_modules_to_save_match_any_end() -> None:
+    because = "adapters/model.py, _check_only, which refuses a choice that PEFT would widen; loading.py, _layers"
+    with reliance("target_modules match a path that is the name, or ends in a dot and the name", because):
+        adapted = get_peft_model(Twins(), LoraConfig(target_modules=["b"]))
+        found = {name for name, m in adapted.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+        assert found == {"b", "inner.b"}
+    with reliance("modules_to_save match every path that ends in the name", because):
+        config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["b"])
+        adapted = get_peft_model(Twins(), config)
+        wrapped = [
+            name for name, m in adapted.base_model.model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)
+        ]
+        assert wrapped == ["ab", "b", "inner.b"]
+
+
+# Switching.
+
+
+def both(model: PreTrainedModel) -> PeftModel:
+    """Returns the model with LoRA on one layer, and a norm trained in full."""
+    config = LoraConfig(target_modules=[linear(model)], modules_to_save=[norms(model)[0]], init_lora_weights=False)
+    return disturb(get_peft_model(model, config)).eval()
+
+
+def test_one_flag_hides_an_adapter_and_touches_no_gradient() -> None:
+    with reliance(
+        "layer._disable_adapters = True makes LoRA layers and modules_to_save compute what the base model does, "
+        "without touching requires_grad",
+        "adapters/model.py, _adapters_hidden, inside which a further adapter is measured",
+    ):
+        expected = logits(tiny_model())
+        model = both(tiny_model())
+        switches = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
+        assert len(switches) == 2
+        assert [layer._disable_adapters for layer in switches] == [False, False]
+        assert not torch.allclose(logits(model), expected)
+        gradients = {name: p.requires_grad for name, p in model.named_parameters()}
+        for layer in switches:
+            layer._disable_adapters = True
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+        assert {name: p.requires_grad for name, p in model.named_parameters()} == gradients
+
+
+def test_a_merged_layer_says_so() -> None:
+    with reliance(
+        "BaseTunerLayer.merged tells whether an adapter is in the weights", "adapters/model.py, _adapters_hidden"
+    ):
+        model = both(tiny_model())
+        assert [layer.merged for layer in layers(model)] == [False]
+        model.merge_adapter()
+        assert [layer.merged for layer in layers(model)] == [True]
+
+
+def test_every_module_that_trains_in_full_is_an_auxiliary_wrapper() -> None:
+    with reliance(
+        "modules_to_save become AuxiliaryTrainingWrapper with enable_adapters(), and keep the original",
+        "adapters/model.py, _check_free, _adapters_hidden and _ModulesToSaveSwitch",
+    ):
+        model = both(tiny_model())
+        (wrapper,) = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        assert list(wrapper.modules_to_save) == ["default"]
+        assert isinstance(wrapper.original_module, nn.LayerNorm)
+        wrapper.enable_adapters(False)
+        assert wrapper._disable_adapters
+        wrapper.enable_adapters(True)
+        assert not wrapper._disable_adapters
+
+
+def test_an_adapter_layer_needs_no_more_than_our_switch_has() -> None:
+    class Switch(nn.Module, BaseTunerLayer):
+        adapter_layer_names = ()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self._active_adapter = ["default"]
+            self.merged_adapters = []
+
+    with reliance(
+        "a BaseTunerLayer is enabled, set, merged, listed and deleted by _active_adapter, merged_adapters and "
+        "adapter_layer_names alone",
+        "adapters/model.py, _ModulesToSaveSwitch",
+    ):
+        model = tiny_model()
+        model.add_adapter(LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[norms(model)[0]]))
+        model.add_module("switch", Switch())
+        model.set_adapter("default")
+        model.disable_adapters()
+        model.enable_adapters()
+        assert model.active_adapters() == ["default"]
+        assert model.switch.merged is False
+
+
+def test_transformers_asks_the_first_adapter_layer_and_enables_adapter_layers_only() -> None:
+    with reliance(
+        "transformers' enable_adapters leaves modules_to_save off, and active_adapters needs an adapter layer",
+        "adapters/model.py, _ModulesToSaveSwitch, which is superfluous once transformers does both",
+    ):
+        model = tiny_model()
+        model.add_adapter(LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[norms(model)[0]]))
+        (wrapper,) = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
+        model.disable_adapters()
+        model.enable_adapters()
+        assert wrapper._disable_adapters
+        with pytest.raises(UnboundLocalError):
+            model.active_adapters()
+
+
+# Saving.
+
+
+def test_a_config_is_saved_from_what_to_dict_returns(tmp_path: Path) -> None:
+    class Wordy(LoraConfig):
+        def to_dict(self) -> dict[str, Any]:
+            return {"peft_type": "LORA", "r": 3}
+
+    with reliance(
+        "PeftConfig.save_pretrained writes what to_dict() returns to adapter_config.json, and PeftConfig.to_dict is "
+        "dataclasses.asdict",
+        "config.py, PlasticityConfig.to_dict, which leaves out what stock PEFT does not know",
+    ):
+        Wordy(target_modules=["query"]).save_pretrained(tmp_path)
+        assert json.loads((tmp_path / "adapter_config.json").read_text()) == {"peft_type": "LORA", "r": 3}
+        assert set(LoraConfig().to_dict()) >= {"target_modules", "modules_to_save", "r", "peft_type", "task_type"}
+
+
+def test_an_adapter_is_saved_card_first_config_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: (order.append(name), function(*args, **kwargs))[1]
+
+    with reliance(
+        "PeftModel.save_pretrained calls create_or_update_model_card, then writes the weights, then calls "
+        "peft_config.save_pretrained(folder, auto_mapping_dict=...)",
+        "config.py, PlasticityConfig.save_pretrained, which writes plasticity.json last, when all else is there",
+    ):
+        model = both(tiny_model())
+        for owner, name in ((PeftModel, "create_or_update_model_card"), (LoraConfig, "save_pretrained")):
+            monkeypatch.setattr(owner, name, noted(name, getattr(owner, name)))
+        module = __import__("peft.peft_model").peft_model
+        monkeypatch.setattr(module, "safe_save_file", noted("weights", module.safe_save_file))
+        model.save_pretrained(tmp_path)
+        assert order == ["create_or_update_model_card", "weights", "save_pretrained"]
+        assert {path.name for path in tmp_path.iterdir()} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+
+def test_pushing_puts_another_card_in_the_folder_and_then_uploads_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    class UploadError(Exception):
+        """In the place of the upload."""
+
+    def upload(self: PeftModel, working_dir: str, *_: Any, **__: Any) -> None:
+        seen.append(Path(working_dir, "README.md").read_text())
+        assert Path(working_dir, "adapter_model.safetensors").exists()
+        raise UploadError
+
+    with reliance(
+        "PeftModel.push_to_hub saves into a folder, puts the card of the repository there, and calls "
+        "_upload_modified_files(folder, ...)",
+        "peft_model.py, PlasticityPeftModel._upload_modified_files, which writes our card again",
+    ):
+        hub = transformers.utils.hub
+        made = SimpleNamespace(repo_id="user/repo", __str__=lambda: "user/repo")
+        monkeypatch.setattr(HfApi, "create_repo", lambda *_, **__: made)
+        monkeypatch.setattr(hub, "create_repo", lambda *_, **__: made, raising=False)
+        monkeypatch.setattr(
+            hub, "create_and_tag_model_card", lambda *_, **__: ModelCard("---\ntags: []\n---\nthe card of the Hub")
+        )
+        monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
+        with pytest.raises(UploadError):
+            get_peft_model(tiny_model(), LoraConfig(target_modules=[linear(tiny_model())])).push_to_hub("user/repo")
+        assert ["the card of the Hub" in text for text in seen] == [True]
+
+
+def test_the_card_is_made_from_the_folder_alone() -> None:
+    with reliance(
+        "create_or_update_model_card takes the folder alone", "peft_model.py, the card that an adapter is saved with"
+    ):
+        assert list(inspect.signature(PeftModel.create_or_update_model_card).parameters) == ["self", "output_dir"]
+
+
+def test_names_of_weights_in_a_file(tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    with reliance(
+        "weights are saved as base_model.model.<path>.lora_A.weight, .lora_B.weight, and <path>.<weight> for "
+        "modules_to_save",
+        "renames.py, read and write",
+    ):
+        model = tiny_model()
+        path, norm = linear(model), norms(model)[0]
+        both(model).save_pretrained(tmp_path)
+        names = {f"{path}.lora_A.weight", f"{path}.lora_B.weight", f"{norm}.weight", f"{norm}.bias"}
+        assert set(load_file(tmp_path / "adapter_model.safetensors")) == {f"base_model.model.{n}" for n in names}
+
+
+# accelerate, huggingface_hub, transformers.
+
+
+def test_partial_state_shows_whether_it_was_made() -> None:
+    with reliance(
+        "PartialState._shared_state is empty until a PartialState is made, and _reset_state empties it",
+        "processes.py, this_process, which sets up nothing of Accelerate where there is one process",
+    ):
+        PartialState._reset_state()
+        assert not PartialState._shared_state
+        PartialState(cpu=True)
+        assert PartialState._shared_state
+        PartialState._reset_state()
+        assert not PartialState._shared_state
+
+
+def test_hooks_of_offloaded_weights() -> None:
+    with reliance(
+        "cpu_offload puts a hook with execution_device and offload in module._hf_hook",
+        "offloading.py, execution_device and offloaded",
+    ):
+        model = cpu_offload(nn.Sequential(nn.Linear(2, 2)), torch.device("cpu"))
+        hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
+        inner = [getattr(hook, "hooks", [hook])[-1] for hook in hooks]
+        assert any(getattr(hook, "offload", False) for hook in [*hooks, *inner])
+        assert any(getattr(hook, "execution_device", None) == torch.device("cpu") for hook in [*hooks, *inner])
+        assert model[0].weight.device.type == "meta"
+
+
+def test_only_a_lack_of_memory_halves_a_batch() -> None:
+    with reliance(
+        "accelerate.utils.memory.should_reduce_batch_size tells errors of memory from others",
+        "calls.py, which passes the first on, and rounds.py, which halves the batch",
+    ):
+        assert should_reduce_batch_size(torch.OutOfMemoryError("CUDA out of memory."))
+        assert should_reduce_batch_size(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        assert not should_reduce_batch_size(RuntimeError("shapes do not fit"))
+        assert not should_reduce_batch_size(ValueError("out of memory"))
+
+
+def test_progress_bars_are_switched_in_one_place() -> None:
+    with reliance("are_progress_bars_disabled follows disable_progress_bars", "rounds.py, which shows a bar"):
+        before = are_progress_bars_disabled()
+        try:
+            disable_progress_bars()
+            assert are_progress_bars_disabled()
+            enable_progress_bars()
+            assert not are_progress_bars_disabled()
+        finally:
+            (disable_progress_bars if before else enable_progress_bars)()
+
+
+def test_a_logger_below_transformers_has_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
+    with reliance(
+        'get_logger("transformers.x") follows transformers.logging.set_verbosity',
+        "measuring/measure.py, whose logger it is",
+    ):
+        before = logging.get_verbosity()
+        try:
+            logging.set_verbosity_error()
+            assert logging.get_logger("transformers.plasticity").getEffectiveLevel() == logging.ERROR
+        finally:
+            logging.set_verbosity(before)
+
+
+def test_the_backbone_of_a_model_is_named_by_its_prefix() -> None:
+    with reliance("base_model_prefix names the child that holds the blocks", "architectures.py, which finds heads"):
+        model = tiny_model("vit")
+        assert model.base_model_prefix == "vit"
+        assert getattr(model, model.base_model_prefix) is model.base_model

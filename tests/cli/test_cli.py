@@ -1,0 +1,517 @@
+"""The command line: what it prints, writes and answers, in this process where that can be, else in real ones."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from datasets import load_dataset
+from peft import get_peft_model
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+from typer.main import get_command
+from typer.testing import CliRunner
+
+import plasticity_peft
+from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
+from plasticity_peft.cli import card, compare, measure, select, show
+from plasticity_peft.cli.app import app
+from plasticity_peft.components.component import KINDS
+from tests.conftest import REPOSITORY, random_images, tiny_model
+
+COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
+PNG = b"\x89PNG"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, images in several forms, and two reports."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny_model().save_pretrained(folder / "model")
+    processor = json.loads((REPOSITORY / "examples/fashion-mnist-vit/preprocessor_config.json").read_text())
+    processor["size"] = {"height": 8, "width": 8}
+    (folder / "model" / "preprocessor_config.json").write_text(json.dumps(processor))
+    pixels = np.random.default_rng(0).integers(0, 255, (14, 10, 12, 3), dtype=np.uint8)
+    for index, values in enumerate(pixels):
+        place = folder / "images" / ("dark" if index % 2 else "light")
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(values).save(place / f"{index}.png")
+    load_dataset("imagefolder", data_dir=str(folder / "images"))["train"].to_parquet(folder / "images.parquet")
+    for name, seed in (("first", 0), ("second", 1)):
+        report = measure_plasticity(tiny_model(), random_images(seed=seed), pairs=8, criterion="parameter_plasticity")
+        report.save(folder / f"{name}.json")
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def run(*arguments: object, code: int = 0, **options: Any) -> Any:
+    """Returns what a command left: stdout, stderr, exit_code."""
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments], **options)
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result
+
+
+def by_hand(data: str, **options: Any) -> PlasticityReport:
+    """Returns what the library measures of the model on the images, without the command line."""
+    model = AutoModelForImageClassification.from_pretrained("model", num_labels=2, ignore_mismatched_sizes=True)
+    processor = AutoImageProcessor.from_pretrained("model")
+    form = {"data_files": data} if data.endswith("parquet") else {"data_dir": data}
+    images = load_dataset("parquet" if data.endswith("parquet") else "imagefolder", **form)["train"]["image"]
+    pixels = processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+    source = pixels if options.pop("source", False) else None
+    return measure_plasticity(model, pixels, source, **options)
+
+
+CASES: dict[str, tuple[list[object], dict[str, Any]]] = {
+    "the default": ([], {}),
+    "the paper's": (
+        ["--criterion", "rate_of_change", "--inputs", "activation", "--pairs", 9, "--batch_size", 4, "--settle", 0],
+        {"criterion": "rate_of_change", "inputs": "activation", "pairs": 9, "batch_size": 4, "settle": None},
+    ),
+    "source": (["--source", "images", "--inputs", "embedding", "--seed", 3], {"inputs": "embedding", "seed": 3}),
+    "a choice by blocks": (
+        ["--granularity", "block", "--candidates", "MHA,FC1", "--top_k", 2, "--training", "full", "--settle", 0.5],
+        {"granularity": "block", "candidates": ("MHA", "FC1"), "top_k": 2, "training": "full", "settle": 0.5},
+    ),
+    "half precision and a budget": (
+        ["--dtype", "bfloat16", "--budget", 0.2, "--r", 2, "--backbone", "vit"],
+        {"dtype": "bfloat16", "budget": 0.2, "r": 2, "backbone": "vit"},
+    ),
+}
+
+
+@pytest.mark.parametrize(("case", "data"), [*((case, "images") for case in CASES), ("the default", "images.parquet")])
+def test_measures_as_the_library_does(case: str, data: str) -> None:
+    arguments, options = CASES[case]
+    result = run("measure", "model", data, *arguments, "--json")
+    found = PlasticityReport.from_dict(json.loads(result.stdout))
+    expected = by_hand(data, source=case == "source", **options)
+    assert (found.ending, found.pairs, found.seed, found.source) == (
+        expected.ending,
+        expected.pairs,
+        expected.seed,
+        expected.source,
+    )
+    for row, own in zip([*found.scores, *found.kinds], [*expected.scores, *expected.kinds], strict=True):
+        assert row.mean == pytest.approx(own.mean, rel=1e-5)
+
+
+def test_every_argument_of_measuring_is_an_option() -> None:
+    import inspect
+
+    arguments = set(inspect.signature(measure_plasticity).parameters) - {"target", "lora"}
+    assert arguments <= set(inspect.signature(measure.measure).parameters)
+
+
+@pytest.mark.parametrize("form", ["png", "pdf", "svg"])
+def test_writes_report_and_picture_and_prints_only_the_table(form: str, tmp_path: Path) -> None:
+    result = run("measure", "model", "images", "--output", tmp_path / "a.json", "--plot", tmp_path / f"a.{form}")
+    report = PlasticityReport.load(tmp_path / "a.json")
+    assert result.stdout == f"{report}\n"
+    assert "Measuring plasticity" in result.stderr
+    start = {"png": PNG, "pdf": b"%PDF", "svg": b"<?xml"}[form]
+    assert (tmp_path / f"a.{form}").read_bytes().startswith(start)
+    assert {path.name for path in tmp_path.iterdir()} == {"a.json", f"a.{form}"}
+
+
+def test_labels_of_the_dataset_reach_criteria_that_need_them() -> None:
+    first, second = (run("measure", "model", "images", "--criterion", "gradient_norm", "--json") for _ in range(2))
+    assert first.stdout == second.stdout
+    assert json.loads(first.stdout)["criterion"] == "gradient_norm"
+
+
+def test_weights_are_measured_without_images() -> None:
+    found = json.loads(run("measure", "model", "--criterion", "bound", "--json").stdout)
+    assert (found["observed"], found["pairs"]) == ("weights", 0)
+
+
+def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
+    report = PlasticityReport.load("first.json")
+    assert run("show", "first.json").stdout == f"{report}\n"
+    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model.save_pretrained(tmp_path / "adapter")
+    (unit,) = model.peft_config["default"].selection.units
+    told = rf"Selected: {unit} \(lora, [\d,]+ parameters beside the head\)\n"
+    for place in (tmp_path / "adapter", tmp_path / "adapter" / "plasticity.json"):
+        shown = run("show", place).stdout
+        assert shown.startswith(f"{report}\n")
+        assert re.fullmatch(told, shown.removeprefix(f"{report}\n"))
+    shown = run("show", tmp_path / "adapter", "--json", "--plot", tmp_path / "a.png")
+    assert PlasticityReport.from_dict(json.loads(shown.stdout)) == report
+    run("show", tmp_path / "adapter", "--plot", tmp_path / "b.png", "--view", "heatmap")
+    first, second = ((tmp_path / f"{name}.png").read_bytes() for name in "ab")
+    assert first.startswith(PNG)
+    assert second.startswith(PNG)
+    assert first != second
+
+
+def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    asked = []
+
+    def download(repo: str, name: str, **options: object) -> str:
+        asked.append((repo, name, options))
+        return str(tmp_path / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+
+
+def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
+    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    path = tmp_path / "plasticity.json"
+    values = json.loads(path.read_text())
+    values["adapter"]["training"] = ["lora"]
+    path.write_text(json.dumps(values))
+    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+
+
+def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "README.md"
+    path.write_text("---\nlibrary_name: peft\n---\n\n# Mine\n\nA person wrote this.\n")
+    metric = ["--metric", "accuracy=0.94", "--dataset", "digits", "--split", "test"]
+    assert run("card", tmp_path / "adapter", *metric).stdout == f"{path}\n"
+    text = path.read_text()
+    assert "A person wrote this." in text
+    assert "| digits | test | accuracy | 0.94 |" in text
+    run("card", tmp_path / "adapter")
+    assert path.read_text() == text
+    message = run("card", tmp_path / "adapter", "--metric", "accuracy", code=2).stderr
+    assert "--metric must be name=value" in message
+
+
+STOCK = """
+import json, sys
+sys.modules["plasticity_peft"] = None
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForImageClassification
+found = {}
+for name, text in json.load(sys.stdin).items():
+    config = LoraConfig(**(json.loads if name.startswith("json") else yaml.safe_load)(text))
+    model = get_peft_model(AutoModelForImageClassification.from_pretrained("model"), config)
+    found[name] = {
+        "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+        "target_modules": sorted(config.target_modules) if not isinstance(config.target_modules, str) else None,
+        "modules_to_save": config.modules_to_save,
+        "parameters": model.get_nb_trainable_parameters()[0],
+    }
+json.dump(found, sys.stdout)
+"""
+
+
+def test_stock_peft_trains_what_was_selected() -> None:
+    texts, expected = {}, {}
+    for training, granularity, top_k, naming in product(
+        ("lora", "full"), ("kind", "block"), (1, 4), (["--model", "model"], ["--head", "classifier"])
+    ):
+        form = "json" if top_k == 1 else "yaml"
+        name = " ".join([form, training, granularity, *naming])
+        chosen = {"training": training, "granularity": granularity, "top_k": top_k, "r": 3}
+        options = [part for key, value in chosen.items() for part in (f"--{key}", value)]
+        result = run("select", "first.json", *options, *naming, "--format", form)
+        assert not result.stderr
+        texts[name] = result.stdout
+        config = PlasticityConfig(report="first.json", **chosen)
+        model = get_peft_model(tiny_model(), config)
+        linears = config.target_modules
+        expected[name] = {
+            "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
+            "target_modules": None if isinstance(linears, str) else sorted(linears),
+            "modules_to_save": config.modules_to_save,
+            "parameters": model.get_nb_trainable_parameters()[0],
+        }
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    ours = "ignore:`is_gradient_checkpointing`:FutureWarning"
+    result = subprocess.run(
+        [sys.executable, "-W", "error", "-W", ours, "-c", STOCK],
+        input=json.dumps(texts), capture_output=True, text=True, env=environment, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == expected
+    assert any(row["target_modules"] is None for row in expected.values())
+
+
+def test_select_names_modules_as_the_model_at_hand_does(tmp_path: Path) -> None:
+    values = json.loads(Path("first.json").read_text())
+    for row in values["scores"]:
+        row["modules"] = [f"old.names.{path}" for path in row["modules"]]
+    (tmp_path / "old.json").write_text(json.dumps(values))
+    candidates = ["--candidates", "MHA"]
+    here = [path for part in find_components(tiny_model()) if part.kind == "MHA" for path in part.modules]
+    config = yaml.safe_load(run("select", tmp_path / "old.json", *candidates, "--model", "model").stdout)
+    assert (config["target_modules"], config["modules_to_save"]) == (here, ["classifier"])
+    result = run("select", tmp_path / "old.json", *candidates)
+    config = yaml.safe_load(result.stdout)
+    assert (config["target_modules"], config["modules_to_save"]) == ([f"old.names.{path}" for path in here], None)
+    assert "no head will train" in result.stderr
+    both = run("select", "first.json", "--model", "model", "--head", "vit.layernorm, classifier", "--format", "json")
+    assert json.loads(both.stdout)["modules_to_save"][-2:] == ["classifier", "vit.layernorm"]
+
+
+def with_scores(path: Path, scores: Any) -> Path:
+    """Writes the first report with other scores, block by block and in the order of the kinds."""
+    values = json.loads(Path("first.json").read_text())
+    for row, score in zip(values["scores"], scores, strict=True):
+        row["mean"] = float(score)
+    for index, row in enumerate(values["kinds"]):
+        row["mean"] = float(np.mean(scores[index :: len(KINDS)]))
+    path.write_text(json.dumps(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("second", "rho", "tau", "shared"),
+    [
+        ([1, 2, 3, 4, 5], 1, 1, {1: 1, 2: 2, 5: 5}),
+        ([5, 4, 3, 2, 1], -1, -1, {1: 0, 2: 0, 3: 1, 5: 5}),
+        ([2, 1, 3, 4, 5], 0.9, 0.8, {1: 1, 2: 2, 4: 3, 5: 5}),
+        ([7, 7, 7, 7, 7], None, None, {1: 0, 5: 5}),
+    ],
+)
+def test_compare_tells_how_rankings_agree(
+    second: list[int], rho: float | None, tau: float | None, shared: dict[int, int], tmp_path: Path
+) -> None:
+    first = with_scores(tmp_path / "a.json", [1, 2, 3, 4, 5] * 2)
+    other = with_scores(tmp_path / "b.json", second * 2)
+    for top_k, count in shared.items():
+        result = run("compare", first, other, "--top_k", top_k, "--granularity", "kind", "--json")
+        (row,) = json.loads(result.stdout)["agreement"]
+        assert (row["units"], row["top_k"], row["shared"], row["overlap"]) == (5, top_k, count, count / top_k)
+        assert (row["spearman"], row["kendall"]) == (
+            rho if rho is None else pytest.approx(rho),
+            tau if tau is None else pytest.approx(tau),
+        )
+
+
+def test_compare_by_kind_and_by_block() -> None:
+    ranks = []
+    for name in ("first.json", "second.json"):
+        scores = np.array([row.mean for row in PlasticityReport.load(name).scores])
+        ranks.append(scores.argsort().argsort())
+    result = run("compare", "first.json", "second.json", "--json")
+    kind, block = json.loads(result.stdout)["agreement"]
+    assert (kind["granularity"], kind["units"], kind["top_k"]) == ("kind", 5, 1)
+    assert (block["granularity"], block["units"], block["top_k"]) == ("block", 10, 2)
+    assert block["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    signs = [np.sign(np.subtract.outer(own, own))[np.triu_indices(10, 1)] for own in ranks]
+    assert block["kendall"] == pytest.approx(np.mean(signs[0] * signs[1]))
+    table = run("compare", "first.json", "second.json").stdout
+    assert re.search(rf"\| block \| +10 \| +{block['spearman']:.4f} \| +{block['kendall']:.4f} \|", table)
+
+
+def errors() -> Iterator[tuple[str, int, str]]:
+    """Yields arguments, exit code and what the error says."""
+    yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
+    yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
+    yield "show images", 1, "images holds no plasticity.json"
+    yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
+    yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
+    yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"
+    yield "measure images images", 1, "Cannot load the model images"
+    yield "measure model nobody/nothing", 1, "Cannot read the dataset nobody/nothing"
+    yield "measure model model/config.parquet", 1, "Cannot read the dataset model/config.parquet"
+    yield "measure model images --split test", 1, "The dataset images has no split 'test'. It has: 'train'"
+    yield "measure model images --image_column x", 1, "no column 'x'. It has: 'image', 'label'"
+    yield "measure model", 1, "criterion='parameter_plasticity' has nothing to rank by"
+    yield "measure model images --output missing/a.json", 1, "--output must be a file in a folder that exists"
+    yield "measure model images --pairs 1", 1, "pairs must be a whole number .* Got 1"
+    yield "measure model images --top_k 9", 1, "top_k must be a whole number from 1 to 5"
+    yield "measure model images --candidates MHA,XY", 1, "candidates must be one or more of LN1"
+    yield "measure model images --backbone nowhere", 1, "nowhere"
+    yield "select first.json --top_k 1 --budget 0.1", 1, "Give top_k or budget, not both"
+    yield "select first.json --model nobody/nothing", 1, "Cannot build the model nobody/nothing"
+    yield "compare first.json other.json", 1, "models with different components.*10 components.*15 components"
+    yield "compare first.json second.json --top_k 6", 1, "from 1 to 5, the number of units by kind"
+    yield "card images", 1, "plasticity.json"
+    yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
+    yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
+    yield "measure model images --pairs many", 2, "Invalid value for '--pairs'"
+    yield "select first.json --r 0", 2, "Invalid value for '--r'"
+    yield "measure", 2, "Missing"
+    yield "show first.json second.json", 2, "second.json"
+    yield "show first.json --what", 2, "No such option"
+    yield "nothing", 2, "No such command"
+
+
+@pytest.mark.parametrize(("arguments", "code", "message"), list(errors()))
+def test_errors(arguments: str, code: int, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "other.json" in arguments and not Path("other.json").exists():
+        measure_plasticity(tiny_model(num_hidden_layers=3), criterion="bound").save("other.json")
+    before = sorted(Path().rglob("*"))
+    result = run(*shlex.split(arguments), code=code)
+    assert result.stdout == ""
+    assert re.search(message, result.stderr, re.DOTALL), result.stderr
+    assert "Traceback" not in result.stderr
+    if code == 1:
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("Error: ")]
+        assert result.stderr.endswith(f"{line}\n")
+    assert sorted(Path().rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "module", "extra"),
+    [
+        ("measure model images", "datasets", "datasets"),
+        ("measure model images", "PIL", "datasets"),
+        ("show first.json --plot a.png", "matplotlib.figure", "plot"),
+        ("measure model images --plot a.png", "matplotlib.figure", "plot"),
+    ],
+)
+def test_an_extra_that_is_missing(arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    result = run(*shlex.split(arguments), code=1)
+    assert f"needs {module}, which cannot be imported" in result.stderr
+    assert f'pip install "plasticity_peft[{extra}]"' in result.stderr
+    assert "Error: " in result.stderr.splitlines()[-1]
+
+
+def test_what_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(measure, "measure_plasticity", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        run("measure", "model", "images")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_names_every_option_and_its_examples_are_right(command: str) -> None:
+    text = run(command, "--help").stdout
+    parser = get_command(app).commands[command]  # type: ignore[attr-defined]
+    for parameter in parser.params:
+        for option in parameter.opts:
+            assert option in (text if option.startswith("-") else text.lower())
+    examples = re.findall(r"^ *(?:plasticity-peft|accelerate launch -m plasticity_peft) (.*)$", text, re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        name, *arguments = shlex.split(example.split(">")[0])
+        assert name == command
+        parser.make_context(name, arguments)
+    assert command in run("--help").stdout
+
+
+def test_both_spellings_of_an_option() -> None:
+    outputs = {
+        run("select", "first.json", option, 2, "--head", "classifier").stdout for option in ("--top_k", "--top-k")
+    }
+    assert len(outputs) == 1
+
+
+def test_version_and_nothing() -> None:
+    assert run("--version").stdout == f"{plasticity_peft.__version__}\n"
+    result = CliRunner().invoke(app, [])
+    assert "Usage:" in result.output
+
+
+def test_the_shell_completes_commands_and_values() -> None:
+    def completed(words: str) -> set[str]:
+        environment = {
+            "_PLASTICITY_PEFT_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"plasticity-peft {words}",
+            "COMP_CWORD": str(len(words.split(" "))),
+        }
+        result = CliRunner().invoke(app, [], prog_name="plasticity-peft", env=environment)
+        return set(result.stdout.split())
+
+    assert completed("s") == {"show", "select"}
+    assert completed("select first.json --training f") == {"full"}
+    assert "parameter_plasticity" in completed("measure model images --criterion param")
+
+
+WHO = """
+import os, pathlib
+if "RANK" in os.environ:
+    pathlib.Path(os.environ["WHO"], f"{os.environ['RANK']} of {os.environ['WORLD_SIZE']}").touch()
+"""
+
+
+def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerate.PartialState.is_main_process", False)
+    result = run(
+        "measure", "model", "--criterion", "bound", "--output", tmp_path / "a.json", "--plot", tmp_path / "a.png"
+    )
+    assert result.stdout == ""
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(WHO)
+    (tmp_path / "who").mkdir()
+    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
+    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "plasticity_peft"]
+    arguments = ["measure", "model", "images", "--settle", "0", "--batch_size", "3", "--output", tmp_path / "a.json"]
+    result = subprocess.run(
+        [sys.executable, "-m", *launcher, *rest, *map(str, arguments), "--json"],
+        env={
+            **os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "WHO": str(tmp_path / "who"),
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)]),
+        },
+        capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert {path.name for path in (tmp_path / "who").iterdir()} == {"0 of 2", "1 of 2"}
+    found = PlasticityReport.from_dict(json.loads(result.stdout))
+    assert found == PlasticityReport.load(tmp_path / "a.json")
+    for row, own in zip(found.scores, by_hand("images", settle=None).scores, strict=True):
+        assert row.mean == pytest.approx(own.mean, rel=1e-5)
+
+
+@pytest.fixture
+def unread() -> Iterator[int]:
+    """The end of a pipe that nobody reads."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    yield writing
+    with suppress(OSError):
+        os.close(writing)
+
+
+def test_a_reader_that_has_enough(
+    unread: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with suppress(BrokenPipeError), open(unread, "w", encoding="utf-8") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit, match="1"):
+            app(["show", "first.json", "--json"])
+    monkeypatch.undo()
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_a_reader_of_a_process_that_has_enough(unread: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
+        stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+    )  # fmt: skip
+    assert (result.returncode, result.stderr) == (1, "")
+
+
+def test_importing_the_library_does_not_import_the_command_line() -> None:
+    package = REPOSITORY / "plasticity_peft"
+    for path in package.rglob("*.py"):
+        if path.parent.name != "cli" and path.stem != "__main__":
+            assert not re.search(r"import typer|from typer|plasticity_peft\.cli", path.read_text()), path

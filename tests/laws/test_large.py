@@ -1,0 +1,128 @@
+"""Large models: measuring and injection in 1.3 times the memory of the model itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.criteria.gradients import GradientsByImage
+from plasticity_peft.criteria.parameter_plasticity import features
+from plasticity_peft.measuring.left_as_found import left_as_found
+from tests.conftest import REPOSITORY
+from tests.laws.test_families import every_family, family
+
+MOST = 1.3
+"""Peak of the process above what the libraries take, as a multiple of the model's weights."""
+
+SIZES = {
+    # Eight blocks of ViT-L: 101 million parameters, of which a block has as large a share as what is kept for it.
+    "ViT-L, 8 blocks": {"hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 16, "patch_size": 16},
+    "ViT-L": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "patch_size": 16},
+    "ViT-H": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "patch_size": 14},
+}
+SCRIPT = """
+import gc, json, os, sys
+import torch
+from peft import get_peft_model
+from transformers import ViTConfig, ViTForImageClassification
+from plasticity_peft import PlasticityConfig
+
+size, image_size, all_options = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+
+def kibibytes(name):
+    with open("/proc/self/status") as file:
+        return int(next(line for line in file if line.startswith(name)).split()[1])
+
+def adapted(size, image_size, options):
+    torch.manual_seed(0)
+    config = ViTConfig(**size, intermediate_size=4 * size["hidden_size"], image_size=image_size, num_labels=10)
+    model = ViTForImageClassification(config)
+    bytes_ = sum(parameter.nbytes for parameter in model.parameters())
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts from here
+    config = PlasticityConfig(
+        target_data=torch.rand(4, 3, image_size, image_size), pairs=2, batch_size=1, settle=None, **options
+    )
+    get_peft_model(model, config)
+    return bytes_
+
+# What libraries load when they are first used belongs to no model.
+small = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
+for options in all_options:
+    adapted(small, 8, options)
+gc.collect()
+for options in all_options:
+    if os.fork() == 0:
+        before = kibibytes("VmRSS")
+        bytes_ = adapted(size, image_size, options)
+        print((kibibytes("VmHWM") - before) * 1024 / bytes_, flush=True)
+        os._exit(0)
+    assert os.wait()[1] == 0
+"""
+
+
+def memory(name: str, image_size: int, all_options: list[dict[str, Any]]) -> dict[str, float]:
+    """Returns the peak of measuring and injecting over the memory of the model, by options, in processes of their own.
+
+    One image is in a pass, a pair where the measure takes pairs.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps([SIZES[name], image_size, all_options])],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        timeout=1800,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    found = dict(zip(map(str, all_options), map(float, result.stdout.split()), strict=True))
+    print(name, image_size, {options: round(ratio, 3) for options, ratio in found.items()})
+    return found
+
+
+@every_family
+def test_blocks_that_are_computed_again_give_the_same_numbers(name: str) -> None:
+    found = family(name)
+    model, images = found.build(), found.images(2)
+    architecture = find_architecture(model)
+    blocks = [model.get_submodule(path) for path in architecture.blocks]
+    with left_as_found(model, 0):
+        gradients = GradientsByImage(model, architecture, {key: value[:1] for key, value in images.items()})
+        found = [
+            gradients(2, lambda: features(model, architecture, images).sum(), recompute=recompute)
+            for recompute in (False, True)
+        ]
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-12)
+    assert not any("forward" in vars(block) or block._forward_pre_hooks for block in blocks)
+
+
+needs_linux = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="measured by Linux's /proc")
+
+
+def check(name: str, image_size: int, all_options: list[dict[str, Any]]) -> None:
+    """Fails where measuring takes more memory than it may."""
+    for options, ratio in memory(name, image_size, all_options).items():
+        assert ratio < MOST, (name, options, ratio)
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"inputs": "embedding"}, {"inputs": "activation"}]
+
+
+@needs_linux
+def test_a_part_of_a_large_model_is_measured_in_little_memory() -> None:
+    check("ViT-L, 8 blocks", 112, OPTIONS)
+
+
+@needs_linux
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ViT-L", "ViT-H"])
+def test_a_large_model_is_measured_in_little_memory(name: str) -> None:
+    check(name, 224, [*OPTIONS, {"criterion": "feature_norm"}])

@@ -1,0 +1,117 @@
+"""The notebook is what it claims to be: executed, clean, and runnable with the extras that it names."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import re
+import sys
+from functools import cache
+from importlib.metadata import packages_distributions
+from typing import Any
+
+import pytest
+
+from tests.conftest import REPOSITORY
+from tests.support.deprecations import IN_OTHER_PROCESSES
+
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
+
+NOTEBOOK = REPOSITORY / "examples" / "quickstart.ipynb"
+
+
+def read() -> Any:
+    return nbformat.read(NOTEBOOK, as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def printed(notebook: Any) -> str:
+    """Returns all that the cells printed on the standard output."""
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return "".join(output.text for output in outputs if output.get("name") == "stdout")
+
+
+def pictures(notebook: Any) -> list[bytes]:
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return [base64.b64decode(found) for output in outputs if (found := output.get("data", {}).get("image/png"))]
+
+
+@cache
+def executed() -> Any:
+    """Returns the notebook after all of its cells ran in a kernel of this Python."""
+    notebook = read()
+    for cell in code_cells(notebook):
+        cell.outputs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(REPOSITORY))
+        patch.setenv("HF_HUB_OFFLINE", "1")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        # The kernel itself does so, under Python 3.13.
+        patch.setenv(
+            "PYTHONWARNINGS", f"{IN_OTHER_PROCESSES},ignore:There is no current event loop:DeprecationWarning"
+        )
+        resources = {"metadata": {"path": str(NOTEBOOK.parent)}}
+        nbclient.NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
+    return notebook
+
+
+def test_it_runs_and_learns() -> None:
+    text = printed(executed())
+    (accuracy,) = re.findall(r"Test accuracy: ([\d.]+)%", text)
+    assert float(accuracy) > 80
+    assert len(pictures(executed())) == len(pictures(read())) == 3
+
+
+def test_what_is_committed_is_what_comes_out() -> None:
+    facts = r"trainable params: [\d,]+|Selected: \S+|\|    1 \| MHA  \|"
+    assert re.findall(facts, printed(executed())) == re.findall(facts, printed(read()))
+    assert len(re.findall(facts, printed(read()))) == 3
+
+
+def test_it_is_a_valid_executed_notebook_without_traces_of_a_machine() -> None:
+    notebook = read()
+    nbformat.validate(notebook)
+    assert notebook.nbformat == 4
+    cells = code_cells(notebook)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert outputs
+    assert not [output for output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    text = NOTEBOOK.read_text(encoding="utf-8")
+    for trace in ("/root", "/home", "/work", "/tmp", "site-packages", "Warning", "Traceback"):
+        assert trace not in text
+    assert len(text) < 250_000
+    assert all(picture.startswith(b"\x89PNG") and len(picture) < 100_000 for picture in pictures(notebook))
+
+
+def test_it_imports_only_what_the_extras_bring() -> None:
+    tomllib = pytest.importorskip("tomllib")
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = [*project["dependencies"], *project["optional-dependencies"]["examples"], project["name"]]
+    names = {normal(re.split(r"[^\w.-]", requirement)[0]) for requirement in declared}
+    distributions = packages_distributions()
+    for module in imported():
+        if module not in sys.stdlib_module_names:
+            found = {normal(name) for name in distributions.get(module, [module])}
+            assert found & names, f"{module} is not declared"
+    assert imported() > {"plasticity_peft", "datasets"}
+
+
+def normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def imported() -> set[str]:
+    """Returns the top-level packages that the cells import."""
+    found = set()
+    for cell in code_cells(read()):
+        for node in ast.walk(ast.parse(cell.source)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name.split(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(str(node.module).split(".")[0])
+    return found
