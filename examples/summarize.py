@@ -20,7 +20,7 @@ from comparison_figures import draw_gains, draw_learning_rates
 from transformers import HfArgumentParser
 
 from plasticity_peft.files import write_text
-from plasticity_peft.report.formatting import table
+from plasticity_peft.report.text import table
 
 WIDE = 240
 """Columns that a table may take: more than a terminal has, for all pairs side by side."""

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
-from itertools import islice
+from collections.abc import Mapping
 
-from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
 
 GRANULARITIES = ("kind", "block")
@@ -71,18 +69,6 @@ def check_amount(top_k: object, budget: object) -> None:
         check_count("top_k", top_k, 1)
     if budget is not None:
         check_budget(budget)
-
-
-def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
-    """Returns the kinds as a tuple. Raises ConfigError where there is none, or one is unknown or named twice."""
-    if isinstance(candidates, (set, frozenset)):  # whose order means nothing, and differs from run to run
-        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
-    names = (candidates,) if isinstance(candidates, str) else candidates
-    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
-    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
-    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
-        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
-    return kinds
 
 
 def check_flag(name: str, value: object) -> None:

@@ -21,10 +21,9 @@ from torch.nn import functional as F
 from transformers import HfArgumentParser, ViTModel
 
 from plasticity_peft.components.architecture import Architecture, find_architecture
-from plasticity_peft.components.calls import block_input, first_tensor
+from plasticity_peft.components.calls import Inputs, block_input, first_tensor
 from plasticity_peft.criteria.protocols.distances import Distances
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.pairs import join
 
 

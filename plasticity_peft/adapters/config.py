@@ -17,7 +17,6 @@ from plasticity_peft.checks import (
     MOST_PAIRS,
     TRAINING_MODES,
     check_amount,
-    check_candidates,
     check_choice,
     check_count,
     check_flag,
@@ -35,7 +34,7 @@ from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.selection import Selection
+from plasticity_peft.report.selection import Selection, check_candidates
 from plasticity_peft.saved.record import KEY, AdapterDescription
 from plasticity_peft.saved.results import results_for
 

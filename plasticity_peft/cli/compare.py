@@ -11,8 +11,8 @@ from plasticity_peft.checks import GRANULARITIES, check_count
 from plasticity_peft.cli import options
 from plasticity_peft.cli.reports import print_json, read_report
 from plasticity_peft.errors import ReportError
-from plasticity_peft.report.formatting import table
 from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.text import table
 
 EXAMPLES = """\b
 Examples:

@@ -18,7 +18,10 @@ from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.offloading import offloaded
 from plasticity_peft.components.wrappers import main_input
 from plasticity_peft.errors import DataError, ModelError, PlasticityError
-from plasticity_peft.images.indexed import LABEL_KEYS, Inputs
+
+Inputs = dict[str, torch.Tensor]
+"""What a model takes for an image, or, stacked, for several: by the names of its arguments."""
+LABEL_KEYS = ("labels", "label")
 
 
 class Call(NamedTuple):

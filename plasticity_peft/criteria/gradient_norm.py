@@ -15,11 +15,10 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import run
+from plasticity_peft.components.calls import Inputs, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.gradients import differentiable, squared_norms
 from plasticity_peft.errors import DataError, ModelError
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.sampler import ImageBatch, Probe
 
 

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from plasticity_peft.components.architecture import Architecture, weights_of
-from plasticity_peft.components.calls import Call, first_tensor, hooked, per_image, run
+from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked, per_image, run
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import unwrap
 from plasticity_peft.criteria.precision import full_precision, precise
-from plasticity_peft.criteria.recomputing import recomputed
 from plasticity_peft.errors import ModelError
-from plasticity_peft.images.indexed import Inputs
 
 MOST_ELEMENTS = 2**24
 """How many numbers the gradients of one layer by single images may take at a time."""
@@ -221,3 +220,30 @@ def _sum_by_autograd(
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
     return values.square().sum(dim=1, dtype=torch.float64)
+
+
+@contextmanager
+def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
+    """Inside, each of the blocks keeps its inputs alone for the pass backward (activation checkpointing).
+
+    The blocks' modules, and the hooks on them, are called twice, the second time during the pass backward. All of a
+    block is called again, its last layer too, for whose gradient torch would not need it.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(set_checkpoint_early_stop(False))
+        for block in blocks:
+            stack.enter_context(_recomputed(block))
+        yield
+
+
+@contextmanager
+def _recomputed(block: nn.Module) -> Iterator[None]:
+    own = vars(block).get("forward")  # Accelerate puts one there
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        if own is None:
+            del block.forward
+        else:
+            block.forward = own

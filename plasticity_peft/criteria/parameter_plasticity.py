@@ -21,11 +21,10 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import Call, hooked, run
+from plasticity_peft.components.calls import Call, Inputs, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ModelError
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.sampler import ImageBatch, Probe
 
 

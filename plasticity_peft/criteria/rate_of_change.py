@@ -17,12 +17,12 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import Inputs
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.protocols.activation import ActivationProtocol
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, euclidean
 from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 from plasticity_peft.errors import NonFiniteError
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.sampler import PairBatch, Probe
 
 PROTOCOLS: dict[str, Callable[..., Callable[[Inputs, Inputs], Distances]]] = {

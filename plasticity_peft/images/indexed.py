@@ -16,15 +16,12 @@ import numpy as np
 import torch
 
 from plasticity_peft.checks import shown
+from plasticity_peft.components.calls import LABEL_KEYS, Inputs
 from plasticity_peft.errors import DataError, NonFiniteError
-from plasticity_peft.measuring.left_as_found import seed_cpu
-
-Inputs = dict[str, torch.Tensor]
-"""What a model takes for an image, or, stacked, for several: by the names of its arguments."""
+from plasticity_peft.images.seeding import seed_cpu
 
 PIXELS = ("pixel_values",)
 PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-LABEL_KEYS = ("labels", "label")
 ALLOWED = (
     "a datasets.Dataset or torch Dataset whose items have pixel_values, a DataLoader of such items, or a "
     "floating-point tensor of shape (images, channels, height, width)"

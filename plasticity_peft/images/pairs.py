@@ -12,8 +12,9 @@ from itertools import islice
 import numpy as np
 import torch
 
+from plasticity_peft.components.calls import Inputs
 from plasticity_peft.errors import DataError
-from plasticity_peft.images.indexed import Images, Inputs
+from plasticity_peft.images.indexed import Images
 
 MOST_PERMUTED = 2**24
 """Images of which a permutation is drawn as a whole: 128 MB."""

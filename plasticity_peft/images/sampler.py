@@ -16,9 +16,10 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import Inputs
 from plasticity_peft.components.wrappers import main_input
 from plasticity_peft.errors import DataError, ModelError
-from plasticity_peft.images.indexed import Images, Inputs
+from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import PairOrder, draw_indices, stack
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.images.seeding import seed_cpu
 
 
 @contextmanager
@@ -47,61 +47,6 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iter
         np.random.set_state(numpy_state)
         for module, training in modes.items():
             module.training = training
-
-
-def seed_cpu(*numbers: int) -> None:
-    """Seeds python, numpy and torch's generator on the CPU by these numbers.
-
-    `torch.manual_seed` would seed every accelerator of the machine too, whether a model is on it or not.
-    """
-    state = np.random.SeedSequence(numbers).generate_state(1, np.uint32)
-    random.seed(int(state[0]))
-    np.random.seed(int(state[0]))
-    torch.default_generator.manual_seed(int(state[0]))
-
-
-@contextmanager
-def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception puts the modules of `model` back together as they were.
-
-    Children, parameters, hooks, modes and every other attribute are restored, and whether parameters train; numbers
-    in them are not. Random numbers are drawn as if nothing had been.
-    """
-    restore_random_state = _random_state(model)
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    before = []
-    for module in model.modules():
-        held = [value for value in vars(module).values() if type(value) in (dict, OrderedDict, list, set)]
-        before.append((vars(module), vars(module).copy(), [(value, value.copy()) for value in held]))
-    try:
-        yield
-    except BaseException:
-        for attributes, old, containers in before:
-            for container, content in containers:
-                container.clear()
-                (container.extend if isinstance(container, list) else container.update)(content)
-            attributes.clear()
-            attributes.update(old)
-        for parameter, required in flags:
-            parameter.requires_grad_(required)
-        restore_random_state()
-        raise
-
-
-def _random_state(model: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts back the random state of torch, numpy and python as it is."""
-    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
-    device_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
-
-    def restore() -> None:
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)
-        torch.set_rng_state(state)
-        for device, of_device in device_states:
-            torch.cuda.set_rng_state(of_device, device)
-
-    return restore
 
 
 @contextmanager

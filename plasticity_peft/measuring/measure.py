@@ -14,7 +14,7 @@ from transformers.utils import logging
 
 from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
 from plasticity_peft.components.architecture import Architecture, find_architecture
-from plasticity_peft.components.calls import block_input, check_calls, input_names, why_unlike
+from plasticity_peft.components.calls import Inputs, block_input, check_calls, input_names, why_unlike
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
@@ -23,15 +23,15 @@ from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.precision import check_dtype
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
-from plasticity_peft.images.indexed import Images, Inputs
+from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Probe
 from plasticity_peft.measuring.left_as_found import left_as_found
 from plasticity_peft.measuring.processes import Share, in_step, this_process
 from plasticity_peft.measuring.rounds import Seen, Table, check_finite, check_same, observe_until_settled
-from plasticity_peft.measuring.settling import Ending, Settling, looks
+from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.provenance import provenance_of
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.scores import KindScore, Score
+from plasticity_peft.report.scores import Ending, KindScore, Score
 from plasticity_peft.report.selection import choice_of
 
 # Below the logger of transformers, so that its verbosity, set once, holds here too.

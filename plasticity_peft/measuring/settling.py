@@ -38,21 +38,6 @@ def looks(total: int, observed: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Ending:
-    """How a measurement ended that was to end as soon as a choice was settled."""
-
-    settled: bool
-    """False where the chosen units do not differ from the rest, for all that was observed."""
-    units: tuple[str, ...]
-    """What was chosen, best first."""
-    granularity: str
-    confidence: float
-    """Chance, at least, that no wrong choice is ever called settled."""
-    most: int
-    """How many observations there would have been at most."""
-
-
-@dataclass(frozen=True)
 class Settling:
     """Decides, at each look, whether the choice is settled."""
 

@@ -14,7 +14,7 @@ from typing import Any
 from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.report.measurement import Measurement
+from plasticity_peft.report.scores import Measurement
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.report.text import heading
 

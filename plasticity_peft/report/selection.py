@@ -5,18 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, NamedTuple
 
 from plasticity_peft.checks import (
     GRANULARITIES,
     TRAINING_MODES,
     check_amount,
-    check_candidates,
     check_choice,
     check_count,
     check_lora,
+    shown,
 )
-from plasticity_peft.components.component import Component
+from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.errors import ConfigError
 
 
 class RankedUnit(NamedTuple):
@@ -169,3 +171,15 @@ def choice_of(
     listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
     check_count("top_k", top_k, 1, len(units), f", the number of units to choose from ({listing})")
     return Choice(units, top_k)
+
+
+def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
+    """Returns the kinds as a tuple. Raises ConfigError where there is none, or one is unknown or named twice."""
+    if isinstance(candidates, (set, frozenset)):  # whose order means nothing, and differs from run to run
+        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
+    names = (candidates,) if isinstance(candidates, str) else candidates
+    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
+    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
+    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
+        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
+    return kinds

@@ -269,7 +269,7 @@ class Twins(nn.Module):
 
 
 def test_targets_match_at_a_dot_and_modules_to_save_match_any_end() -> None:
-    because = "adapters/model.py, _check_only, which refuses a choice that PEFT would widen; loading.py, _layers"
+    because = "adapters/model.py, check_only_chosen_match, which refuses what PEFT would widen"
     with reliance("target_modules match a path that is the name, or ends in a dot and the name", because):
         adapted = get_peft_model(Twins(), LoraConfig(target_modules=["b"]))
         found = {name for name, m in adapted.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
@@ -324,7 +324,7 @@ def test_a_merged_layer_says_so() -> None:
 def test_every_module_that_trains_in_full_is_an_auxiliary_wrapper() -> None:
     with reliance(
         "modules_to_save become AuxiliaryTrainingWrapper with enable_adapters(), and keep the original",
-        "adapters/model.py, _check_free, _adapters_hidden and _ModulesToSaveSwitch",
+        "adapters/model.py, check_not_in_other_mode, _adapters_hidden and _ModulesToSaveSwitch",
     ):
         model = both(tiny_model())
         (wrapper,) = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))

@@ -8,9 +8,8 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import Call, first_tensor, hooked, per_image, run
+from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked, per_image, run
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, euclidean, together
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.pairs import join
 
 

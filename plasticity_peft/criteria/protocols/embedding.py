@@ -20,13 +20,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import Call, attention_call, block_input, call_of, first_tensor, has_tensors
+from plasticity_peft.components.calls import (
+    Call,
+    Inputs,
+    attention_call,
+    block_input,
+    call_of,
+    first_tensor,
+    has_tensors,
+)
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.components.offloading import execution_device, offloaded, onloaded
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.criteria.precision import full_precision, precise
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, difference, euclidean, norm, together
-from plasticity_peft.images.indexed import Inputs
 from plasticity_peft.images.pairs import join
 
 

@@ -1,0 +1,96 @@
+"""What is checked before an adapter is injected."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.components.architecture import Architecture, holds_weights, weights_of
+from plasticity_peft.components.quantized import holds_plain_weights
+from plasticity_peft.components.wrappers import walk
+from plasticity_peft.errors import ConfigError, ModelError
+
+
+def check_trainable(model: nn.Module, architecture: Architecture, config: PlasticityConfig) -> None:
+    """Raises ModelError where quantised weights, which take LoRA alone, would have to train in full."""
+    for head in architecture.heads:
+        for path, module in walk(model.get_submodule(head), head):
+            if not holds_plain_weights(module):
+                raise ModelError(
+                    f"{path}, of the head, is quantised ({type(module).__name__}), and the head trains in full. Load "
+                    "the model with its head left as it is: llm_int8_skip_modules (bitsandbytes) or "
+                    f"modules_to_not_convert (others) = {list(architecture.heads)}."
+                )
+    for part in architecture.components:
+        quantised = not all(map(holds_plain_weights, weights_of(model, part)))
+        if quantised and part.kind in config.candidates and (config.training == "full" or not part.features):
+            raise ModelError(
+                f'{part.id} is quantised ({type(weights_of(model, part)[0]).__name__}), and training="full" would '
+                'train its weights themselves. Use training="lora", load the model without quantisation, or choose '
+                'among others: candidates=("LN1", "LN2").'
+            )
+
+
+def check_not_in_other_mode(model: nn.Module, linears: list[str], others: list[str]) -> None:
+    """Raises ConfigError where an adapter that the model carries holds a chosen module in the other mode."""
+    for paths, wrapper, held in ((linears, AuxiliaryTrainingWrapper, "full"), (others, BaseTunerLayer, "lora")):
+        for path in paths:
+            if isinstance(model.get_submodule(path), wrapper):
+                raise ConfigError(
+                    f'Another adapter of this model trains {path} with training="{held}", and PEFT cannot hold both '
+                    f'modes on one module: use training="{held}" here too, or merge or unload that adapter first.'
+                )
+
+
+def check_switchable(model: nn.Module, modules_to_save: Iterable[str]) -> None:
+    """Raises ConfigError where transformers could not switch between this adapter and those that the model has.
+
+    Its `set_adapter`, unlike that of a PeftModel, takes for granted that every adapter holds every module that any of
+    them trains in full.
+    """
+    held = {path for path, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)}
+    saved = tuple(modules_to_save)
+    other = [path for path in held if not path.endswith(saved)]
+    other += [name for name in saved if not any(path.endswith(name) for path in held)]
+    if held and other:
+        raise ConfigError(
+            f"Of this adapter and one that the model has, only one trains {min(other)} in full. transformers' "
+            "add_adapter cannot switch between such adapters. Choose the same components, or make a PeftModel, which "
+            "can: get_peft_model(model, config), then model.add_adapter(name, config)."
+        )
+
+
+def warn_of_frozen_head(model: nn.Module, architecture: Architecture) -> None:
+    """Warns of weights beside the backbone that stay as they are, in a class that is not of transformers.
+
+    In those of transformers, whose heads are known, they are the other towers of a bigger model.
+    """
+    backbone = f"{architecture.backbone}."
+    frozen = [name for name, child in model.named_children() if holds_weights(child)]
+    frozen = [name for name in frozen if not backbone.startswith(f"{name}.")]
+    if frozen and architecture.backbone and not type(model).__module__.startswith("transformers."):
+        warnings.warn(
+            f"No head was found in {type(model).__name__}, whose forward does not take pixel_values alone. What lies "
+            f"beside its vision transformer stays frozen and is not saved: {', '.join(frozen)}. Name in "
+            "modules_to_save what should train.",
+            stacklevel=2,
+        )
+
+
+def check_only_chosen_match(model: nn.Module, linears: list[str], modules_to_save: list[str]) -> None:
+    """Raises ModelError where PEFT, which goes by how a path ends, would take modules that were not chosen."""
+    ends = tuple(f".{path}" for path in linears)
+    for path, _ in walk(model):
+        taken = [end[1:] for end in ends if path.endswith(end)]
+        if not any(f"{path}.".startswith(f"{saved}.") for saved in modules_to_save):
+            taken += [saved for saved in modules_to_save if path.endswith(saved)]
+        if taken and path not in linears:
+            raise ModelError(
+                f"{type(model).__name__}: PEFT finds modules by how their paths end, so that {path} would be trained "
+                f"along with {taken[0]}. Adapt the part of the model that holds the blocks, as a model of its own."
+            )

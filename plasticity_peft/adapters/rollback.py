@@ -1,0 +1,56 @@
+"""A model whose modules are put back together when an injection fails."""
+
+from __future__ import annotations
+
+import random
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import nn
+
+
+@contextmanager
+def restored_on_failure(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception puts the modules of `model` back together as they were.
+
+    Children, parameters, hooks, modes and every other attribute are restored, and whether parameters train; numbers
+    in them are not. Random numbers are drawn as if nothing had been.
+    """
+    restore_random_state = _random_state(model)
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    before = []
+    for module in model.modules():
+        held = [value for value in vars(module).values() if type(value) in (dict, OrderedDict, list, set)]
+        before.append((vars(module), vars(module).copy(), [(value, value.copy()) for value in held]))
+    try:
+        yield
+    except BaseException:
+        for attributes, old, containers in before:
+            for container, content in containers:
+                container.clear()
+                (container.extend if isinstance(container, list) else container.update)(content)
+            attributes.clear()
+            attributes.update(old)
+        for parameter, required in flags:
+            parameter.requires_grad_(required)
+        restore_random_state()
+        raise
+
+
+def _random_state(model: nn.Module) -> Callable[[], None]:
+    """Returns a function that puts back the random state of torch, numpy and python as it is."""
+    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
+    device_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+        torch.set_rng_state(state)
+        for device, of_device in device_states:
+            torch.cuda.set_rng_state(of_device, device)
+
+    return restore
