@@ -14,7 +14,7 @@ from plasticity_peft import PlasticityConfig
 from tests.conftest import REPOSITORY
 
 PACKAGE = REPOSITORY / "plasticity_peft"
-GROUND = ("errors", "checks", "extras", "files", "hub")
+GROUND = ("errors", "checks", "constraints", "deprecation", "extras", "files", "hub")
 """Modules beside the rooms that every room may import."""
 ROOMS = ("components", "images", "criteria", "report", "measuring", "saved", "card", "checkpoints", "adapters", "cli")
 """The rooms in the order of the line; `card` and `checkpoints` are public modules on top of `saved`."""
