@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any
 
+from plasticity_peft.arguments import check_candidates
 from plasticity_peft.checks import TRAINING_MODES, shown
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.errors import ReportError
@@ -21,7 +22,7 @@ from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import Measurement
-from plasticity_peft.report.selection import Selection, SelectionRule, check_candidates
+from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
 from plasticity_peft.report.validation import check_believable
 

@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
+from plasticity_peft.arguments import check_candidates
 from plasticity_peft.checks import OBSERVED, PROTOCOLS, canonical_granularity
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
-from plasticity_peft.report.selection import RankedUnit, check_candidates
+from plasticity_peft.report.selection import RankedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
