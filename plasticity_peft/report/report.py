@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from plasticity_peft.arguments import check_candidates
 from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import read_as
@@ -22,7 +23,7 @@ from plasticity_peft.hub import REPORT_NAME, find_file, without_report
 from plasticity_peft.report.format import FORMAT, FORMAT_VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import Measurement
-from plasticity_peft.report.selection import Selection, SelectionRule, check_candidates
+from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
 
 

@@ -9,12 +9,13 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Len
 
+from plasticity_peft.arguments import check_candidates
 from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, canonical_granularity, shown
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, PositiveCount, Seed, Text, one_of
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
-from plasticity_peft.report.selection import RankedUnit, check_candidates
+from plasticity_peft.report.selection import RankedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
