@@ -15,10 +15,10 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, gradients, measure_plasticity
+from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.criteria import CRITERIA, DEFAULT
+from plasticity_peft.criteria import CRITERIA, DEFAULT, gradients
 from plasticity_peft.criteria.bound import attention_bound
 from plasticity_peft.criteria.feature_norm import feature_norm
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
