@@ -30,7 +30,7 @@ from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.rounds import Table, _Progress, _Worker
 from plasticity_peft.measuring.settling import Settling
 from plasticity_peft.report.selection import Choice
-from tests.conftest import backbone, random_images, tiny_model
+from tests.support.models import backbone, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)
