@@ -6,9 +6,10 @@ import re
 import sys
 from collections.abc import Mapping
 
+from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import ConfigError
 
-GRANULARITIES = ("kind", "block")
+GRANULARITIES = ("kind", "component")
 PROTOCOLS = ("embedding", "activation")
 OBSERVED = ("pairs", "images", "batches", "weights")
 TRAINING_MODES = ("lora", "full")
@@ -31,6 +32,19 @@ def check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
     """Raises ConfigError unless `value`, the argument `name`, is one of `allowed`."""
     if not isinstance(value, str) or value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(map(repr, allowed))}. Got {shown(value)}.")
+
+
+def canonical_granularity(granularity: object) -> str:
+    """Returns "kind" or "component"; "block", the former name of "component", is accepted with a FutureWarning.
+
+    Raises:
+        ConfigError: the granularity is not known.
+    """
+    if granularity == "block":
+        warn_renamed('granularity="block"', 'granularity="component"', stacklevel=4)
+        return "component"
+    check_choice("granularity", granularity, GRANULARITIES)
+    return str(granularity)
 
 
 def check_count(name: str, value: object, lowest: int, highest: int | None = None, reason: str = "") -> None:

@@ -12,10 +12,10 @@ from typing import Any
 from peft import LoraConfig, PeftType
 
 from plasticity_peft.checks import (
-    GRANULARITIES,
     HIGHEST_SEED,
     MOST_PAIRS,
     TRAINING_MODES,
+    canonical_granularity,
     check_amount,
     check_choice,
     check_count,
@@ -33,8 +33,9 @@ from plasticity_peft.criteria.precision import check_dtype
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.files import replaced_when_whole, write_text
 from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
+from plasticity_peft.measuring.measure import Settings
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.selection import Selection, check_candidates
+from plasticity_peft.report.selection import Selection, SelectionRule, check_candidates
 from plasticity_peft.saved.record import KEY, AdapterDescription
 from plasticity_peft.saved.results import results_for
 
@@ -121,7 +122,7 @@ class PlasticityConfig(LoraConfig):
     granularity: str = field(
         default="kind",
         metadata={
-            "help": "What is ranked: 'kind' (MHA, FC1, ... over all blocks, as in the paper) or 'block' (3.MHA)."
+            "help": "What is ranked: 'kind' (MHA, FC1, ... over all blocks, as in the paper) or 'component' (3.MHA)."
         },
     )
     candidates: tuple[str, ...] = field(
@@ -194,7 +195,7 @@ class PlasticityConfig(LoraConfig):
                 )
         if self.report is None or (self.criterion, self.inputs) != (None, None):
             self.criterion, self.inputs = resolve(self.criterion, self.inputs)
-        check_choice("granularity", self.granularity, GRANULARITIES)
+        self.granularity = canonical_granularity(self.granularity)
         check_choice("training", self.training, TRAINING_MODES)
         self.candidates = check_candidates(self.candidates)
         check_amount(self.top_k, self.budget)
@@ -250,13 +251,27 @@ class PlasticityConfig(LoraConfig):
                 f"config asks for criterion={self.criterion!r} with inputs={self.inputs!r}. Leave both out to take "
                 "the report as it is, or measure again."
             )
-        return report.select(**self.wanted)
+        return report.select_by(self.rule)
 
     @property
-    def wanted(self) -> dict[str, Any]:
-        """What is to be chosen, as the arguments of `PlasticityReport.select`."""
-        names = ("top_k", "budget", "granularity", "candidates", "training")
-        return {name: getattr(self, name) for name in (*names, "r", "rank_pattern", "use_dora", "lora_bias")}
+    def settings(self) -> Settings:
+        """How the model is measured."""
+        criterion, inputs = resolve(self.criterion, self.inputs)
+        return Settings(
+            criterion=criterion,
+            inputs=inputs,
+            max_samples=self.pairs,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            settle=self.settle,
+            dtype=self.dtype,
+            backbone=self.backbone,
+        )
+
+    @property
+    def rule(self) -> SelectionRule:
+        """What is to be selected."""
+        return SelectionRule(**{each.name: getattr(self, each.name) for each in fields(SelectionRule)})
 
     def resolve(
         self,

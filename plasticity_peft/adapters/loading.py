@@ -209,7 +209,7 @@ def check_description(
     unknown = [name for name in selection.components if name not in here]
     if unknown:
         raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
-    if not set(selection.units) <= set(here if selection.granularity == "block" else KINDS):
+    if not set(selection.units) <= set(here if selection.granularity == "component" else KINDS):
         raise ReportError(
             f"Cannot read {REPORT_NAME}: adapter.units {shown(selection.units)} are no units of granularity "
             f"{selection.granularity!r}."

@@ -39,7 +39,7 @@ from plasticity_peft.adapters.rollback import restored_on_failure
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.errors import ModelError
-from plasticity_peft.measuring.measure import measure_plasticity
+from plasticity_peft.measuring.measure import measure_by
 from plasticity_peft.report.report import PlasticityReport
 
 NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
@@ -128,20 +128,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
     with _adapters_hidden(model):
-        return measure_plasticity(
-            model,
-            config.target_data,
-            config.source_data,
-            criterion=config.criterion,
-            inputs=config.inputs,
-            pairs=config.pairs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            settle=config.settle,
-            dtype=config.dtype,
-            backbone=config.backbone,
-            **config.wanted,
-        )
+        return measure_by(config.rule, config.settings, model, config.target_data, config.source_data)
 
 
 def lora_arguments(

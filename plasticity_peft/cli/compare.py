@@ -17,7 +17,7 @@ from plasticity_peft.report.text import table
 EXAMPLES = """\b
 Examples:
   plasticity-peft compare digits.json fashion.json
-  plasticity-peft compare first.json second.json --granularity block --top_k 12 --json
+  plasticity-peft compare first.json second.json --granularity component --top_k 12 --json
 """
 
 

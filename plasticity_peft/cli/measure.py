@@ -97,7 +97,7 @@ def measure(
         others,
         criterion=criterion,
         inputs=inputs,
-        pairs=pairs,
+        max_samples=pairs,
         batch_size=batch_size,
         seed=seed,
         settle=settle or None,

@@ -17,7 +17,7 @@ from plasticity_peft.components.component import Component
 EXAMPLES = """\b
 Examples:
   plasticity-peft select beans.json --top_k 2 --model google/vit-base-patch16-224-in21k > lora.yaml
-  plasticity-peft select beans.json --budget 0.01 --granularity block --head classifier
+  plasticity-peft select beans.json --budget 0.01 --granularity component --head classifier
   plasticity-peft select user/repo --training full --head classifier --format json
 \b
 In a script that does not know this package:

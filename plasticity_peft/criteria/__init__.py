@@ -6,7 +6,7 @@ from plasticity_peft.checks import PROTOCOLS, check_choice
 from plasticity_peft.criteria.bound import Bound
 from plasticity_peft.criteria.chance import Random
 from plasticity_peft.criteria.condition_number import ConditionNumber
-from plasticity_peft.criteria.criterion import Criterion
+from plasticity_peft.criteria.criterion import AnyCriterion
 from plasticity_peft.criteria.feature_norm import FeatureNorm
 from plasticity_peft.criteria.gradient_norm import GradientNorm
 from plasticity_peft.criteria.inverse import Inverse
@@ -17,7 +17,7 @@ from plasticity_peft.criteria.relative_rate_of_change import RelativeRateOfChang
 from plasticity_peft.criteria.token_sensitivity import TokenSensitivity
 from plasticity_peft.errors import ConfigError
 
-CRITERIA: dict[str, Criterion] = {
+CRITERIA: dict[str, AnyCriterion] = {
     criterion.name: criterion
     for criterion in (
         ParameterPlasticity(),
@@ -61,10 +61,10 @@ def resolve(criterion: str | None, inputs: str | None) -> tuple[str, str | None]
     if criterion is None:
         criterion = DEFAULT if inputs is None else PAPER
     check_choice("criterion", criterion, tuple(CRITERIA))
-    if CRITERIA[criterion].protocols:
+    if getattr(CRITERIA[criterion], "protocols", False):
         return criterion, inputs or PROTOCOLS[0]
     if inputs is not None:
-        having = ", ".join(repr(name) for name, rule in CRITERIA.items() if rule.protocols)
+        having = ", ".join(repr(name) for name, found in CRITERIA.items() if getattr(found, "protocols", False))
         raise ConfigError(
             f"inputs says what components are fed by {having}; criterion={criterion!r} feeds them nothing. Leave "
             f"inputs out, or give one of these criteria. Got inputs={inputs!r}."

@@ -12,29 +12,24 @@ output features of these layers, and d_h columns of the output projection. (The 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture, matrices, weights_of
-from plasticity_peft.components.calls import block_input, why_unlike
+from plasticity_peft.components.calls import Inputs, block_input, why_unlike
 from plasticity_peft.components.component import Component
-from plasticity_peft.criteria.criterion import Criterion, Observations
+from plasticity_peft.criteria.criterion import WeightCriterion
 from plasticity_peft.errors import ModelError
-from plasticity_peft.images.sampler import Probe
 
 
-class Bound(Criterion):
+class Bound(WeightCriterion):
     """Upper bound on the rate of change."""
 
     name = "bound"
     title = "upper bound"
-    observed = "weights"
 
-    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[None], Observations]:
-        """Returns the function that gives the upper bound of each component."""
-        image = probe.grey_image(model, architecture)
+    def score(self, model: nn.Module, architecture: Architecture, *, image: Inputs, seed: int) -> torch.Tensor:
+        """Returns the upper bound of each component."""
         reason = why_unlike(model, architecture, image)
         if reason:
             raise ModelError(
@@ -45,8 +40,7 @@ class Bound(Criterion):
         config = model.get_submodule(architecture.backbone).config
         heads = int(config.num_attention_heads)  # type: ignore[arg-type, union-attr]
         bounds = [_bound(model, part, tokens, heads) for part in architecture.components]
-        found = Observations(torch.stack(bounds)[None].cpu())
-        return lambda _: found
+        return torch.stack(bounds).cpu()
 
 
 def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) -> torch.Tensor:

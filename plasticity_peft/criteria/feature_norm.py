@@ -22,7 +22,7 @@ from plasticity_peft.components.architecture import Architecture, matrices
 from plasticity_peft.components.calls import Call, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.precision import full_precision
-from plasticity_peft.images.sampler import ImageBatch, Probe
+from plasticity_peft.images.sampler import Batches, ImageBatch
 
 
 class FeatureNorm(Criterion):
@@ -30,11 +30,11 @@ class FeatureNorm(Criterion):
 
     name = "feature_norm"
     title = "1 / feature norm"
-    observed = "batches"
+    sampler = Batches
     power = -1.0
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: Batches
     ) -> Callable[[ImageBatch], Observations]:
         """Returns the function from a batch of images to the normalised feature norm of each component."""
         parts = [matrices(model, part) for part in architecture.components]
@@ -46,7 +46,7 @@ class FeatureNorm(Criterion):
 
             def keep(name: str, call: Call, output: Any) -> None:
                 # A generator each: in which order a model calls its projections changes between releases.
-                generator = probe.generator(batch.numbers[0], numbers[name])
+                generator = sampler.generator(batch.numbers[0], numbers[name])
                 found[name] = feature_norm(weights[name], call.tokens, generator)
 
             with hooked({path: model.get_submodule(path) for path in weights}, keep):

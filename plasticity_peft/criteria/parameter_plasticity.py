@@ -25,7 +25,7 @@ from plasticity_peft.components.calls import Call, Inputs, hooked, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ModelError
-from plasticity_peft.images.sampler import ImageBatch, Probe
+from plasticity_peft.images.sampler import ImageBatch, SingleImages
 
 
 class ParameterPlasticity(Criterion):
@@ -33,17 +33,17 @@ class ParameterPlasticity(Criterion):
 
     name = "parameter_plasticity"
     title = "parameter plasticity"
-    observed = "images"
+    sampler = SingleImages
     power = 0.5
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: SingleImages
     ) -> Callable[[ImageBatch], Observations]:
         """Returns the function from images to an estimate of the squared norm of J for each."""
         # torch 2.13 on the CPU computes the gradient of a BatchNorm in evaluation mode wrongly for a single image
         # whose gradient is not contiguous, as in CvT: there an image goes in company.
         normalises_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-        gradients = GradientsByImage(model, architecture, probe.example(model, architecture))
+        gradients = GradientsByImage(model, architecture, sampler.example())
 
         def observe(batch: ImageBatch) -> Observations:
             images, count = batch.images, len(batch.numbers)
@@ -52,7 +52,7 @@ class ParameterPlasticity(Criterion):
 
             def projected() -> torch.Tensor:
                 moved = features(model, architecture, images).float()
-                directions = [torch.randn(moved.shape[1:], generator=probe.generator(i)) for i in batch.numbers]
+                directions = [torch.randn(moved.shape[1:], generator=sampler.generator(i)) for i in batch.numbers]
                 return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
 
             # Who measures image by image has little memory.

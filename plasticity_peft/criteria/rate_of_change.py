@@ -23,12 +23,17 @@ from plasticity_peft.criteria.protocols.activation import ActivationProtocol
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, euclidean
 from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 from plasticity_peft.errors import NonFiniteError
-from plasticity_peft.images.sampler import PairBatch, Probe
+from plasticity_peft.images.sampler import PairBatch, Pairs, Sampler
 
-PROTOCOLS: dict[str, Callable[..., Callable[[Inputs, Inputs], Distances]]] = {
+_PROTOCOLS: dict[str, Callable[..., Callable[[Inputs], Distances]]] = {
     "embedding": EmbeddingProtocol,
     "activation": ActivationProtocol,
 }
+
+
+def protocol_of(sampler: Sampler) -> Callable[..., Callable[[Inputs], Distances]]:
+    """Returns the class of the protocol that the measurement asks for."""
+    return _PROTOCOLS[sampler.inputs or "embedding"]
 
 
 class RateOfChange(Criterion):
@@ -36,17 +41,18 @@ class RateOfChange(Criterion):
 
     name = "rate_of_change"
     title = "rate of change"
+    sampler = Pairs
     protocols = True
 
     def __init__(self, distance: Distance = euclidean) -> None:
         self.distance = distance
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: Pairs
     ) -> Callable[[PairBatch], Observations]:
         """Returns the function from pairs to their rates of change."""
-        distances = PROTOCOLS[probe.inputs](model, architecture, self.distance)
-        return lambda batch: ratios(architecture, distances(batch.x, batch.y))
+        distances = protocol_of(sampler)(model, architecture, self.distance)
+        return lambda batch: ratios(architecture, distances(batch.both))
 
 
 def ratios(architecture: Architecture, distances: Distances) -> Observations:

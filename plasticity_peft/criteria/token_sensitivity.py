@@ -20,9 +20,9 @@ from torch import nn
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, block_input
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.criteria.rate_of_change import PROTOCOLS, ratios
+from plasticity_peft.criteria.rate_of_change import protocol_of, ratios
 from plasticity_peft.errors import ModelError
-from plasticity_peft.images.sampler import ImageBatch, Probe
+from plasticity_peft.images.sampler import ImageBatch, SingleImages
 
 
 class TokenSensitivity(Criterion):
@@ -30,25 +30,26 @@ class TokenSensitivity(Criterion):
 
     name = "token_sensitivity"
     title = "token sensitivity"
-    observed = "images"
+    sampler = SingleImages
     protocols = True
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: SingleImages
     ) -> Callable[[ImageBatch], Observations]:
         """Returns the function from images to the rate of change between each and its disturbed self."""
         block = model.get_submodule(architecture.blocks[0])
-        tokens = block_input(model, architecture, probe.example(model, architecture)).tokens
+        tokens = block_input(model, architecture, sampler.example()).tokens
         if tokens.shape[-1] != architecture.hidden_size:
             raise ModelError(
                 f"{type(model).__name__}: its blocks take {tuple(tokens.shape[1:])} an image, not tokens of "
                 f"{architecture.hidden_size} features. Use another criterion."
             )
-        distances = PROTOCOLS[probe.inputs](model, architecture)
+        distances = protocol_of(sampler)(model, architecture)
 
         def observe(batch: ImageBatch) -> Observations:
-            with _second_half_disturbed(block, [probe.generator(number) for number in batch.numbers]):
-                return ratios(architecture, distances(batch.images, batch.images))
+            twice = {name: torch.cat([value, value]) for name, value in batch.images.items()}
+            with _second_half_disturbed(block, [sampler.generator(number) for number in batch.numbers]):
+                return ratios(architecture, distances(twice))
 
         return observe
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
 
-from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, check_choice
+from plasticity_peft.checks import OBSERVED, PROTOCOLS, canonical_granularity
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
@@ -108,7 +108,7 @@ class Measurement:
         """Returns (unit, score, standard_error) of every unit, best first.
 
         Args:
-            granularity: "kind" ranks the kinds over all blocks, as the paper does; "block" ranks single components.
+            granularity: "kind" ranks the kinds over all blocks, as the paper does; "component" ranks the components.
             candidates: kinds to rank; all five when None.
 
         Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
@@ -116,7 +116,7 @@ class Measurement:
         Raises:
             ConfigError: `granularity` or a kind is unknown.
         """
-        check_choice("granularity", granularity, GRANULARITIES)
+        granularity = canonical_granularity(granularity)
         kinds = check_candidates(KINDS if candidates is None else candidates)
         if granularity == "kind":
             units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]

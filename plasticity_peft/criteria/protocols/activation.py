@@ -10,7 +10,6 @@ from torch import nn
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked, per_image, run
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, euclidean, together
-from plasticity_peft.images.pairs import join
 
 
 class ActivationProtocol:
@@ -24,9 +23,8 @@ class ActivationProtocol:
         ]
         self._modules = {path: model.get_submodule(path) for paths in self._paths for path in paths}
 
-    def __call__(self, x: Inputs, y: Inputs) -> Distances:
-        """Returns the distances for the images `x` and `y` of some pairs."""
-        both = join(x, y)
+    def __call__(self, both: Inputs) -> Distances:
+        """Returns the distances of some pairs: `both` contains the first images of all pairs, then the second ones."""
         images = len(next(iter(both.values())))
         outputs: dict[str, torch.Tensor] = {}
         inputs: dict[str, torch.Tensor] = {}

@@ -34,7 +34,6 @@ from plasticity_peft.components.offloading import execution_device, offloaded, o
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.criteria.precision import full_precision, precise
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, difference, euclidean, norm, together
-from plasticity_peft.images.pairs import join
 
 
 class EmbeddingProtocol:
@@ -48,9 +47,9 @@ class EmbeddingProtocol:
         self._ends_with_projection: bool | None = None if plain and not offloaded(model) else False
         self._attends: dict[tuple[int, torch.Size], Call] = {}
 
-    def __call__(self, x: Inputs, y: Inputs) -> Distances:
-        """Returns the distances for the images `x` and `y` of some pairs."""
-        call = block_input(self._model, self._architecture, join(x, y))
+    def __call__(self, both: Inputs) -> Distances:
+        """Returns the distances of some pairs: `both` contains the first images of all pairs, then the second ones."""
+        call = block_input(self._model, self._architecture, both)
         found: dict[str, torch.Tensor] = {}
         for shortcut in (self._linears, self._norms):
             if shortcut is not None:
