@@ -20,8 +20,8 @@ from plasticity_peft import PlasticityConfig, find_components, load_adapter, mea
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.renames import Layer, join, split
-from tests.conftest import REPOSITORY, tiny_model
-from tests.support.releases.make import IMAGES, LAYERS, MEASURES
+from tests.support.models import REPOSITORY, logits, moved, tiny_model
+from tests.support.releases.make import IMAGES, LAYERS, WRITTEN
 
 ADAPTERS = REPOSITORY / "tests" / "support" / "releases"
 RELEASES = sorted(path.name for path in ADAPTERS.glob("transformers-*"))
@@ -30,11 +30,6 @@ CASES = ("lora", "full", "plain", "dora")
 
 def base(name: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(ADAPTERS / name).eval()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(pixel_values=IMAGES).logits
 
 
 def expected(folder: Path) -> torch.Tensor:
@@ -52,7 +47,7 @@ def test_an_adapter_gives_the_logits_it_was_saved_with(release: str, name: str, 
     folder = ADAPTERS / release / name / case
     plain = logits(base(name))
     loaded = load_adapter(base(name), folder)
-    torch.testing.assert_close(logits(loaded), expected(folder), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), expected(folder), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, expected(folder), atol=1e-2)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with loaded.disable_adapter():
@@ -112,12 +107,12 @@ def test_stock_peft_cannot_load_what_was_renamed(name: str, case: str) -> None:
         assert not torch.allclose(logits(loaded), expected(folder), atol=1e-2)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", WRITTEN)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_release_measures_the_same(attention: str, name: str, measure: str) -> None:
     model = AutoModelForImageClassification.from_pretrained(ADAPTERS / name, attn_implementation=attention)
-    report = measure_plasticity(model, IMAGES, max_samples=8, **MEASURES[measure])
+    report = measure_plasticity(model, IMAGES, max_samples=8, **WRITTEN[measure])
     for release in RELEASES:
         other = PlasticityReport.load(ADAPTERS / release / name / "reports" / f"{measure}.json")
         assert [row.id for row in report.scores] == [row.id for row in other.scores]
@@ -250,11 +245,7 @@ def test_options_of_lora_survive(options: dict[str, bool], tmp_path: Path) -> No
         r=2, lora_alpha=3, target_modules=paths, modules_to_save=["classifier"], rank_pattern={paths[0]: 4},
         alpha_pattern={paths[1]: 7}, **options,
     )  # fmt: skip
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    adapted = moved(get_peft_model(model, config))
     adapted.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(load_adapter(tiny_model(), tmp_path)), logits(adapted))
 

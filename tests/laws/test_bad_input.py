@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, PlasticityError, measure_plasticity
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images()

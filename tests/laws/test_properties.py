@@ -28,7 +28,7 @@ from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.images.sampler import Probe
 from plasticity_peft.report.scores import KindScore, Score
 from plasticity_peft.saved.renames import Layer, rename
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 # The same examples in every run: a test that fails for some and not for others tells nothing.

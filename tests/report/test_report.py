@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from plasticity_peft.components.component import KINDS, MATRIX_KINDS
 from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import KindScore, Score
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import python
 
 PARAMETERS = {"LN1": 32, "MHA": 1088, "LN2": 32, "FC1": 544, "FC2": 528}
 FEATURES = {"LN1": (), "MHA": ((16, 16),) * 4, "LN2": (), "FC1": ((16, 32),), "FC2": ((32, 16),)}
@@ -318,6 +317,6 @@ def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> Non
         "print(report.select(top_k=2).units, report)\n"
         "assert not {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    result = python("-c", script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("('LN1', 'LN2') Plasticity of vit")

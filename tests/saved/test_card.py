@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +38,8 @@ from plasticity_peft.errors import AdapterError, ConfigError, ReportError
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
-from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
+from tests.support.models import REPOSITORY, backbone, moved, random_images, tiny_model
+from tests.support.processes import STRICT, environment, python
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
@@ -95,12 +94,7 @@ def base_of(folder: Path, case: str) -> PreTrainedModel:
 
 def adapted(folder: Path, case: str, **options: Any) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(base_of(folder, case), config(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return moved(get_peft_model(base_of(folder, case), config(**options))).eval()
 
 
 def card_of(cache: Path, case: str) -> ModelCard:
@@ -184,12 +178,7 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         text = both[0 if how == "stock" else 1]
         assert text.count('"user/repo"') == 1
         (tmp_path / f"{case}-{how}.py").write_text(text.replace("user/repo", f"user/{case}"))
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:`is_gradient_checkpointing`:FutureWarning", "-c", RUNNER,
-         str(tmp_path), how, *CASES],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    result = python(*STRICT, "-c", RUNNER, tmp_path, how, *CASES, env=environment(HF_HUB_CACHE=str(cache)))
     assert result.returncode == 0, result.stderr
     outputs = load_file(tmp_path / f"outputs-{how}.safetensors")
     for case, options in CASES.items():

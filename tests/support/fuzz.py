@@ -42,7 +42,7 @@ from plasticity_peft import (
     load_adapter,
     measure_plasticity,
 )
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(4)
 FILES = ("plasticity.json", "adapter_config.json", "adapter_model.safetensors")
