@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.head import HeadFit, fit_head
 from plasticity_peft.measuring.ridge import Ridge, Sums
-from tests.conftest import backbone, tiny_model
+from tests.support.models import backbone, tiny_model
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
 

@@ -20,8 +20,8 @@ from plasticity_peft.saved.record import (
     make_results,
     present_results,
 )
-from tests.conftest import REPOSITORY
 from tests.report.test_report import REPORT
+from tests.support.models import REPOSITORY
 
 SELECTION = REPORT.select(top_k=2)
 ADAPTER = AdapterDescription.of(SELECTION, "full", {0: "cat", 1: "x\n```"})
