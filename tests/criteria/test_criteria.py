@@ -99,7 +99,7 @@ def test_parameter_plasticity_is_the_norm_of_the_jacobian(model: PreTrainedModel
     assert np.corrcoef(squares, list(exact.values()))[0, 1] > 0.99
     one = measure(model, "parameter_plasticity", batch_size=6)
     assert list(means(one).values()) == pytest.approx(draws[0].mean(0).sqrt().tolist())
-    assert (one.observed, one.pairs) == ("images", 12)
+    assert (one.observed, one.samples) == ("images", 12)
 
 
 def test_parameter_plasticity_of_a_model_without_a_head_moves_its_tokens() -> None:
@@ -113,7 +113,7 @@ def test_parameter_plasticity_does_not_see_the_head_or_the_labels(vit: PreTraine
     assert measure(vit, "parameter_plasticity") == measure(changed, "parameter_plasticity")
     unlabelled = measure_plasticity(vit, IMAGES, pairs=12)
     labelled = measure(vit, "parameter_plasticity")
-    assert replace(labelled, target_data=None) == replace(unlabelled, target_data=None)
+    assert replace(labelled, target_provenance=None) == replace(unlabelled, target_provenance=None)
 
 
 @pytest.mark.parametrize("relative", [False, True])
@@ -129,7 +129,7 @@ def test_gradient_norms_are_those_of_backward(model: PreTrainedModel, relative: 
             norm = torch.cat([p.grad.flatten() for p in found]).norm()
             size = torch.cat([p.detach().flatten() for p in found]).norm() if relative else 1
             expected[part.id].append(float(norm / size))
-    assert (ours.pairs, ours.observed) == (3, "batches")
+    assert (ours.samples, ours.observed) == (3, "batches")
     for row in ours.scores:
         assert row.mean == pytest.approx(np.mean(expected[row.id]), rel=1e-5)
         assert row.std == pytest.approx(np.std(expected[row.id], ddof=1), rel=1e-4)
@@ -301,7 +301,7 @@ def test_token_sensitivity_is_the_rate_of_change_for_noise_on_one_token(model: P
                     plain = in_and_out(model, part, IMAGES[index][None])
                     before, after = ((a - b).norm() for a, b in zip(plain, disturbed, strict=True))
                     found[part.id].append(float(after / before))
-    assert (report.pairs, report.skipped) == (12, 0)
+    assert (report.samples, report.skipped) == (12, 0)
     for row in report.scores:
         assert row.mean == pytest.approx(np.mean(found[row.id]), rel=1e-4)
 
@@ -477,7 +477,7 @@ def label_forms() -> dict[str, Any]:
 def test_labels_are_read_from_all_that_holds_images(vit: PreTrainedModel, form: str) -> None:
     expected = measure(vit, "gradient_norm")
     found = measure_plasticity(vit, label_forms()[form], criterion="gradient_norm", pairs=12)
-    assert replace(found, target_data=None) == replace(expected, target_data=None)
+    assert replace(found, target_provenance=None) == replace(expected, target_provenance=None)
 
 
 def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
@@ -487,7 +487,7 @@ def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=5)
     found = measure_plasticity(vit, loader, criterion="gradient_norm", pairs=12)
-    assert replace(found, target_data=None) == replace(measure(vit, "gradient_norm"), target_data=None)
+    assert replace(found, target_provenance=None) == replace(measure(vit, "gradient_norm"), target_provenance=None)
 
 
 def test_what_a_criterion_lacks_is_said(vit: PreTrainedModel) -> None:

@@ -192,7 +192,7 @@ def test_duplicated_images_are_skipped_and_counted() -> None:
         model = tiny_model().double()
         report = measure_plasticity(model, iter(target), iter(source), inputs=inputs, pairs=6, settle=None)
         unique = measure_plasticity(model, iter(target[:4]), iter(source[:4]), inputs=inputs, pairs=4, settle=None)
-        assert (report.pairs, report.skipped) == (4, 2)
+        assert (report.samples, report.skipped) == (4, 2)
         assert means(report) == pytest.approx(means(unique), rel=DOUBLE)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
         measure_plasticity(model, iter(target), iter(target), inputs="activation", pairs=6)
