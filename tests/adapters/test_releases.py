@@ -112,7 +112,7 @@ def test_stock_peft_cannot_load_what_was_renamed(name: str, case: str) -> None:
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_release_measures_the_same(attention: str, name: str, measure: str) -> None:
     model = AutoModelForImageClassification.from_pretrained(ADAPTERS / name, attn_implementation=attention)
-    report = measure_plasticity(model, IMAGES, pairs=8, **WRITTEN[measure])
+    report = measure_plasticity(model, IMAGES, max_samples=8, **WRITTEN[measure])
     for release in RELEASES:
         other = PlasticityReport.load(ADAPTERS / release / name / "reports" / f"{measure}.json")
         assert [row.id for row in report.scores] == [row.id for row in other.scores]
