@@ -13,16 +13,15 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
+from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Inputs, block_input, check_calls, input_names, why_unlike
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.wrappers import uncompiled, walk
-from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
-from plasticity_peft.criteria.precision import check_dtype
+from plasticity_peft.criteria.registry import CRITERIA, resolve
 from plasticity_peft.deprecation import renamed_arguments
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.blank import blank_image
@@ -36,7 +35,7 @@ from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.provenance import provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
-from plasticity_peft.report.selection import Choice, SelectionRule, check_candidates
+from plasticity_peft.report.selection import Choice, SelectionRule
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -152,7 +151,7 @@ def measure_plasticity(
         batch_size=batch_size,
         seed=seed,
         settle=settle,
-        dtype=check_dtype(dtype),
+        dtype=dtype,  # type: ignore[arg-type]  # Settings replaces a torch.dtype by its name
         backbone=backbone,
     )
     return measure_by(rule, settings, model, target_data, source_data)
@@ -176,11 +175,8 @@ class Settings:
     backbone: str | None
 
     def __post_init__(self) -> None:
-        check_count("max_samples", self.max_samples, 2, MOST_PAIRS)
-        check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed, 0, HIGHEST_SEED)
-        check_settle(self.settle)
-        check_path("backbone", self.backbone)
+        for name, value in check_arguments(vars(self)).items():
+            object.__setattr__(self, name, value)
 
 
 def measure_by(

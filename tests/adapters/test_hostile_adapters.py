@@ -466,7 +466,7 @@ def test_a_file_that_is_no_file(name: str, good: dict[str, Path], tmp_path: Path
         if name == "plasticity.json":  # as if there were none
             unchanged(folder, good["plain"])
         else:
-            refused(folder, "holds no")
+            refused(folder, f"No {name} in")
 
 
 def test_a_json_file_that_is_too_large(good: dict[str, Path], tmp_path: Path) -> None:

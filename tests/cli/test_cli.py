@@ -174,7 +174,7 @@ def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
-    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})]
 
 
 def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     values["adapter"]["training"] = ["lora"]
     path.write_text(json.dumps(values))
-    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+    assert "adapter.training must be one of 'lora', 'full', got ['lora']" in run("show", tmp_path, code=1).stderr
 
 
 def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
@@ -320,8 +320,8 @@ def test_compare_by_kind_and_by_block() -> None:
 def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
-    yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
-    yield "show images", 1, "images holds no plasticity.json"
+    yield "show model/config.json", 1, 'it is not a plasticity report: "format" must be'
+    yield "show images", 1, "No plasticity.json in images. This adapter was not trained with plasticity_peft"
     yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
     yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
     yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"

@@ -73,7 +73,7 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     anew = ["no whole checkpoint in" in log for log in logs]
     assert anew == [False, True, True, *[False] * 5]
     assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
-    assert "checkpoint-2 is no whole checkpoint, and is left out: it has no" in logs[2]
+    assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
     assert "Training goes on from" in logs[3]
     assert "nothing was left to train" in logs[-1]
 
@@ -315,7 +315,7 @@ def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, share
          ["--output_dir", tmp_path / "full"], {"limit": limit}),
         (r"ReportError: Cannot read the report .*gone.json: No such file", ["--output_dir", tmp_path / "a", "--report",
          tmp_path / "gone.json"], {}),
-        (r"ReportError: Cannot read the report .*report.json: it is no whole JSON file", ["--output_dir",
+        (r"ReportError: Cannot read the report .*report.json: it is not a whole JSON file", ["--output_dir",
          tmp_path / "b", "--report", report], {}),
         (r"Cannot resume from .*checkpoint-3: there is no such folder", ["--output_dir", tmp_path / "c",
          "--resume_from_checkpoint", tmp_path / "checkpoint-3"], {}),

@@ -145,7 +145,7 @@ def problem(problem_type: str, outputs: int) -> nn.Module:
 
 def test_a_label_that_does_not_fit_the_head_is_named(vit: nn.Module) -> None:
     before = vit.classifier.weight.clone()
-    with pytest.raises(DataError, match=r"from 0 to 2, as the model's head has 3 outputs. Got 0 to 7"):
+    with pytest.raises(DataError, match=r"from 0 to 2, as the model's head has 3 outputs\. Got 0 to 7"):
         fit_head(vit, labeled(10, [0, 7] * 5))
     with pytest.raises(DataError, match="no label"):
         fit_head(vit, torch.rand(4, 3, 8, 8))

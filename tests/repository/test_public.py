@@ -13,7 +13,7 @@ from tests.support.models import REPOSITORY
 from tests.support.processes import python
 
 PACKAGE = REPOSITORY / "plasticity_peft"
-GROUND = ("errors", "checks", "extras", "files", "hub")
+GROUND = ("errors", "checks", "constraints", "deprecation", "extras", "files", "hub")
 """Modules beside the rooms that every room may import."""
 ROOMS = ("components", "images", "criteria", "report", "measuring", "saved", "card", "checkpoints", "adapters", "cli")
 """The rooms in the order of the line; `card` and `checkpoints` are public modules on top of `saved`."""
