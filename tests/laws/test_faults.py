@@ -110,7 +110,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the output folder of a Trainer with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), pairs=4))
+    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), max_samples=4))
     trainer_of(model, folder / "out", num_train_epochs=2, load_best_model_at_end=False).train()
     return folder / "out"
 

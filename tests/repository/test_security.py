@@ -133,13 +133,13 @@ ViTForImageClassification(config).save_pretrained(folder / "base")
 base = lambda: ViTForImageClassification.from_pretrained(folder / "base")
 images = torch.rand(12, 3, 8, 8)
 data = [{"pixel_values": image, "labels": number % 3} for number, image in enumerate(images)]
-measure_plasticity(base(), images, pairs=4)  # once unwatched, so that lazy imports are done
+measure_plasticity(base(), images, max_samples=4)  # once unwatched, so that lazy imports are done
 model = base()
 sys.addaudithook(watch)
 
-report = measure_plasticity(model, images, pairs=8)
-measure_plasticity(model, images, criterion="rate_of_change", inputs="embedding", pairs=8)
-measure_plasticity(model, data, criterion="gradient_norm", pairs=8)
+report = measure_plasticity(model, images, max_samples=8)
+measure_plasticity(model, images, criterion="rate_of_change", inputs="embedding", max_samples=8)
+measure_plasticity(model, data, criterion="gradient_norm", max_samples=8)
 print(report)
 assert not written, f"measuring wrote {written}"
 report.save(folder / "report.json")
