@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 from collections.abc import Mapping, Sized
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from peft import LoraConfig, PeftType
@@ -17,14 +16,13 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.criteria.registry import resolve
 from plasticity_peft.deprecation import renamed_arguments, warn_renamed
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.files import replaced_when_whole, write_text
-from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
+from plasticity_peft.files import replaced_when_whole
+from plasticity_peft.hub import CONFIG_NAME
 from plasticity_peft.measuring.measure import Settings
 from plasticity_peft.registration import PEFT_TYPE
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection, SelectionRule
-from plasticity_peft.saved.record import KEY, AdapterDescription
-from plasticity_peft.saved.results import results_for
+from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, present_results
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -219,14 +217,19 @@ class PlasticityConfig(LoraConfig):
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json with what stock PEFT knows, and beside it plasticity.json with the rest."""
-        # The config comes last: without it no loader takes a folder for an adapter.
+        """Writes adapter_config.json with the options of LoRA, and plasticity.json with the report and the selection.
+
+        adapter_config.json is written last: without it, a folder is not an adapter.
+
+        Args:
+            save_directory: folder of the adapter.
+            kwargs: arguments of `peft.PeftConfig.save_pretrained`.
+
+        Raises:
+            FileError: a file cannot be written.
+        """
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if isinstance(self.report, PlasticityReport) and self.selection is not None:
-                adapter = AdapterDescription(self.training, self.selection, self.id2label)
-                values = {**self.report.to_dict(), KEY: adapter.to_dict()}
-                results = results_for(save_directory)
-                if results:
-                    values["results"] = [asdict(one) for one in results]
-                write_text(folder / REPORT_NAME, json.dumps(values, indent=2) + "\n")
+                adapter = AdapterDescription.of(self.selection, self.training, self.id2label)
+                AdapterRecord(self.report, adapter, present_results(save_directory)).write(folder)

@@ -11,23 +11,20 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
 from plasticity_peft.arguments import check_candidates
-from plasticity_peft.checks import TRAINING_MODES, shown
+from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
-from plasticity_peft.hub import REPORT_NAME, find_file
+from plasticity_peft.hub import REPORT_NAME, find_file, without_report
+from plasticity_peft.report.format import FORMAT, FORMAT_VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import Measurement
 from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
-from plasticity_peft.report.validation import check_believable
-
-FORMAT = "plasticity_peft"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -127,28 +124,8 @@ class PlasticityReport(Measurement):
         Raises:
             ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
         """
-        from pydantic import ValidationError
-
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-            raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
-        found = values.get("format_version")
-        if type(found) is not int or found != FORMAT_VERSION:
-            raise ReportError(
-                f"it has format version {shown(found)}, and this release of plasticity_peft reads "
-                f"version {FORMAT_VERSION}"
-            )
-        try:
-            text = json.dumps(dict(values), allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ReportError(f"it holds what JSON cannot say: {error}") from error
-        try:
-            report: PlasticityReport = _reader().validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "it cannot be read"
-            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
+        report: PlasticityReport = read_as(cls, current(values), ReportError)
         report.check()
-        check_believable(report)
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -162,13 +139,8 @@ class PlasticityReport(Measurement):
         Raises:
             ReportError: there is no such file, or it is no whole report; the message names the file.
         """
-        try:
+        with reading(f"the report {os.fspath(path)}"):
             return cls.from_dict(read_json(path))
-        except OSError as error:
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> PlasticityReport:
@@ -183,9 +155,7 @@ class PlasticityReport(Measurement):
         """
         path = find_file(folder_or_repo, REPORT_NAME, ReportError, **hub)
         if path is None:
-            raise ReportError(
-                f"{os.fspath(folder_or_repo)} holds no {REPORT_NAME}: what it holds was not trained with this package."
-            )
+            raise ReportError(without_report(folder_or_repo))
         return cls.load(path)
 
     def plot(self, view: str = "overview", *, selection: Selection | None = None, ax: Any = None) -> Any:
@@ -223,11 +193,3 @@ class PlasticityReport(Measurement):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
-
-
-@cache
-def _reader() -> Any:
-    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(PlasticityReport)

@@ -7,12 +7,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
+
+from annotated_types import Len
 
 from plasticity_peft.arguments import check_arguments
-from plasticity_peft.checks import TRAINING_MODES, check_count
+from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import Count, PositiveCount, Text, allowed, one_of
 from plasticity_peft.errors import ConfigError
+
+BY_MODE = allowed(
+    f"must have the keys {' and '.join(map(repr, TRAINING_MODES))}", lambda values: set(values) == set(TRAINING_MODES)
+)
 
 
 class RankedUnit(NamedTuple):
@@ -27,17 +34,17 @@ class RankedUnit(NamedTuple):
 class Selection:
     """What is trained: the best units of a ranking, in that order."""
 
-    granularity: str
+    granularity: Annotated[str, one_of(GRANULARITIES)]
     """"kind" or "component"."""
-    units: tuple[str, ...]
+    units: Annotated[tuple[Text, ...], Len(1)]
     """Canonical ids of the chosen units, best first: kinds, or components if `granularity` is "component"."""
-    components: tuple[str, ...]
+    components: tuple[Text, ...]
     """Canonical ids of all components in these units, in the order of the blocks."""
-    modules: tuple[str, ...]
+    modules: tuple[Text, ...]
     """Paths of their linear layers and norms, in the model that was measured."""
-    parameters: Mapping[str, int]
+    parameters: Annotated[Mapping[str, Count], BY_MODE]
     """How many parameters train, the head not counted, in each mode: {"lora": ..., "full": ...}."""
-    model_parameters: int
+    model_parameters: PositiveCount
     """Parameters of the whole model that was measured: what a budget is a share of."""
 
 

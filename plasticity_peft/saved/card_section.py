@@ -14,7 +14,7 @@ from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
 from plasticity_peft.report.text import heading, how_it_ended, observed
 from plasticity_peft.saved.options import readable
-from plasticity_peft.saved.results import Results
+from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
 from plasticity_peft.saved.trained import TrainedAdapter
 

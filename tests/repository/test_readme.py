@@ -12,7 +12,7 @@ from transformers import Trainer, TrainingArguments, ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig
 from plasticity_peft.components.layouts import LAYOUTS
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
 
 SNIPPETS = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), flags=re.DOTALL)
 
