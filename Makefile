@@ -34,7 +34,7 @@ audit: $(VENV)/.test $(VENV)/.quality  ## what is installed: whether it fits tog
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
 
 clean:
-	rm -rf .venv .venv-lowest .nox outputs
+	rm -rf .venv .venv-lowest .nox build outputs
 
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
