@@ -157,7 +157,7 @@ def measure(
     missing = broadcast_object_list([not path.is_file() for path in paths])
     for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
         if needed:
-            options = {"criterion": criterion, "inputs": inputs, "pairs": compare.pairs, "settle": None}
+            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.pairs, "settle": None}
             report = measure_plasticity(model, images["train"], images.get("source"), **options)
             if PartialState().is_main_process:
                 report.save(path)

@@ -128,7 +128,7 @@ class PlasticityArguments:
             "choices": ["embedding", "activation"],
         },
     )
-    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "block"]})
+    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "component"]})
     candidates: list[str] = field(
         default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -11,10 +12,11 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.adapters.model import merged_copy
 from plasticity_peft.checks import check_count
+from plasticity_peft.deprecation import renamed_arguments
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.measuring.measure import measure_plasticity
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.selection import Selection, lora_parameters
+from plasticity_peft.report.selection import Selection
 
 TAKE_TEXT = {"tensorboard", "wandb"}
 """Integrations of the Trainer that take text; the others warn of all that is no number."""
@@ -26,10 +28,11 @@ class PlasticityCallback(TrainerCallback):
     It logs through `Trainer.log`, so that every integration in `report_to`, the progress bar and the log history get
     it. A callback is not told which Trainer calls it: it is given the Trainer, and added with `add_callback`.
 
-    When training begins it writes, for every kind (and, with granularity="block", every component), `plasticity/MHA`,
-    `plasticity/standard_error/MHA`, `plasticity/rank/MHA` and `plasticity/selected/MHA`, which is 1 for what is
-    trained; TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores are measured
-    again at the end of every so many epochs, under the same names. `reports` holds what was measured, by epoch.
+    When training begins it writes, for every kind (and every component, with granularity="component"),
+    `plasticity/MHA`, `plasticity/standard_error/MHA`, `plasticity/rank/MHA` and `plasticity/selected/MHA`, which is 1
+    for what is trained; TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores
+    are measured again at the end of every so many epochs, under the same names. `reports` contains what was measured,
+    by epoch.
 
     What is measured again is a merged copy of the model: the components with what the adapters have learnt so far in
     their weights, as they would be published. Training is not touched: weights, random numbers and losses are those
@@ -64,6 +67,7 @@ class PlasticityCallback(TrainerCallback):
         ...     trainer.add_callback(PlasticityCallback(trainer, images, every=2))
     """
 
+    @renamed_arguments(pairs="max_samples")
     def __init__(
         self,
         trainer: Any,  # a transformers.Trainer, whose import is slow
@@ -81,12 +85,8 @@ class PlasticityCallback(TrainerCallback):
                 "To measure again in training, give target_data, the images, and every, the number of epochs between. "
                 f"Got every={every!r} and {'no ' if target_data is None else ''}target_data."
             )
-        allowed = [
-            name
-            for function in (measure_plasticity, lora_parameters)
-            for name, parameter in inspect.signature(function).parameters.items()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        ]
+        parameters = inspect.signature(measure_plasticity).parameters.items()
+        allowed = [name for name, parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
         if set(measuring) - set(allowed):
             raise ConfigError(f"Measuring takes {', '.join(allowed)}. Got {', '.join(sorted(measuring))}.")
         self.trainer, self.every = trainer, every
@@ -134,8 +134,7 @@ class PlasticityCallback(TrainerCallback):
         config = _config_of(model)
         settings: dict[str, Any] = {}
         if config is not None and isinstance(config.report, PlasticityReport):
-            names = ("pairs", "batch_size", "seed", "settle", "dtype", "backbone")
-            settings = {name: getattr(config, name) for name in names} | config.wanted
+            settings = asdict(config.settings) | asdict(config.rule)
             settings |= {"criterion": config.report.criterion, "inputs": config.report.inputs}
         if "criterion" in self._measuring or "inputs" in self._measuring:
             settings |= {"criterion": None, "inputs": None}
@@ -163,7 +162,7 @@ class PlasticityCallback(TrainerCallback):
 
 def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, float]:
     """Returns what is logged of a report, by name: numbers only, which every logger takes."""
-    granularities = ["kind", "block"] if selection is not None and selection.granularity == "block" else ["kind"]
+    granularities = ["kind"] if selection is None or selection.granularity == "kind" else ["kind", "component"]
     logs: dict[str, float] = {}
     for granularity in granularities:
         for rank, row in enumerate(report.ranking(granularity), start=1):

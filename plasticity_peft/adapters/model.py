@@ -26,7 +26,7 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.adapters.config import PEFT_TYPE, PlasticityConfig
+from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_not_in_other_mode,
@@ -39,11 +39,20 @@ from plasticity_peft.adapters.rollback import restored_on_failure
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.errors import ModelError
-from plasticity_peft.measuring.measure import measure_plasticity
+from plasticity_peft.measuring.measure import measure_by
+from plasticity_peft.registration import PEFT_TYPE
 from plasticity_peft.report.report import PlasticityReport
 
 NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 """Value of `target_modules` for an adapter without any LoRA layer."""
+
+
+def register() -> None:
+    """Adds the config, the tuner and the adapted model to PEFT's tables."""
+    PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
+    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PlasticityModel  # type: ignore[index]
+    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraModel.prefix  # type: ignore[index]
+    MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel
 
 
 class PlasticityModel(LoraModel):
@@ -128,20 +137,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
     with _adapters_hidden(model):
-        return measure_plasticity(
-            model,
-            config.target_data,
-            config.source_data,
-            criterion=config.criterion,
-            inputs=config.inputs,
-            pairs=config.pairs,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            settle=config.settle,
-            dtype=config.dtype,
-            backbone=config.backbone,
-            **config.wanted,
-        )
+        return measure_by(config.rule, config.settings, model, config.target_data, config.source_data)
 
 
 def lora_arguments(
@@ -204,9 +200,3 @@ def _adapters_hidden(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, disabled in zip(layers, before, strict=True):
             layer._disable_adapters = disabled
-
-
-PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
-PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PlasticityModel  # type: ignore[index]
-PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraModel.prefix  # type: ignore[index]
-MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel

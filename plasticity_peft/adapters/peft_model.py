@@ -17,7 +17,7 @@ from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.card import complete_card
 from plasticity_peft.errors import PlasticityError
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.saved.results import digest, results_for
+from plasticity_peft.saved.record import digest, present_results
 from plasticity_peft.saved.trained import TrainedAdapter
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -51,10 +51,10 @@ class PlasticityPeftModel(PeftModel):
         assert config.selection is not None
         weights = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
         base = self.get_base_model()  # type: ignore[no-untyped-call]
-        results = results_for(folder if name == "default" else Path(folder, name))
+        results = present_results(folder if name == "default" else Path(folder, name))
         if results:
             content = save({key: value.contiguous() for key, value in weights.items()}, metadata={"format": "pt"})
-            results = [one for one in results if one.weights == digest(content)]
+            results = tuple(one for one in results if one.weights == digest(content))
         return TrainedAdapter(
             report=config.report,
             selection=config.selection,
@@ -64,6 +64,6 @@ class PlasticityPeftModel(PeftModel):
             base_class=type(base).__name__ if type(base).__module__.startswith("transformers.") else None,
             id2label=config.id2label,
             options=config.to_dict(),
-            results=tuple(results),
+            results=results,
             name=name,
         )

@@ -1,6 +1,7 @@
-"""What every criterion has in common: it looks at a model and a probe, and gives a number per component.
+"""What a criterion is: it gives each component of a model a number; components with high numbers should train.
 
-A criterion is one short file with a subclass of `Criterion`, and one line in `criteria/__init__.py`.
+A criterion is one short file with a subclass of `Criterion`, which looks at images, or of `WeightCriterion`, which
+reads only weights.
 """
 
 from __future__ import annotations
@@ -13,41 +14,97 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.images.sampler import Probe
+from plasticity_peft.components.calls import Inputs
+from plasticity_peft.images.sampler import Sampler
 
 
 class Observations(NamedTuple):
-    """What a criterion saw in one pass, a column a component in the order of the architecture."""
+    """What a criterion observes in one pass."""
 
     values: torch.Tensor
-    """float64 of shape (observations, components), at least 0."""
+    """At least 0; float64 of shape (samples, components), the components in the order of the architecture."""
     skipped: int = 0
-    """Pairs that were left out because they have no value."""
+    """Number of samples that were left out because they have no value."""
 
 
-class Criterion(ABC):
-    """A rule that scores the components of a model: the higher, the rather a component should train.
+class _Named(ABC):
+    """What both sorts of criteria have.
 
-    The score is mean(observations) ** power. The mean over observations, and over blocks for a kind, is taken first;
-    so a power of -1 turns a ranking round exactly, and a power of 1/2 turns squares into a norm.
+    The score of a component is mean(observations) ** power. The mean over observations, and over blocks for a kind, is
+    taken first: a power of -1 reverses a ranking exactly, and a power of 1/2 turns squares into a norm.
     """
 
     name: ClassVar[str]
-    """What `PlasticityConfig(criterion=...)` calls it."""
+    """The value of `PlasticityConfig(criterion=...)`."""
     title: ClassVar[str]
-    """What the scores are, for the head of a column."""
-    observed: ClassVar[str] = "pairs"
-    """What one observation is of: "pairs", "images", "batches" of images, or "weights" where no image is looked at."""
-    protocols: ClassVar[bool] = False
-    """True where `inputs` decides what components are fed."""
+    """What the scores are, as the heading of a column."""
     power: ClassVar[float] = 1.0
 
-    @abstractmethod
-    def prepare(self, model: nn.Module, architecture: Architecture, probe: Probe) -> Callable[[Any], Observations]:
-        """Returns the function that looks at a batch, with what is computed once a model behind it.
 
-        It takes what the probe gives for `observed`: a `PairBatch` or an `ImageBatch` of any number of pairs or
-        images, whose values must not depend on which others are in the batch; for "batches" an `ImageBatch` that makes
-        one row; for "weights" None, and it returns one row, the same in every process. The model is in evaluation mode
-        and records no gradients; a criterion that needs them turns them on for itself.
+class Criterion(_Named):
+    """A criterion that looks at images.
+
+    The score of a component is mean(observations) ** power. The mean over observations, and over blocks for a kind, is
+    taken first.
+
+    Examples:
+        >>> import torch
+        >>> from plasticity_peft.components.calls import first_tensor, hooked, run
+        >>> from plasticity_peft.images.sampler import SingleImages
+        >>> class OutputNorm(Criterion):
+        ...     name = "output_norm"
+        ...     title = "norm of the output"
+        ...     sampler = SingleImages
+        ...
+        ...     def prepare(self, model, architecture, sampler):
+        ...         modules = {part.id: model.get_submodule(part.path) for part in architecture.components}
+        ...
+        ...         def observe(batch):
+        ...             norms = {}
+        ...             def keep(name, call, output):
+        ...                 norms[name] = first_tensor(output).double().flatten(1).norm(dim=1)
+        ...             with hooked(modules, keep):
+        ...                 run(model, architecture, batch.images)
+        ...             return Observations(torch.stack([norms[name] for name in modules], dim=1))
+        ...
+        ...         return observe
+    """
+
+    sampler: ClassVar[type[Sampler]]
+    """What one observation is of: `Pairs`, `SingleImages` or `Batches` of `plasticity_peft.images`."""
+    protocols: ClassVar[bool] = False
+    """True if `inputs` decides what components are fed."""
+
+    @abstractmethod
+    def prepare(self, model: nn.Module, architecture: Architecture, sampler: Any) -> Callable[[Any], Observations]:
+        """Returns the function that observes a batch. What is computed once per model is computed here.
+
+        The model is in evaluation mode and records no gradients; a criterion that needs them enables them itself.
+
+        Args:
+            model: the model that `architecture` describes.
+            architecture: paths of the components, the blocks and the head.
+            sampler: an instance of the class attribute `sampler`.
+
+        Returns:
+            A function from what `sampler.load` returns, for any numbers of samples, to `Observations`. The value of a
+            sample must not depend on the other samples in a pass.
         """
+
+
+class WeightCriterion(_Named):
+    """A criterion that reads only weights. Its scores are exact, and the same in every process."""
+
+    @abstractmethod
+    def score(self, model: nn.Module, architecture: Architecture, *, image: Inputs, seed: int) -> torch.Tensor:
+        """Returns one number per component, before `power`: float64 of shape (components,).
+
+        Args:
+            model: the model that `architecture` describes, in evaluation mode.
+            architecture: paths of the components, the blocks and the head.
+            image: a blank image of the size that the model is run with: tensors of shape (1, ...).
+            seed: seed of random numbers.
+        """
+
+
+AnyCriterion = Criterion | WeightCriterion

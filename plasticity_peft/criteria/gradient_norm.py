@@ -19,7 +19,7 @@ from plasticity_peft.components.calls import Inputs, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.gradients import differentiable, squared_norms
 from plasticity_peft.errors import DataError, ModelError
-from plasticity_peft.images.sampler import ImageBatch, Probe
+from plasticity_peft.images.sampler import Batches, ImageBatch
 
 
 class GradientNorm(Criterion):
@@ -27,10 +27,10 @@ class GradientNorm(Criterion):
 
     name = "gradient_norm"
     title = "gradient norm"
-    observed = "batches"
+    sampler = Batches
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: Batches
     ) -> Callable[[ImageBatch], Observations]:
         """Returns the function from a batch to the norm of the gradient of its mean loss."""
         if not architecture.heads:
@@ -39,7 +39,7 @@ class GradientNorm(Criterion):
             )
 
         def observe(batch: ImageBatch) -> Observations:
-            labels = probe.labels(batch)
+            labels = sampler.labels(batch)
             with differentiable(model, architecture) as parameters:
                 norms = squared_norms(_loss(model, architecture, batch.images, labels), parameters).sqrt()
                 return Observations(self.scale(norms.detach(), parameters)[None])

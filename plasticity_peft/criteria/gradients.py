@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -93,30 +93,8 @@ class GradientsByImage:
             recompute: computes each block again on the way back instead of keeping what all have computed: the same
                 numbers, in less memory and a third more time.
         """
-        squares: dict[str, torch.Tensor] = {}
-        given: dict[str, torch.Tensor] = {}
-        back: dict[str, torch.Tensor] = {}
-        calls = dict.fromkeys(self._layers, 0)
-
-        def watch(path: str, call: Call, output: Any) -> None:
-            calls[path] += 1
-            if calls[path] == 1:
-                first_tensor(output).register_hook(partial(keep, path))  # type: ignore[no-untyped-call]
-            if calls[path] == 1 + recompute:  # later ones are by `_squares`
-                given[path] = call.tokens.detach()
-
-        def keep(path: str, gradient: torch.Tensor) -> None:
-            back[path] = gradient
-            settle()
-
-        def settle() -> None:
-            """Computes what can be: in a block that is computed again, the gradient may come before the tokens."""
-            for path in back.keys() & given.keys():
-                with torch.no_grad(), full_precision(back[path]):
-                    rows = (self._rows(path, values.pop(path), images) for values in (given, back))
-                    squares[path] = _squares(unwrap(self._layers[path]), *rows)
-
-        # Where nothing requires gradients none are recorded: this does, and changes no number.
+        taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), recompute)
+        # If no parameter requires gradients, none are recorded. This is 0, and makes torch record them.
         root = torch.zeros((), requires_grad=True)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -126,16 +104,16 @@ class GradientsByImage:
         blocks = [self._model.get_submodule(path) for path in self._architecture.blocks]
         handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
         try:
-            with torch.enable_grad(), hooked(self._layers, watch), recomputed(blocks if recompute else ()):
+            with torch.enable_grad(), hooked(self._layers, taps.forward), recomputed(blocks if recompute else ()):
                 total = scalar()
                 torch.autograd.grad(total, root)
-                settle()
+                taps.settle()
         finally:
             handle.remove()
-        none = torch.zeros(images, dtype=torch.float64)  # of a layer that the scalar does not depend on
+        none = torch.zeros(images, dtype=torch.float64)  # for a layer that the scalar does not depend on
         columns = [
-            [squares.get(path, none).to(total.device) for path in part.modules]
-            for part in self._architecture.components
+            [taps.squares.get(path, none).to(total.device) for path in component.modules]
+            for component in self._architecture.components
         ]
         return torch.stack([torch.stack(own).sum(dim=0) for own in columns], dim=1)
 
@@ -165,6 +143,43 @@ class GradientsByImage:
         """Returns what a layer gets or what comes back to it as (images, tokens, features), at least in float32."""
         first = values.movedim(self._dimensions[path], 0)
         return per_image(first, images).flatten(1, -2).to(precise(values.dtype))
+
+
+class _Taps:
+    """Collects what each layer gets and what comes back to its output, and reduces both as soon as both are there.
+
+    In a block that is computed again during the backward pass, the gradient may come before the tokens.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, nn.Module], rows: Callable[[str, torch.Tensor], torch.Tensor], recompute: bool
+    ) -> None:
+        """Takes the layers by path, and a function that makes (images, tokens, features) of the tensors of a layer."""
+        self.squares: dict[str, torch.Tensor] = {}
+        """Squared norms by path: float64 of shape (images,)."""
+        self._layers, self._rows, self._recompute = layers, rows, recompute
+        self._given: dict[str, torch.Tensor] = {}
+        self._back: dict[str, torch.Tensor] = {}
+        self._calls = dict.fromkeys(layers, 0)
+
+    def forward(self, path: str, call: Call, output: Any) -> None:
+        """Takes one call of a layer; it is the hook of `hooked`."""
+        self._calls[path] += 1
+        if self._calls[path] == 1:
+            first_tensor(output).register_hook(partial(self._backward, path))  # type: ignore[no-untyped-call]
+        if self._calls[path] == 1 + self._recompute:  # later calls are those of `_squares`
+            self._given[path] = call.tokens.detach()
+
+    def _backward(self, path: str, gradient: torch.Tensor) -> None:
+        self._back[path] = gradient
+        self.settle()
+
+    def settle(self) -> None:
+        """Reduces the layers of which both tensors are there."""
+        for path in self._back.keys() & self._given.keys():
+            with torch.no_grad(), full_precision(self._back[path]):
+                tokens, gradients = (self._rows(path, held.pop(path)) for held in (self._given, self._back))
+                self.squares[path] = _squares(unwrap(self._layers[path]), tokens, gradients)
 
 
 def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:

@@ -1,12 +1,12 @@
-"""The paper's measure: how far a component moves its outputs apart, against how far apart its inputs were.
+"""The paper's measure: how far apart the outputs of a component are, relative to how far apart its inputs are.
 
     P(f) = E_(x,y) [ ||f(x) - f(y)||_F / ||x - y||_F ]        (arXiv 2602.06883)
 
-x and y are the token sequences of two images, seen as matrices. A protocol says what the components are fed: with
-"embedding", the paper's, all get the tokens that enter block 0 (`embedding.py`); with "activation", what they receive
-in the running network (`activation.py`).
+x and y are the token sequences of two images, as matrices. A protocol decides what the components are fed. With
+"embedding", the paper's protocol, all get the tokens that enter block 0 (`protocols/embedding.py`). With "activation",
+each gets what it receives in the running network (`protocols/activation.py`).
 
-A pair of identical inputs has no rate of change: it is left out and counted.
+A pair of identical inputs has no rate of change. It is left out and counted.
 """
 
 from __future__ import annotations
@@ -23,12 +23,17 @@ from plasticity_peft.criteria.protocols.activation import ActivationProtocol
 from plasticity_peft.criteria.protocols.distances import Distance, Distances, euclidean
 from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 from plasticity_peft.errors import NonFiniteError
-from plasticity_peft.images.sampler import PairBatch, Probe
+from plasticity_peft.images.sampler import PairBatch, Pairs, Sampler
 
-PROTOCOLS: dict[str, Callable[..., Callable[[Inputs, Inputs], Distances]]] = {
+_PROTOCOLS: dict[str, Callable[..., Callable[[Inputs], Distances]]] = {
     "embedding": EmbeddingProtocol,
     "activation": ActivationProtocol,
 }
+
+
+def protocol_of(sampler: Sampler) -> Callable[..., Callable[[Inputs], Distances]]:
+    """Returns the class of the protocol that the measurement asks for."""
+    return _PROTOCOLS[sampler.inputs or "embedding"]
 
 
 class RateOfChange(Criterion):
@@ -36,21 +41,22 @@ class RateOfChange(Criterion):
 
     name = "rate_of_change"
     title = "rate of change"
+    sampler = Pairs
     protocols = True
 
     def __init__(self, distance: Distance = euclidean) -> None:
         self.distance = distance
 
     def prepare(
-        self, model: nn.Module, architecture: Architecture, probe: Probe
+        self, model: nn.Module, architecture: Architecture, sampler: Pairs
     ) -> Callable[[PairBatch], Observations]:
         """Returns the function from pairs to their rates of change."""
-        distances = PROTOCOLS[probe.inputs](model, architecture, self.distance)
-        return lambda batch: ratios(architecture, distances(batch.x, batch.y))
+        distances = protocol_of(sampler)(model, architecture, self.distance)
+        return lambda batch: ratios(architecture, distances(batch.both))
 
 
 def ratios(architecture: Architecture, distances: Distances) -> Observations:
-    """Returns outputs / inputs of the pairs whose inputs differ, and how many others there are.
+    """Returns outputs / inputs of the pairs whose inputs differ, and the number of the other pairs.
 
     Raises:
         NonFiniteError: a distance is NaN or infinite; the message names the component.
@@ -60,7 +66,7 @@ def ratios(architecture: Architecture, distances: Distances) -> Observations:
         if columns:
             component = architecture.components[columns[0]]
             raise NonFiniteError(
-                f"The {what} of {component.id} ({component.path}) hold NaN or infinity. In half precision this is "
+                f"The {what} of {component.id} ({component.path}) contain NaN or infinity. In half precision this is "
                 "often overflow: measure the model in float32 or bfloat16."
             )
     apart = (distances.inputs > 0).all(dim=1)

@@ -8,7 +8,7 @@ that ask for them.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
 
@@ -177,3 +177,36 @@ def _tensor(values: Any, place: str) -> torch.Tensor:
         return torch.from_numpy(array.astype(np.float32) if isinstance(values, list) else array)
     except (TypeError, ValueError, OverflowError) as error:
         raise DataError(f"{place}: cannot make a tensor of {type(values).__name__}. Expected {ALLOWED}.") from error
+
+
+def stack(images: Sequence[tuple[Images, int]]) -> Inputs:
+    """Returns the given images as one batch: tensors of shape (n, ...).
+
+    Raises:
+        DataError: images differ in shape, or in what they hold; the message names two of them.
+    """
+    items = [holder[index] for holder, index in images]
+    shapes = {name: tuple(value.shape) for name, value in items[0].items()}
+    for (holder, index), item in zip(images, items, strict=True):
+        found = {name: tuple(value.shape) for name, value in item.items()}
+        if found != shapes:
+            raise DataError(
+                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has {_shapes(shapes)}, "
+                f"{holder.name}[{index}] has {_shapes(found)}. Let the image processor resize them."
+            )
+    return {name: torch.stack([item[name] for item in items]) for name in shapes}
+
+
+def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
+    if len(shapes) == 1:
+        return str(next(iter(shapes.values())))
+    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+
+
+def to_device(images: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
+    """Returns images on a device, floating-point tensors in `dtype`; a transfer to a GPU is not waited for."""
+    moved = {}
+    for name, value in images.items():
+        pinned = value.pin_memory() if (device.type, value.device.type) == ("cuda", "cpu") else value
+        moved[name] = pinned.to(device, non_blocking=True).to(dtype if value.is_floating_point() else None)
+    return moved

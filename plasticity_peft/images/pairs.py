@@ -10,10 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import islice
 
 import numpy as np
-import torch
 
-from plasticity_peft.components.calls import Inputs
-from plasticity_peft.errors import DataError
 from plasticity_peft.images.indexed import Images
 
 MOST_PERMUTED = 2**24
@@ -106,32 +103,3 @@ class PairOrder:
     def _drawn_row(self, number: int) -> tuple[int, int]:
         first, second = self._draw()[number]
         return int(first), int(second)
-
-
-def join(x: Inputs, y: Inputs) -> Inputs:
-    """Returns the images of both as one batch, x first."""
-    return {name: torch.cat([x[name], y[name]]) for name in x}
-
-
-def stack(images: Sequence[tuple[Images, int]]) -> Inputs:
-    """Returns the given images as one batch: tensors of shape (n, ...).
-
-    Raises:
-        DataError: images differ in shape, or in what they hold; the message names two of them.
-    """
-    items = [holder[index] for holder, index in images]
-    shapes = {name: tuple(value.shape) for name, value in items[0].items()}
-    for (holder, index), item in zip(images, items, strict=True):
-        found = {name: tuple(value.shape) for name, value in item.items()}
-        if found != shapes:
-            raise DataError(
-                f"All images must have one shape. {images[0][0].name}[{images[0][1]}] has {_shapes(shapes)}, "
-                f"{holder.name}[{index}] has {_shapes(found)}. Let the image processor resize them."
-            )
-    return {name: torch.stack([item[name] for item in items]) for name in shapes}
-
-
-def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
-    if len(shapes) == 1:
-        return str(next(iter(shapes.values())))
-    return ", ".join(f"{name} {shape}" for name, shape in shapes.items())

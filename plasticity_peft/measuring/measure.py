@@ -1,10 +1,11 @@
-"""The loop: images through a model, observations of a criterion into moments, moments into a report."""
+"""The measurement: a model and images in, a report out."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,42 +13,45 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.checks import HIGHEST_SEED, MOST_PAIRS, check_count, check_path, check_settle
+from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Inputs, block_input, check_calls, input_names, why_unlike
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.wrappers import uncompiled, walk
-from plasticity_peft.criteria import CRITERIA, resolve
-from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.criteria.precision import check_dtype
+from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
+from plasticity_peft.criteria.registry import CRITERIA, resolve
+from plasticity_peft.deprecation import renamed_arguments
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.images.blank import blank_image
 from plasticity_peft.images.indexed import Images
-from plasticity_peft.images.sampler import Probe
+from plasticity_peft.images.sampler import Pairs, Sampler
 from plasticity_peft.measuring.left_as_found import left_as_found
-from plasticity_peft.measuring.processes import Share, in_step, this_process
-from plasticity_peft.measuring.rounds import Seen, Table, check_finite, check_same, observe_until_settled
+from plasticity_peft.measuring.moments import Moments
+from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
+from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
 from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.provenance import provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
-from plasticity_peft.report.selection import choice_of
+from plasticity_peft.report.selection import Choice, SelectionRule
 
-# Below the logger of transformers, so that its verbosity, set once, holds here too.
+# Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 PACKAGES = ("plasticity_peft", "torch", "transformers", "peft", "accelerate")
 
 
+@renamed_arguments(target="target_data", source="source_data", pairs="max_samples")
 def measure_plasticity(
     model: nn.Module,
-    target: Any = None,
-    source: Any = None,
+    target_data: Any = None,
+    source_data: Any = None,
     *,
     criterion: str | None = None,
     inputs: str | None = None,
-    pairs: int = 1024,
+    max_samples: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
     settle: float | None = 0.95,
@@ -56,60 +60,67 @@ def measure_plasticity(
     granularity: str = "kind",
     candidates: Iterable[str] = KINDS,
     training: str = "lora",
+    r: int = 8,
+    rank_pattern: Mapping[str, int] | None = None,
+    use_dora: bool = False,
+    lora_bias: bool = False,
     dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
-    **lora: Any,
 ) -> PlasticityReport:
-    """Returns a score for every component of `model`: how much it is worth to train.
+    """Returns a score for every component of `model`: how much it is worth to train the component.
 
-    The model is left as it was. Under `accelerate launch` the images are spread over the processes, and each returns
-    the same report.
+    The model is left as it was. Under `accelerate launch` the images are spread over the processes, and each process
+    returns the same report.
 
     Args:
-        model: a vision transformer of transformers, with or without a head, on any device or, with a `device_map`, on
-            several, or a model that has one as a part (of a model that also needs text, only that part is run). It is
-            run in evaluation mode and, without `dtype`, in its own dtype; differences and norms are taken at least in
-            float32. Adapters that it carries are part of what is measured.
-        target: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point pixel_values of
-            shape (channels, height, width), and whatever else the model takes for an image; a DataLoader of such items
-            (its dataset and collate_fn are used), a tensor (images, channels, height, width), or a stream, of which
-            the first images are read. Criteria that use labels need items with labels too; those that read only
-            weights need no images.
-        source: pretraining-like images, in the same forms. With them a pair is one source and one target image, as in
-            the paper; without, two different target images. Criteria that look at single images take the target's.
-        criterion: the rule that scores, by name. "parameter_plasticity", the default, is the norm of the Jacobian of
-            the model's features by the component's parameters. "rate_of_change" is the paper's measure,
+        model: a vision transformer of transformers, with or without a head, or a model that has one as a part. Only
+            the vision part of a model that also needs text is run. The model may be on any device or, with a
+            `device_map`, on several. It is run in evaluation mode and, without `dtype`, in its own dtype; differences
+            and norms are computed at least in float32. Adapters on the model are part of what is measured.
+        target_data: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point
+            pixel_values of shape (channels, height, width), and any other inputs that the model takes for an image; a
+            DataLoader of such items; a tensor of shape (images, channels, height, width); or a stream, whose first
+            images are read. Criteria that use labels need items with labels. Criteria that read only weights need no
+            images.
+        source_data: pretraining-like images, in the same forms. With them a pair is one source and one target image,
+            as in the paper; without them it is two different target images. Criteria that look at single images use
+            the target images.
+        criterion: name of the criterion. "parameter_plasticity", the default, is the norm of the Jacobian of the
+            model's features with respect to the component's parameters. "rate_of_change" is the paper's measure,
 
                 P(f) = E_(x,y) [ ||f(x) - f(y)||_F / ||x - y||_F ]        (arXiv 2602.06883).
 
             The others are "relative_rate_of_change", "token_sensitivity", "bound", "gradient_norm",
-            "relative_gradient_norm", "condition_number", "feature_norm", "inverse" and "random"; each file in
-            `plasticity_peft/criteria` gives formula and source.
-        inputs: what components are fed by "rate_of_change" (which it stands for if `criterion` is not given) and its
-            relatives: "embedding", the paper's protocol: every component gets the tokens that enter block 0; or
-            "activation": every component gets what it receives in the running network.
-        pairs: how many pairs of images at most, or images where a criterion looks at them one by one; at least 2.
-            There are fewer where the images do not make as many different ones.
-        batch_size: pairs or images in one pass, on each process. Where memory does not suffice it is halved.
-        seed: of the drawing of images, of what a criterion draws, and of the dataset's own transforms.
-        settle: ends as soon as the units that would be chosen differ from the rest at this confidence (see
-            `plasticity_peft/settling.py`); None looks at all `pairs`. `report.ending` tells how it went.
-        top_k: what is to be chosen, as in `PlasticityReport.select`, so that it is settled what to settle; with
-            neither this nor `budget`, the best unit. The report may be cut elsewhere all the same.
+            "relative_gradient_norm", "condition_number", "feature_norm", "inverse", "random" and those of
+            `register_criterion`. The files in `plasticity_peft/criteria` give formulas and sources.
+        inputs: what "rate_of_change" and its relatives feed to the components: "embedding", the paper's protocol,
+            feeds every component the tokens that enter block 0; "activation" feeds each component what it receives in
+            the running network. If `criterion` is not given, `inputs` selects "rate_of_change".
+        max_samples: largest number of samples, at least 2. A sample is a pair of images, an image or a batch of
+            images, depending on the criterion. There are fewer if the images do not make as many different ones.
+        batch_size: number of pairs or images in one pass on each process. It is halved if memory does not suffice.
+        seed: seed of the drawing of images, of the criterion's random numbers and of the dataset's own transforms.
+        settle: confidence for early stopping. Measuring stops once the units that would be selected are statistically
+            separated from the others. None uses all samples. `report.ending` contains the outcome.
+        top_k: number of units you plan to select, as in `PlasticityReport.select`. This and the next arguments only
+            affect when measuring stops; you can select otherwise later. Without `top_k` and `budget` it is 1.
         budget: see `top_k`.
         granularity: see `top_k`.
         candidates: see `top_k`.
         training: see `top_k`.
-        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None in its own. Differences,
-            norms and scores are float32 or more in any case.
-        backbone: path of the vision transformer in a model that holds several, such as "model.vision_tower".
-        lora: `r`, `rank_pattern`, `use_dora`, `lora_bias`, which count in a `budget`.
+        r: rank of LoRA, which counts in a `budget`, as in `peft.LoraConfig`; so do the next three.
+        rank_pattern: see `r`.
+        use_dora: see `r`.
+        lora_bias: see `r`.
+        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
+            Differences, norms and scores are float32 or more in any case.
+        backbone: path of the vision transformer in a model that contains several, such as "model.vision_tower".
 
     Raises:
         ConfigError: an argument is out of its range.
-        DataError: too few images, images that the model does not take, or labels that are missing.
+        DataError: there are too few images, the model does not take them, or labels are missing.
         ModelError: the model is not a supported vision transformer, or lacks what the criterion needs.
-        NonFiniteError: NaN or infinity in the model's weights, the images, the activations or the scores.
+        NonFiniteError: there is NaN or infinity in the model's weights, the images, the activations or the scores.
 
     Examples:
         >>> import torch
@@ -119,86 +130,196 @@ def measure_plasticity(
         >>> images = torch.rand(10, 3, 8, 8)
         >>> measure_plasticity(model, images).criterion
         'parameter_plasticity'
-        >>> report = measure_plasticity(model, images, criterion="rate_of_change", pairs=16)
+        >>> report = measure_plasticity(model, images, criterion="rate_of_change", max_samples=16)
         >>> report.inputs, report.pairs, len(report.scores)
         ('embedding', 16, 10)
     """
-    criterion, inputs = resolve(criterion, inputs)
-    rule = CRITERIA[criterion]
-    check_count("pairs", pairs, 2, MOST_PAIRS)
-    check_count("batch_size", batch_size, 1)
-    check_count("seed", seed, 0, HIGHEST_SEED)
-    check_settle(settle)
-    check_path("backbone", backbone)
-    dtype = check_dtype(dtype)
-    check_target(rule, target)
+    rule = SelectionRule(
+        top_k=top_k,
+        budget=budget,
+        granularity=granularity,
+        candidates=check_candidates(candidates),
+        training=training,
+        r=r,
+        rank_pattern=rank_pattern,
+        use_dora=use_dora,
+        lora_bias=lora_bias,
+    )
+    settings = Settings(
+        *resolve(criterion, inputs),
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+        settle=settle,
+        dtype=dtype,  # type: ignore[arg-type]  # Settings replaces a torch.dtype by its name
+        backbone=backbone,
+    )
+    return measure_by(rule, settings, model, target_data, source_data)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a model is measured; the fields are those arguments of `measure_plasticity`, validated.
+
+    Raises:
+        ConfigError: a field is out of its range.
+    """
+
+    criterion: str
+    inputs: str | None
+    max_samples: int
+    batch_size: int
+    seed: int
+    settle: float | None
+    dtype: str | None
+    backbone: str | None
+
+    def __post_init__(self) -> None:
+        for name, value in check_arguments(vars(self)).items():
+            object.__setattr__(self, name, value)
+
+
+def measure_by(
+    rule: SelectionRule, settings: Settings, model: nn.Module, target_data: Any, source_data: Any
+) -> PlasticityReport:
+    """Returns the report of a measurement that stops when what `rule` selects is settled; see `measure_plasticity`."""
+    criterion = CRITERIA[settings.criterion]
+    check_target(criterion, target_data)
     model = uncompiled(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
-    architecture = find_architecture(model, backbone)
+    architecture = find_architecture(model, settings.backbone)
     _check_device(model)
-    cut = {"granularity": granularity, "candidates": candidates, "training": training, **lora}
-    choice = choice_of(architecture.components, architecture.parameters, top_k, budget, **cut)
-    # What reads only weights gives the same in every process: there is nothing to merge.
-    share = Share(0, 1) if rule.observed == "weights" else this_process()
-    ready: list[_Ready] = []
-
-    def get_ready() -> tuple[int, int, str]:
-        _check_weights(model)
-        names = input_names(model, architecture)
-        probe = _probe(model, target, source, pairs, names, inputs=inputs or "", batch_size=batch_size, seed=seed)
-        example = probe.example(model, architecture)
-        check_calls(model, architecture, example)
-        if inputs == "embedding":
-            _check_alike(model, architecture, example)
-        spread = _spread(model, architecture, example) if rule.protocols else None
-        ready.append(_Ready(probe, rule.prepare(model, architecture, probe), spread))
-        planned = 1 if rule.observed == "weights" else probe.planned(rule.observed)
-        return planned, len(architecture.components), architecture.model_type
-
-    with left_as_found(model, seed, dtype), trainable_after(model):
-        planned, *_ = check_same("number of images, or model", in_step(share, get_ready))
-        (at,) = ready
-        settling = Settling(choice, confidence=settle or 0.0, looks=_number_of_looks(rule, planned))
-        table = Table(architecture, rule, settling)
-        if rule.observed == "weights":
-            values, _ = at.observe(None)
-            check_finite(table, values)
-            seen = Seen(table.moments(values), skipped=0)
-        else:
-            seen = observe_until_settled(at.observe, table, at.probe, share, stop_early=settle is not None)
-            _check_enough(seen)
-    ending = None
-    if settle is not None and rule.observed != "weights":
-        chosen = choice.chosen(table.ranking(seen.moments))
-        ending = Ending(seen.settled, chosen, granularity, settle, planned)
-        _tell(ending, rule, seen, share)
-    return _report(
-        table,
-        seen,
-        ending=ending,
-        inputs=inputs,
-        input_std=at.spread,
-        seed=seed,
-        source=source is not None and rule.protocols,
-        target_data=None if rule.observed == "weights" else provenance_of(target),
-        source_data=provenance_of(source) if rule.protocols else None,
-    )
+    choice = rule.choice(architecture.components, architecture.parameters)
+    measuring = _Measuring(model, architecture, settings, target_data, source_data)
+    with left_as_found(model, settings.seed, settings.dtype), trainable_after(model):
+        if isinstance(criterion, WeightCriterion):
+            return measuring.weights(criterion, Columns(architecture, criterion, Settling(choice, 0.0, looks=1)))
+        return measuring.images(criterion, choice, rule.granularity)
 
 
-class _Ready(NamedTuple):
-    """What is made before the first round."""
+@dataclass(frozen=True)
+class _Measuring:
+    """One measurement of one model."""
 
-    probe: Probe
-    observe: Callable[[Any], Observations]
-    spread: float | None
+    model: nn.Module
+    architecture: Architecture
+    settings: Settings
+    target_data: Any
+    source_data: Any
+
+    def weights(self, criterion: WeightCriterion, columns: Columns) -> PlasticityReport:
+        """Returns the scores of a criterion that reads only weights; there is nothing to sample or to merge."""
+        _check_weights(self.model)
+        target = None if self.target_data is None else self._images(self.target_data, "target_data", 1)
+        image = blank_image(self.model, self.architecture, target)
+        check_calls(self.model, self.architecture, image)
+        values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
+        columns.check_finite(values)
+        return self._report(columns, Seen(columns.moments(values), skipped=0), observed="weights")
+
+    def images(self, criterion: Criterion, choice: Choice, granularity: str) -> PlasticityReport:
+        """Returns the scores of a criterion that looks at images, spread over all processes."""
+        share = this_process()
+        with failing_together(share):
+            _check_weights(self.model)
+            sampler = self._sampler(criterion)
+            example = sampler.example()
+            check_calls(self.model, self.architecture, example)
+            if self.settings.inputs == "embedding":
+                _check_alike(self.model, self.architecture, example)
+            spread = _spread(self.model, self.architecture, example) if criterion.protocols else None
+            observe = criterion.prepare(self.model, self.architecture, sampler)
+            planned = sampler.planned()
+        size = (planned, len(self.architecture.components), self.architecture.model_type)
+        same(share, "number of images, or model", size)
+        confidence = self.settings.settle
+        settling = Settling(choice, confidence or 0.0, looks=len(looks(planned, sampler.first_look)))
+        columns = Columns(self.architecture, criterion, settling)
+        seen = observe_until_settled(observe, columns, sampler, share, stop_early=confidence is not None)
+        _check_enough(seen)
+        ending = None
+        if confidence is not None:
+            chosen = choice.chosen(columns.ranking(seen.moments))
+            ending = Ending(seen.settled, chosen, granularity, confidence, planned)
+            _log(ending, sampler, seen, share)
+        return self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
+
+    def _images(self, data: Any, name: str, per_sample: int) -> Images:
+        """Returns images by index. Raises DataError if there are too few."""
+        most = per_sample * self.settings.max_samples
+        names = input_names(self.model, self.architecture)
+        images = Images(data, name, read_at_most=most, names=names, seed=self.settings.seed)
+        if not images.has(1):
+            raise DataError(f"{name} must hold at least 2 images. Got {len(images)}.")
+        return images
+
+    def _sampler(self, criterion: Criterion) -> Sampler:
+        source = None if self.source_data is None else self._images(self.source_data, "source_data", 1)
+        return criterion.sampler(
+            target=self._images(self.target_data, "target_data", 2),
+            source=source,
+            max_samples=self.settings.max_samples,
+            batch_size=self.settings.batch_size,
+            seed=self.settings.seed,
+            device=execution_device(self.model),
+            dtype=next(p.dtype for p in self.model.parameters() if p.is_floating_point()),
+            inputs=self.settings.inputs,
+        )
+
+    def _report(
+        self,
+        columns: Columns,
+        seen: Seen,
+        *,
+        observed: str,
+        ending: Ending | None = None,
+        input_std: float | None = None,
+    ) -> PlasticityReport:
+        components = self.architecture.components
+        exact, paired = observed == "weights", observed == Pairs.plural
+        estimates = _estimates(columns, seen.moments, exact)
+        of_components, of_kinds = estimates[: len(components)], estimates[len(components) :]
+        return PlasticityReport(
+            scores=tuple(Score(**vars(c), **row) for c, row in zip(components, of_components, strict=True)),  # type: ignore[arg-type]
+            kinds=tuple(KindScore(kind=kind, **row) for kind, row in zip(KINDS, of_kinds, strict=True)),  # type: ignore[arg-type]
+            model_type=self.architecture.model_type,
+            model_parameters=self.architecture.parameters,
+            criterion=columns.criterion.name,
+            title=columns.criterion.title,
+            inputs=self.settings.inputs,
+            observed=observed,
+            pairs=0 if exact else seen.moments.count,
+            skipped=seen.skipped,
+            seed=self.settings.seed,
+            source=paired and self.source_data is not None,
+            versions=_versions(),
+            input_std=input_std,
+            ending=ending,
+            target_data=None if exact else provenance_of(self.target_data),
+            source_data=provenance_of(self.source_data) if paired else None,
+        )
 
 
-def _number_of_looks(rule: Criterion, planned: int) -> int:
-    return 1 if rule.observed == "weights" else len(looks(planned, rule.observed))
+def _estimates(columns: Columns, moments: Moments, exact: bool) -> list[dict[str, float]]:
+    """Returns the fields of the score of each component and each kind."""
+    criterion, names = columns.criterion, columns.names
+    means = moments.mean[: len(names)]
+    spreads = np.zeros_like(means) if exact else moments.std[: len(names)]
+    if not means.any():
+        raise ModelError(f"The {criterion.name} of every component is 0: there is nothing to rank by.")
+    estimates = []
+    for name, mean, std in zip(names, means, spreads, strict=True):
+        if mean == 0 and criterion.power < 0:
+            raise NonFiniteError(f"The {criterion.name} of {name} is infinite: 1 / 0.")
+        # The spread of mean ** power, to first order.
+        slope = abs(criterion.power) * mean ** (criterion.power - 1) if mean > 0 else 0.0
+        score, count = float(mean**criterion.power), 0 if exact else moments.count
+        estimates.append({"mean": score, "std": float(slope * std), "pairs": count})
+    return estimates
 
 
 def _check_enough(seen: Seen) -> None:
-    """Raises DataError where there are too few pairs to tell how far they spread."""
+    """Raises DataError if there are too few samples to estimate their spread."""
     count = seen.moments.count
     if count < 2:
         raise DataError(
@@ -208,36 +329,36 @@ def _check_enough(seen: Seen) -> None:
 
 
 def _spread(model: nn.Module, architecture: Architecture, example: Inputs) -> float:
-    """Returns the spread of the features of a token that enters block 0, mean over the tokens of an image."""
+    """Returns the standard deviation of the features of a token that enters block 0, mean over the tokens."""
     tokens = block_input(model, architecture, example).tokens.float()
     return float(tokens.std(dim=-1, correction=0).mean())
 
 
-def _tell(ending: Ending, rule: Criterion, seen: Seen, share: Share) -> None:
+def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
     if share.rank > 0:
         return
     units, count = ", ".join(ending.units) or "nothing", seen.moments.count
     if ending.settled:
-        logger.info("Settled after %s of %s %s: %s", count, ending.most, rule.observed, units)
+        logger.info("Settled after %s of %s %s: %s", count, ending.most, sampler.plural, units)
     else:
         logger.warning(
-            "Not settled: after %s %s, the choice of %s does not stand out from the rest at a confidence of %s. More "
-            "images (pairs=...), or another top_k, may settle it; the standard errors tell how close it is.",
-            count, rule.observed, units, ending.confidence,
+            "Not settled: after %s %s, %s cannot be separated from the rest at a confidence of %s. More images "
+            "(max_samples=...), or another top_k, may settle it. The standard errors show how close it is.",
+            count, sampler.plural, units, ending.confidence,
         )  # fmt: skip
 
 
 def _check_device(model: nn.Module) -> None:
-    """Raises ModelError on a device that has no double precision, in which sums are taken."""
+    """Raises ModelError on a device without double precision, in which sums are computed."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         raise ModelError(
-            "The model is on a GPU of Apple (mps), which has no float64. Measure it on the CPU, model.to('cpu'), and "
+            "The model is on an Apple GPU (mps), which has no float64. Measure it on the CPU, model.to('cpu'), and "
             "move it back to train."
         )
 
 
 def _check_alike(model: nn.Module, architecture: Architecture, example: Inputs) -> None:
-    """Raises ModelError unless one and the same input can be fed to all components, as the paper's protocol does."""
+    """Raises ModelError unless the same input can be fed to all components, as the paper's protocol does."""
     reason = why_unlike(model, architecture, example)
     if reason:
         raise ModelError(
@@ -246,25 +367,13 @@ def _check_alike(model: nn.Module, architecture: Architecture, example: Inputs) 
         )
 
 
-def check_target(criterion: Criterion, target: Any) -> None:
-    """Raises ConfigError where the criterion looks at images and there are none."""
-    if target is None and criterion.observed != "weights":
+def check_target(criterion: AnyCriterion, target_data: Any) -> None:
+    """Raises ConfigError if the criterion looks at images and there are none."""
+    if target_data is None and isinstance(criterion, Criterion):
         raise ConfigError(
             f"criterion={criterion.name!r} has nothing to rank by: give images to measure on (target_data in a "
             "PlasticityConfig, or a report measured before)."
         )
-
-
-def _probe(model: nn.Module, target: Any, source: Any, count: int, names: tuple[str, ...], **settings: Any) -> Probe:
-    """Returns what a criterion may look at. Raises DataError where there are too few images."""
-    seed = settings["seed"]
-    images = None if target is None else Images(target, "target", read_at_most=2 * count, names=names, seed=seed)
-    others = None if source is None else Images(source, "source", read_at_most=count, names=names, seed=seed)
-    for held in (images, others):
-        if held is not None and not held.has(1):
-            raise DataError(f"{held.name} must hold at least 2 images. Got {len(held)}.")
-    dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
-    return Probe(target=images, source=others, count=count, device=execution_device(model), dtype=dtype, **settings)
 
 
 def _check_weights(model: nn.Module) -> None:
@@ -276,39 +385,6 @@ def _check_weights(model: nn.Module) -> None:
                 plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
                 if plain and not torch.isfinite(parameter).all():
                     raise NonFiniteError(f"The weights of the model hold NaN or infinity: {path}.{name}.")
-
-
-def _report(table: Table, seen: Seen, **settings: Any) -> PlasticityReport:
-    architecture, rule, moments, names = table.architecture, table.rule, seen.moments, table.names
-    parts = architecture.components
-    exact = rule.observed == "weights"
-    means = moments.mean[: len(names)]
-    spread = np.zeros_like(means) if exact else moments.std[: len(names)]
-    if not means.any():
-        raise ModelError(f"The {rule.name} of every component is 0: there is nothing to rank by.")
-    estimates = []
-    for name, mean, std in zip(names, means, spread, strict=True):
-        if mean == 0 and rule.power < 0:
-            raise NonFiniteError(f"The {rule.name} of {name} is infinite: 1 / 0.")
-        # The spread of mean ** power, to first order.
-        slope = abs(rule.power) * mean ** (rule.power - 1) if mean > 0 else 0.0
-        estimates.append(
-            {"mean": float(mean**rule.power), "std": float(slope * std), "pairs": 0 if exact else moments.count}
-        )
-    of_parts, of_kinds = estimates[: len(parts)], estimates[len(parts) :]
-    return PlasticityReport(
-        scores=tuple(Score(**vars(part), **row) for part, row in zip(parts, of_parts, strict=True)),  # type: ignore[arg-type]
-        kinds=tuple(KindScore(kind=kind, **row) for kind, row in zip(KINDS, of_kinds, strict=True)),  # type: ignore[arg-type]
-        model_type=architecture.model_type,
-        model_parameters=architecture.parameters,
-        criterion=rule.name,
-        title=rule.title,
-        observed=rule.observed,
-        pairs=0 if exact else moments.count,
-        skipped=seen.skipped,
-        versions=_versions(),
-        **settings,
-    )
 
 
 def _versions() -> dict[str, str]:

@@ -1,16 +1,17 @@
-"""Several processes that measure one model: who does what, and one answer for all.
+"""Several processes that measure one model: which does what, and one answer for all.
 
-Processes are those of Accelerate: `accelerate launch` or `torchrun` start them. Without a launcher there is one, and
-nothing of Accelerate is set up.
+The processes are those of Accelerate; `accelerate launch` or `torchrun` starts them. Without a launcher there is one
+process, and Accelerate is not set up.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-from plasticity_peft.errors import PlasticityError
+from plasticity_peft.errors import DataError, PlasticityError
 
 T = TypeVar("T")
 
@@ -37,27 +38,52 @@ def this_process() -> Share:
     return Share(0, 1)
 
 
-def in_step(share: Share, work: Callable[[], T]) -> list[T]:
-    """Does `work` in every process, and returns what all returned, in the order of the processes: the same in each.
+@contextmanager
+def failing_together(share: Share) -> Iterator[None]:
+    """Inside, every process works for itself. If one of them fails, all raise, so that none waits for ever.
 
-    Where it raises in any process, all raise, so that none waits for ever: that process its own error, the others a
-    PlasticityError with the message. What `work` returns goes to all others, and should be small.
+    Only what went wrong travels between the processes.
+
+    Raises:
+        Exception: in the process that failed, its own error.
+        PlasticityError: in the others, with the message of that error.
     """
     if share.world_size == 1:
-        return [work()]
-    from accelerate.utils import gather_object
-
+        yield
+        return
     error: Exception | None = None
-    result: tuple[bool, T | str]
     try:
-        result = (True, work())
+        yield
     except Exception as failure:
         error = failure
-        result = (False, f"process {share.rank} of {share.world_size}: {type(failure).__name__}: {failure}")
-    results: list[tuple[bool, T]] = gather_object([result])
+    message = None if error is None else f"process {share.rank} of {share.world_size}: {type(error).__name__}: {error}"
+    messages = [found for found in gathered(share, message) if found is not None]
     if error is not None:
         raise error
-    failures = [str(message) for succeeded, message in results if not succeeded]
-    if failures:
-        raise PlasticityError("Measuring failed in another process. " + "; ".join(failures))
-    return [found for _, found in results]
+    if messages:
+        raise PlasticityError("Measuring failed in another process. " + "; ".join(messages))
+
+
+def gathered(share: Share, value: T) -> list[T]:
+    """Returns the values of all processes, in their order: the same list in each. Values should be small."""
+    if share.world_size == 1:
+        return [value]
+    from accelerate.utils import gather_object
+
+    found: list[T] = gather_object([value])
+    return found
+
+
+def same(share: Share, what: str, value: T) -> T:
+    """Returns `value` if all processes have the same.
+
+    Raises:
+        DataError: they differ; `what` names what the value is.
+    """
+    values = gathered(share, value)
+    if any(other != value for other in values):
+        raise DataError(
+            f"The processes must measure the same model on the same data, which plasticity_peft spreads over them. "
+            f"They differ in {what}: {', '.join(map(str, values))}."
+        )
+    return value

@@ -1,8 +1,7 @@
-"""The loop: batches through a criterion into moments, round by round over all processes, until a choice is settled.
+"""The loop: samples through a criterion into moments, round by round, until a selection is settled.
 
-A round ends where one looks at the ranking: after 32, 64, 128, ... observations, whatever the number of processes and
-the size of a batch, so that all stop at the same place with the same answer. What the processes tell each other is
-their moments, once a round.
+A round ends when the ranking is looked at: after 32, 64, 128, ... samples, whatever the number of processes and the
+size of a pass. So all processes stop at the same sample with the same answer. Once per round they exchange moments.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,18 +19,19 @@ from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.errors import DataError, ModelError, NonFiniteError
-from plasticity_peft.images.sampler import Probe
+from plasticity_peft.criteria.criterion import AnyCriterion, Observations
+from plasticity_peft.errors import ModelError, NonFiniteError
+from plasticity_peft.images.sampler import Batches, Sampler
 from plasticity_peft.measuring.moments import Moments
-from plasticity_peft.measuring.processes import Share, in_step
+from plasticity_peft.measuring.processes import Share, failing_together, gathered, same
 from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.selection import Choice
 
-# Below the logger of transformers, so that its verbosity, set once, holds here too.
+# Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
-T = TypeVar("T")
+Observe = Callable[[Any], Observations]
+"""What `Criterion.prepare` returns."""
 
 
 @dataclass(frozen=True)
@@ -39,50 +39,60 @@ class Seen:
     """What all processes observed together."""
 
     moments: Moments
-    """Columns: the components in the order of the architecture, then the kinds: the mean over blocks, observation by
-    observation, whose spread is the uncertainty of a kind; then the differences of the units to choose from."""
+    """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
+    whose spread is the uncertainty of a kind; the differences of the units to choose from."""
     skipped: int
-    """Pairs that were left out because they have no value."""
+    """Number of samples that were left out because they have no value."""
     settled: bool = False
 
 
 @dataclass(frozen=True)
-class Table:
-    """Which column belongs to what."""
+class Columns:
+    """The columns of the moments, and what they say about a selection."""
 
     architecture: Architecture
-    rule: Criterion
+    criterion: AnyCriterion
     settling: Settling
 
     @cached_property
     def names(self) -> list[str]:
         """Names of the columns that are scores."""
-        return [*(part.id for part in self.architecture.components), *KINDS]
+        return [*(component.id for component in self.architecture.components), *KINDS]
 
     @property
-    def columns(self) -> int:
-        """How many columns there are."""
+    def count(self) -> int:
+        """Number of columns."""
         units = len(self.settling.choice.units)
         return len(self.names) + units * (units - 1) // 2
 
     def moments(self, values: torch.Tensor) -> Moments:
-        """Returns the moments of some observations: float64 (observations, components)."""
+        """Returns the moments of some observations: float64 of shape (samples, components)."""
         seen = values.detach().cpu().numpy()
         of_kinds = seen.reshape(len(seen), len(self.architecture.blocks), len(KINDS)).mean(axis=1)
         scores = np.concatenate([seen, of_kinds], axis=1)
-        differences = self.settling.differences(scores[:, self._units] * np.sign(self.rule.power))
+        differences = self.settling.differences(scores[:, self._units] * np.sign(self.criterion.power))
         return Moments.of(np.concatenate([scores, differences], axis=1))
 
     def ranking(self, moments: Moments) -> list[str]:
         """Returns the units to choose from, best first."""
-        means = moments.mean[self._units] * np.sign(self.rule.power)
+        means = moments.mean[self._units] * np.sign(self.criterion.power)
         return [self.settling.choice.units[number] for number in np.argsort(-means, kind="stable")]
 
     def settled(self, moments: Moments) -> bool:
-        """Returns whether what would be chosen differs from the rest."""
+        """Returns whether what would be selected differs from the rest."""
         first = len(self.names)
         differences = Moments(moments.count, moments.mean[first:], moments.m2[first:])
         return self.settling.settled(self.ranking(moments), differences)
+
+    def check_finite(self, values: torch.Tensor) -> None:
+        """Raises NonFiniteError, which names the component, if a value is NaN or infinite."""
+        wrong = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
+        if wrong:
+            component = self.architecture.components[wrong[0]]
+            raise NonFiniteError(
+                f"The {self.criterion.name} of {component.id} ({component.path}) is NaN or infinite. In half "
+                "precision this is often overflow: measure the model in float32 or bfloat16."
+            )
 
     @cached_property
     def _units(self) -> list[int]:
@@ -90,70 +100,51 @@ class Table:
 
 
 def observe_until_settled(
-    observe: Callable[[Any], Observations], table: Table, probe: Probe, share: Share, stop_early: bool
+    observe: Observe, columns: Columns, sampler: Sampler, share: Share, stop_early: bool
 ) -> Seen:
     """Returns what all processes observe, the same in each.
 
     Args:
         observe: what the criterion prepared.
-        table: the columns of the moments, and what is to be chosen.
-        probe: the images.
+        columns: the columns of the moments, and what is to be selected.
+        sampler: the samples.
         share: this process among all.
-        stop_early: False to look at all images, whatever is settled.
+        stop_early: False to look at all samples, even if the selection is settled before.
     """
-    observed = table.rule.observed
-    worker = _Worker(observe, table, probe)
-    moments, skipped, settled, start = Moments.of(np.empty((0, table.columns))), 0, False, 0
-    with _Progress(probe.planned(observed), observed, share) as progress:
-        for stop in looks(probe.planned(observed), observed):
-
-            def work(start: int = start, stop: int = stop) -> tuple[int, Moments, int]:
-                reached = probe.available(observed, stop)
-                return reached, *worker.look_at(share.of(range(start, reached)), progress)
-
-            parts = in_step(share, work)
-            start = check_same(f"number of {observed}", [reached for reached, _, _ in parts])
-            for _, more, left_out in parts:
+    worker = _Worker(observe, columns, sampler)
+    moments, skipped, settled, start = Moments.of(np.empty((0, columns.count))), 0, False, 0
+    with Progress(sampler, share) as progress:
+        for stop in looks(sampler.planned(), sampler.first_look):
+            with failing_together(share):
+                reached = sampler.available(stop)
+                seen = worker.look_at(share.of(range(start, reached)), progress)
+            start = same(share, f"number of {sampler.plural}", reached)
+            for more, left_out in gathered(share, seen):
                 moments, skipped = moments.merge(more), skipped + left_out
-            settled = table.settled(moments)
-            progress.show(start, table.ranking(moments), table.settling.choice)
+            settled = columns.settled(moments)
+            progress.show(start, columns.ranking(moments), columns.settling.choice)
             if (settled and stop_early) or start < stop:
                 break
         progress.end()
     return Seen(moments, skipped, settled)
 
 
-def check_same(what: str, values: list[T]) -> T:
-    """Returns the value that all processes have. Raises DataError where they differ."""
-    if any(value != values[0] for value in values):
-        raise DataError(
-            f"The processes must measure the same model on the same data, which plasticity_peft spreads over them. "
-            f"They differ in {what}: {', '.join(map(str, values))}."
-        )
-    return values[0]
-
-
 class _Worker:
-    """Observes in this process, with batches that are halved where memory does not suffice."""
+    """Observes in this process, in passes that are halved if memory does not suffice."""
 
-    def __init__(self, observe: Callable[[Any], Observations], table: Table, probe: Probe) -> None:
-        self._observe, self._table = observe, table
-        self._observed = table.rule.observed
-        self._load: Callable[[Sequence[int]], Any] = {
-            "pairs": probe.pairs, "images": probe.images, "batches": probe.batches
-        }[self._observed]  # fmt: skip
-        self._batch_size = 1 if self._observed == "batches" else probe.batch_size
-        self._images = probe.batch_size
+    def __init__(self, observe: Observe, columns: Columns, sampler: Sampler) -> None:
+        self._observe, self._columns, self._sampler = observe, columns, sampler
+        self._per_pass = sampler.per_pass
 
-    def look_at(self, numbers: range, progress: _Progress) -> tuple[Moments, int]:
-        """Returns the moments of what is observed, and how many pairs were skipped."""
-        moments, skipped, done = Moments.of(np.empty((0, self._table.columns))), 0, 0
+    def look_at(self, numbers: range, progress: Progress) -> tuple[Moments, int]:
+        """Returns the moments of the samples with these numbers, and how many samples were skipped."""
+        moments, skipped, done = Moments.of(np.empty((0, self._columns.count))), 0, 0
         while done < len(numbers):
-            batch = numbers[done : done + self._batch_size]
+            batch = numbers[done : done + self._per_pass]
             # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
             # which takes longer than a round of a small model.
             try:
-                values, left_out = self._observe(self._load(batch))
+                values, left_out = self._observe(self._sampler.load(batch))
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
@@ -162,65 +153,54 @@ class _Worker:
                 clear_device_cache(garbage_collection=True)
                 self._halve()
                 continue
-            check_finite(self._table, values)
-            moments, skipped = moments.merge(self._table.moments(values)), skipped + left_out
+            self._columns.check_finite(values)
+            moments, skipped = moments.merge(self._columns.moments(values)), skipped + left_out
             done += len(batch)
             progress.advance(len(batch))
         return moments, skipped
 
     def _halve(self) -> None:
-        smaller = self._batch_size // 2
+        smaller, sampler = self._per_pass // 2, self._sampler
         if smaller == 0:
-            whole = self._observed == "batches"  # its value is that of the batch as a whole
+            whole = isinstance(sampler, Batches)  # the value of a batch is that of the batch as a whole
+            what = f"a batch of {sampler.batch_size} images" if whole else f"one {sampler.singular}"
             raise ModelError(
-                f"Out of memory for {f'a batch of {self._images} images' if whole else f'one of the {self._observed}'}"
-                f", by criterion={self._table.rule.name!r}. Give {'a smaller batch_size, ' if whole else ''}smaller "
-                'images, or dtype="bfloat16".'
+                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Give "
+                f'{"a smaller batch_size, " if whole else ""}smaller images, or dtype="bfloat16".'
             )
-        self._batch_size = smaller
-        logger.warning("Out of memory: measuring goes on with %s %s in a pass.", self._batch_size, self._observed)
+        self._per_pass = smaller
+        logger.warning("Out of memory: measuring goes on with %s %s in a pass.", smaller, sampler.plural)
 
 
-def check_finite(table: Table, values: torch.Tensor) -> None:
-    """Raises NonFiniteError where a value is NaN or infinite; the message names the component."""
-    columns = (~torch.isfinite(values)).any(dim=0).nonzero().flatten().tolist()
-    if columns:
-        part = table.architecture.components[columns[0]]
-        raise NonFiniteError(
-            f"The {table.rule.name} of {part.id} ({part.path}) is NaN or infinite. In half precision this is often "
-            "overflow: measure the model in float32 or bfloat16."
-        )
+class Progress:
+    """A progress bar in the first process, for all; off if those of transformers or huggingface_hub are off."""
 
-
-class _Progress:
-    """A progress bar on the first process, for all; off where those of transformers or huggingface_hub are."""
-
-    def __init__(self, total: int, observed: str, share: Share) -> None:
+    def __init__(self, sampler: Sampler, share: Share, description: str = "Measuring plasticity") -> None:
         self._shown, self._share = 0, share
         self._bar = logging.tqdm(
-            total=total,
-            desc="Measuring plasticity",
-            unit={"pairs": "pair", "images": "image", "batches": "batch"}[observed],
+            total=sampler.planned(),
+            desc=description,
+            unit=sampler.singular,
             disable=share.rank > 0 or are_progress_bars_disabled(),
         )
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def advance(self, number: int) -> None:
-        """Shows that this process, and probably each, did `number` more."""
+        """Shows that this process, and probably each of the others, observed `number` more samples."""
         self._to(self._shown + number * self._share.world_size)
 
     def show(self, number: int, ranking: Sequence[str], choice: Choice) -> None:
-        """Shows that all together did `number`, and what they would choose."""
+        """Shows that all processes together observed `number` samples, and what they would select."""
         self._to(number)
         self._bar.set_postfix_str(f"chosen so far: {', '.join(choice.chosen(ranking))}")
 
     def end(self) -> None:
-        """Shows that no more is needed."""
+        """Shows that no more samples are needed."""
         self._bar.total = self._shown
         self._bar.refresh()
 

@@ -19,18 +19,15 @@ import numpy as np
 from plasticity_peft.measuring.moments import Moments
 from plasticity_peft.report.selection import Choice
 
-FIRST_LOOK = {"pairs": 32, "images": 32, "batches": 8}
-"""After how many observations one looks first; a batch is already a mean over images."""
 
-
-def looks(total: int, observed: str) -> list[int]:
-    """Returns after how many of `total` observations one looks: each time twice as many, and at the end.
+def looks(total: int, first: int) -> list[int]:
+    """Returns after how many of `total` samples the ranking is looked at: each time twice as many, and at the end.
 
     Examples:
-        >>> looks(200, "pairs")
+        >>> looks(200, first=32)
         [32, 64, 128, 200]
     """
-    stops, stop = [], FIRST_LOOK[observed]
+    stops, stop = [], first
     while stop < total:
         stops.append(stop)
         stop *= 2

@@ -11,22 +11,20 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
-from plasticity_peft.checks import TRAINING_MODES, shown
+from plasticity_peft.arguments import check_candidates
+from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.errors import ConfigError, ReportError
+from plasticity_peft.constraints import read_as
+from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
-from plasticity_peft.hub import REPORT_NAME, find_file
+from plasticity_peft.hub import REPORT_NAME, find_file, without_report
+from plasticity_peft.report.format import FORMAT, FORMAT_VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import Measurement
-from plasticity_peft.report.selection import Selection, check_candidates, choice_of, parameter_counts
+from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
-from plasticity_peft.report.validation import check_believable
-
-FORMAT = "plasticity_peft"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,10 @@ class PlasticityReport(Measurement):
         granularity: str = "kind",
         candidates: Iterable[str] = KINDS,
         training: str = "lora",
-        **lora: Any,
+        r: int = 8,
+        rank_pattern: Mapping[str, int] | None = None,
+        use_dora: bool = False,
+        lora_bias: bool = False,
     ) -> Selection:
         """Returns the best units, by number or by budget; with neither, the best one.
 
@@ -54,48 +55,49 @@ class PlasticityReport(Measurement):
             budget: a share of the model's parameters, above 0 and at most 1: the best units are taken in order while
                 they fit. They count as they are trained in the mode `training`; the head always trains and is not
                 counted.
-            granularity: "kind" or "block", as in `ranking`.
+            granularity: "kind" or "component", as in `ranking`.
             candidates: kinds that may be chosen; all five by default.
             training: "lora" or "full": how the budget counts. A norm, which LoRA cannot take, counts in full.
-            lora: `r`, `rank_pattern`, `use_dora`, `lora_bias` as in `peft.LoraConfig`, for the number of LoRA
-                parameters.
+            r: rank of LoRA, as in `peft.LoraConfig`, for the number of LoRA parameters; so are the next three.
+            rank_pattern: see `r`.
+            use_dora: see `r`.
+            lora_bias: see `r`.
 
         Raises:
             ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
                 unit fits into the budget.
         """
-        candidates = check_candidates(candidates)
-        choice = choice_of(
-            self.scores,
-            self.model_parameters,
-            top_k,
-            budget,
+        rule = SelectionRule(
+            top_k=top_k,
+            budget=budget,
             granularity=granularity,
-            candidates=candidates,
+            candidates=check_candidates(candidates),
             training=training,
-            **lora,
+            r=r,
+            rank_pattern=rank_pattern,
+            use_dora=use_dora,
+            lora_bias=lora_bias,
         )
-        ranking = self.ranking(granularity, candidates)
-        units = choice.chosen([row.unit for row in ranking])
-        if not units:
-            name = ranking[0].unit
-            size = (choice.sizes or {})[name]
-            raise ConfigError(
-                f"budget={budget!r} is {choice.limit:,.0f} of {self.model_parameters:,} parameters, less than the "
-                f"{size:,} of the best unit, {name}. Give a budget above {size / self.model_parameters:.4f}, a "
-                'smaller r, or granularity="block".'
-            )
-        counts = parameter_counts(self.scores, **lora)
+        return self.select_by(rule)
+
+    def select_by(self, rule: SelectionRule) -> Selection:
+        """Returns what a rule selects; see `select`."""
+        choice = rule.choice(self.scores, self.model_parameters)
+        ranking = self.ranking(rule.granularity, rule.candidates)
+        names = [row.unit for row in ranking]
+        choice.check_possible(names)
+        units = choice.chosen(names)
         explanation = why_norms_lead(self, (row for row in ranking if row.unit in units))
         if explanation:
-            warnings.warn(explanation, stacklevel=2)
-        rows = [row for row in self.scores if (row.kind if granularity == "kind" else row.id) in units]
+            warnings.warn(explanation, stacklevel=3)
+        rows = [row for row in self.scores if rule.unit_of(row) in units]
+        counts = [rule.parameters_of(row) for row in rows]
         return Selection(
-            granularity=granularity,
+            granularity=rule.granularity,
             units=units,
             components=tuple(row.id for row in rows),
             modules=tuple(path for row in rows for path in row.modules),
-            parameters={mode: sum(counts[row.id][mode] for row in rows) for mode in TRAINING_MODES},
+            parameters={mode: sum(count[mode] for count in counts) for mode in TRAINING_MODES},
             model_parameters=self.model_parameters,
         )
 
@@ -122,28 +124,8 @@ class PlasticityReport(Measurement):
         Raises:
             ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
         """
-        from pydantic import ValidationError
-
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-            raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
-        found = values.get("format_version")
-        if type(found) is not int or found != FORMAT_VERSION:
-            raise ReportError(
-                f"it has format version {shown(found)}, and this release of plasticity_peft reads "
-                f"version {FORMAT_VERSION}"
-            )
-        try:
-            text = json.dumps(dict(values), allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ReportError(f"it holds what JSON cannot say: {error}") from error
-        try:
-            report: PlasticityReport = _reader().validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "it cannot be read"
-            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
+        report: PlasticityReport = read_as(cls, current(values), ReportError)
         report.check()
-        check_believable(report)
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -157,13 +139,8 @@ class PlasticityReport(Measurement):
         Raises:
             ReportError: there is no such file, or it is no whole report; the message names the file.
         """
-        try:
+        with reading(f"the report {os.fspath(path)}"):
             return cls.from_dict(read_json(path))
-        except OSError as error:
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> PlasticityReport:
@@ -178,9 +155,7 @@ class PlasticityReport(Measurement):
         """
         path = find_file(folder_or_repo, REPORT_NAME, ReportError, **hub)
         if path is None:
-            raise ReportError(
-                f"{os.fspath(folder_or_repo)} holds no {REPORT_NAME}: what it holds was not trained with this package."
-            )
+            raise ReportError(without_report(folder_or_repo))
         return cls.load(path)
 
     def plot(self, view: str = "overview", *, selection: Selection | None = None, ax: Any = None) -> Any:
@@ -218,11 +193,3 @@ class PlasticityReport(Measurement):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
-
-
-@cache
-def _reader() -> Any:
-    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(PlasticityReport)

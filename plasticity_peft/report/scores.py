@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, check_choice
+from annotated_types import Len
+
+from plasticity_peft.arguments import check_candidates
+from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, canonical_granularity, shown
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, PositiveCount, Seed, Text, one_of
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
-from plasticity_peft.report.selection import RankedUnit, check_candidates
+from plasticity_peft.report.selection import RankedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,10 +25,10 @@ class Estimate:
     It is the mean over pairs of images, for a criterion that looks at pairs; `PlasticityReport.observed` tells.
     """
 
-    mean: float
-    std: float
+    mean: NonNegative
+    std: NonNegative
     """Sample standard deviation over pairs."""
-    pairs: int
+    pairs: Count
     """How many pairs; 0 for a criterion that reads only weights, whose scores are exact."""
 
     @property
@@ -45,7 +49,7 @@ class KindScore(Estimate):
     Blocks share their pairs, so that the standard error is not that of independent blocks.
     """
 
-    kind: str
+    kind: Annotated[str, one_of(KINDS)]
 
 
 @dataclass(frozen=True)
@@ -54,12 +58,12 @@ class Ending:
 
     settled: bool
     """False where the chosen units do not differ from the rest, for all that was observed."""
-    units: tuple[str, ...]
+    units: Annotated[tuple[Text, ...], Len(1)]
     """What was chosen, best first."""
-    granularity: str
-    confidence: float
+    granularity: Annotated[str, one_of(GRANULARITIES)]
+    confidence: Confidence
     """Chance, at least, that no wrong choice is ever called settled."""
-    most: int
+    most: Count
     """How many observations there would have been at most."""
 
 
@@ -71,28 +75,28 @@ class Measurement:
     """One row per block and kind, block by block, in the order LN1, MHA, LN2, FC1, FC2."""
     kinds: tuple[KindScore, ...]
     """One row per kind, in the same order."""
-    model_type: str
+    model_type: Text
     """`config.model_type` of the measured model."""
-    model_parameters: int
+    model_parameters: PositiveCount
     """Parameters of the measured model, head included."""
-    inputs: str | None
+    inputs: Annotated[str, one_of(PROTOCOLS)] | None
     """Protocol: "embedding" (the paper's) or "activation"; None for a criterion without protocols."""
-    pairs: int
+    pairs: Count
     """What was averaged: the number of pairs of images, or of what `observed` says; 0 where that is weights."""
-    skipped: int
+    skipped: Count
     """Pairs left out because two inputs of a component were identical."""
-    seed: int
+    seed: Seed
     source: bool
     """True where each pair is one source and one target image, False where it is two target images."""
-    versions: dict[str, str]
+    versions: dict[Text, Text]
     """Releases of the packages that measured."""
-    criterion: str = "rate_of_change"
+    criterion: Text = "rate_of_change"
     """Name of the rule that scored; higher means train. "rate_of_change" is the paper's."""
-    title: str = "rate of change"
+    title: Text = "rate of change"
     """What the scores are, in words."""
-    observed: str = "pairs"
+    observed: Annotated[str, one_of(OBSERVED)] = "pairs"
     """What was observed: "pairs", "images", "batches" of images, or "weights", which have no standard error."""
-    input_std: float | None = None
+    input_std: NonNegative | None = None
     """Spread of the features of a token at the input of block 0, mean over the tokens of one image; None for a
     criterion without protocols."""
     ending: Ending | None = None
@@ -102,13 +106,13 @@ class Measurement:
     source_data: Provenance | None = None
     """The same of the source images."""
 
-    __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}
+    __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
     def ranking(self, granularity: str = "kind", candidates: Iterable[str] | None = None) -> list[RankedUnit]:
         """Returns (unit, score, standard_error) of every unit, best first.
 
         Args:
-            granularity: "kind" ranks the kinds over all blocks, as the paper does; "block" ranks single components.
+            granularity: "kind" ranks the kinds over all blocks, as the paper does; "component" ranks the components.
             candidates: kinds to rank; all five when None.
 
         Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
@@ -116,7 +120,7 @@ class Measurement:
         Raises:
             ConfigError: `granularity` or a kind is unknown.
         """
-        check_choice("granularity", granularity, GRANULARITIES)
+        granularity = canonical_granularity(granularity)
         kinds = check_candidates(KINDS if candidates is None else candidates)
         if granularity == "kind":
             units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]
@@ -129,39 +133,46 @@ class Measurement:
         return [row for row in self.scores if row.kind == kind]
 
     def check(self) -> None:
-        """Raises ReportError unless there is one row per block and kind, in order, with possible numbers."""
-        if self.inputs not in (*PROTOCOLS, None):
-            raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)} or null, got {self.inputs!r}")
-        ending = self.ending
-        if ending and not (0 < ending.confidence < 1 and self.pairs <= ending.most and len(set(ending.units))):
-            raise ReportError(f"ending: contradicts itself, or pairs, which is {self.pairs}: {ending}")
-        if self.observed not in OBSERVED:
-            raise ReportError(f"observed: expected one of {', '.join(OBSERVED)}, got {self.observed!r}")
-        for place in ("target_data", "source_data"):
-            provenance = getattr(self, place)
-            if provenance is not None:
-                provenance.check(place)
+        """Raises ReportError if fields contradict each other: the order of rows, counts and sums."""
+        self._check_rows()
+        fewest = 0 if self.observed == "weights" else 2
+        wrong = next((row for row in (*self.scores, *self.kinds) if row.pairs != self.pairs), None)
+        if wrong is not None:
+            raise ReportError(f"pairs must be {self.pairs} in every row of scores and kinds, got {wrong.pairs}")
+        if self.pairs < fewest:
+            raise ReportError(f"pairs must be at least {fewest}, got {self.pairs}")
+        trainable = sum(row.parameters for row in self.scores)
+        if self.model_parameters < trainable:
+            raise ReportError(
+                f"model_parameters must be at least {trainable}, the sum over scores, got {self.model_parameters}"
+            )
+        if self.ending:
+            self._check_ending(self.ending)
+
+    def _check_rows(self) -> None:
         blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
         expected = [(stage, block, kind) for stage, block in blocks for kind in KINDS]
         if not blocks or not _consecutive(blocks):
-            raise ReportError("scores: expected blocks (in stages, if the model has stages) numbered from 0, in order")
+            raise ReportError(
+                "scores must contain blocks (in stages, if the model has stages) numbered from 0, in order"
+            )
         if [(row.stage, row.block, row.kind) for row in self.scores] != expected:
-            raise ReportError(f"scores: expected one row per block and kind, in the order {', '.join(KINDS)}")
+            raise ReportError(f"scores must contain one row per block and kind, in the order {', '.join(KINDS)}")
         if [row.kind for row in self.kinds] != list(KINDS):
-            raise ReportError(f"kinds: expected one row per kind, in the order {', '.join(KINDS)}")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        fewest = 0 if self.observed == "weights" else 2
-        rows: list[Estimate] = [*self.scores, *self.kinds]
-        for row in rows:
-            if row.mean < 0 or row.std < 0 or row.pairs != self.pairs or self.pairs < fewest:
+            raise ReportError(f"kinds must contain one row per kind, in the order {', '.join(KINDS)}")
+        for number, row in enumerate(self.scores):
+            if len(row.features) not in (0, len(row.modules)):
                 raise ReportError(
-                    f"{row}: a mean and a std are at least 0, and pairs is {self.pairs}, at least {fewest}"
+                    f"scores.{number}.features must be empty or have one entry per module, got {shown(row.features)}"
                 )
-        for score in self.scores:
-            if len(score.features) not in (0, len(score.modules)):
-                raise ReportError(f"{score.id}: features must be given for all of its modules or for none")
+
+    def _check_ending(self, ending: Ending) -> None:
+        if ending.most < self.pairs:
+            raise ReportError(f"ending.most must be at least {self.pairs}, the number of pairs, got {ending.most}")
+        ids = KINDS if ending.granularity == "kind" else tuple(row.id for row in self.scores)
+        unknown = [unit for unit in ending.units if unit not in ids]
+        if unknown:
+            raise ReportError(f"ending.units must be of granularity {ending.granularity!r}, got {shown(unknown[0])}")
 
 
 def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:

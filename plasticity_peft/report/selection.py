@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Annotated, NamedTuple
 
-from plasticity_peft.checks import (
-    GRANULARITIES,
-    TRAINING_MODES,
-    check_amount,
-    check_choice,
-    check_count,
-    check_lora,
-    shown,
-)
+from annotated_types import Len
+
+from plasticity_peft.arguments import check_arguments
+from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import Count, PositiveCount, Text, allowed, one_of
 from plasticity_peft.errors import ConfigError
+
+BY_MODE = allowed(
+    f"must have the keys {' and '.join(map(repr, TRAINING_MODES))}", lambda values: set(values) == set(TRAINING_MODES)
+)
 
 
 class RankedUnit(NamedTuple):
@@ -33,17 +34,17 @@ class RankedUnit(NamedTuple):
 class Selection:
     """What is trained: the best units of a ranking, in that order."""
 
-    granularity: str
-    """"kind" or "block"."""
-    units: tuple[str, ...]
-    """Canonical ids of the chosen units, best first: kinds, or components when `granularity` is "block"."""
-    components: tuple[str, ...]
+    granularity: Annotated[str, one_of(GRANULARITIES)]
+    """"kind" or "component"."""
+    units: Annotated[tuple[Text, ...], Len(1)]
+    """Canonical ids of the chosen units, best first: kinds, or components if `granularity` is "component"."""
+    components: tuple[Text, ...]
     """Canonical ids of all components in these units, in the order of the blocks."""
-    modules: tuple[str, ...]
+    modules: tuple[Text, ...]
     """Paths of their linear layers and norms, in the model that was measured."""
-    parameters: Mapping[str, int]
+    parameters: Annotated[Mapping[str, Count], BY_MODE]
     """How many parameters train, the head not counted, in each mode: {"lora": ..., "full": ...}."""
-    model_parameters: int
+    model_parameters: PositiveCount
     """Parameters of the whole model that was measured: what a budget is a share of."""
 
 
@@ -72,114 +73,163 @@ def lora_parameters(
     return total
 
 
-def parameter_counts(components: Iterable[Component], **lora: Any) -> dict[str, dict[str, int]]:
-    """Returns how many parameters of each component train in each mode, by canonical id.
+@dataclass(frozen=True, kw_only=True)
+class SelectionRule:
+    """What is to be selected from the scores of a model: how many units of which sort, and how they train.
 
-    `lora` are arguments of `lora_parameters`. A norm, which LoRA cannot take, trains in full in both modes.
+    Every field is validated when the rule is made.
+
+    Raises:
+        ConfigError: a field is out of its range, or both `top_k` and `budget` are given.
     """
-    return {
-        part.id: {
-            "lora": lora_parameters(part.modules, part.features, **lora) if part.features else part.parameters,
-            "full": part.parameters,
-        }
-        for part in components
-    }
+
+    top_k: int | None = None
+    """Number of units. Without `top_k` and `budget` it is 1."""
+    budget: float | None = None
+    """Share of the model's parameters that the units may take together."""
+    granularity: str = "kind"
+    """"kind" or "component"."""
+    candidates: tuple[str, ...] = KINDS
+    """Kinds that may be selected."""
+    training: str = "lora"
+    """"lora" or "full"."""
+    r: int = 8
+    rank_pattern: Mapping[str, int] | None = None
+    use_dora: bool = False
+    lora_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in check_arguments(vars(self)).items():
+            object.__setattr__(self, name, value)
+
+    def unit_of(self, component: Component) -> str:
+        """Returns the unit that a component belongs to: its kind or its canonical id."""
+        return component.kind if self.granularity == "kind" else component.id
+
+    def parameters_of(self, component: Component) -> dict[str, int]:
+        """Returns how many parameters of a component train, by mode.
+
+        A layer norm, which LoRA cannot adapt, trains in full in both modes.
+        """
+        if not component.features:
+            return dict.fromkeys(TRAINING_MODES, component.parameters)
+        lora = lora_parameters(
+            component.modules,
+            component.features,
+            r=self.r,
+            rank_pattern=self.rank_pattern,
+            use_dora=self.use_dora,
+            lora_bias=self.lora_bias,
+        )
+        return {"lora": lora, "full": component.parameters}
+
+    def choice(self, components: Iterable[Component], model_parameters: int) -> Choice:
+        """Returns the choice that this rule makes among the components of a model.
+
+        Raises:
+            ConfigError: there are fewer than `top_k` units.
+        """
+        sizes: dict[str, int] = {}
+        for component in components:
+            if component.kind in self.candidates:
+                unit = self.unit_of(component)
+                sizes[unit] = sizes.get(unit, 0) + self.parameters_of(component)[self.training]
+        units = tuple(sizes)
+        if self.budget is not None:
+            return Budget(units, self.budget, sizes, model_parameters)
+        top_k = 1 if self.top_k is None else self.top_k
+        listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
+        check_count("top_k", top_k, 1, len(units), f", the number of units to choose from ({listing})")
+        return TopK(units, top_k)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """What is to be chosen from a ranking of units: the first `top_k`, or the first that fit into a budget."""
+class Choice(ABC):
+    """Selects units from a ranking."""
 
     units: tuple[str, ...]
     """All units, in the order of the blocks."""
-    top_k: int | None = None
-    sizes: Mapping[str, int] | None = None
-    """Parameters of each unit, where the choice is by budget."""
-    limit: float = 0.0
-    """How many parameters the budget is."""
 
+    @abstractmethod
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
-        """Returns the units that are chosen from a ranking, best first; none where not even the best one fits.
-
-        A budget ends at the first unit that does not fit instead of trying smaller ones further down: so a larger
-        budget never drops a unit.
-        """
-        if self.sizes is None:
-            return tuple(ranking[: self.top_k])
-        total, number = 0, 0
-        for unit in ranking:
-            total += self.sizes[unit]
-            if total > self.limit:
-                break
-            number += 1
-        return tuple(ranking[:number])
+        """Returns the units that are selected from a ranking, best first; none if the best one is not possible."""
 
     def orders(self, ranking: Sequence[str]) -> list[tuple[str, str]]:
-        """Returns the pairs (better, worse) of units whose order decides what is chosen."""
+        """Returns the pairs (better, worse) of units whose order decides what is selected."""
         chosen = self.chosen(ranking)
-        rest = list(ranking[len(chosen) :])
-        orders = [(better, worse) for better in chosen for worse in rest]
-        if self.sizes is not None and rest:
-            # One that fits must not belong in the place of the first that does not.
-            left = self.limit - sum(self.sizes[unit] for unit in chosen)
-            orders += [(rest[0], worse) for worse in rest[1:] if self.sizes[worse] <= left]
-        return orders
+        return [(better, worse) for better in chosen for worse in ranking[len(chosen) :]]
+
+    @property
+    @abstractmethod
+    def possible_errors(self) -> int:
+        """The largest number of pairs of units that could be in the wrong order in a wrong selection."""
+
+    def check_possible(self, ranking: Sequence[str]) -> None:  # noqa: B027 - most choices are always possible
+        """Raises ConfigError if nothing can be selected from a ranking."""
+
+
+@dataclass(frozen=True)
+class TopK(Choice):
+    """The first `top_k` units of a ranking."""
+
+    units: tuple[str, ...]
+    top_k: int
+
+    def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
+        """Returns the first `top_k` units."""
+        return tuple(ranking[: self.top_k])
 
     @property
     def possible_errors(self) -> int:
-        """How many pairs of units, at most, could be told the wrong way round in a wrong choice.
-
-        By number, a wrong choice holds a unit that is not among the best `top_k`, before one that is.
-        """
-        units = len(self.units)
-        if self.sizes is None and self.top_k is not None:
-            return max(1, self.top_k * (units - self.top_k))
-        return max(1, units * (units - 1) // 2)
+        """A wrong selection has a unit that is not among the best `top_k` before one that is."""
+        return max(1, self.top_k * (len(self.units) - self.top_k))
 
 
-def choice_of(
-    components: Iterable[Component],
-    model_parameters: int,
-    top_k: int | None,
-    budget: float | None,
-    *,
-    granularity: str,
-    candidates: Iterable[str],
-    training: str,
-    **lora: Any,
-) -> Choice:
-    """Returns what is to be chosen; the arguments are those of `PlasticityReport.select`.
+@dataclass(frozen=True)
+class Budget(Choice):
+    """The first units of a ranking that fit into a budget of parameters.
 
-    Raises:
-        ConfigError: an argument is out of its range, or both `top_k` and `budget` are given.
+    The selection ends at the first unit that does not fit; smaller units further down are not tried. So a larger
+    budget never drops a unit.
     """
-    check_choice("granularity", granularity, GRANULARITIES)
-    check_choice("training", training, TRAINING_MODES)
-    check_amount(top_k, budget)
-    check_lora(**lora)
-    kinds, components = check_candidates(candidates), tuple(components)
-    counts = parameter_counts(components, **lora)
-    sizes: dict[str, int] = {}
-    for part in components:
-        if part.kind in kinds:
-            unit = part.kind if granularity == "kind" else part.id
-            sizes[unit] = sizes.get(unit, 0) + counts[part.id][training]
-    units = tuple(sizes)
-    if budget is not None:
-        return Choice(units, None, sizes, budget * model_parameters)
-    top_k = 1 if top_k is None else top_k
-    listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
-    check_count("top_k", top_k, 1, len(units), f", the number of units to choose from ({listing})")
-    return Choice(units, top_k)
 
+    units: tuple[str, ...]
+    budget: float
+    """Share of the model's parameters."""
+    sizes: Mapping[str, int]
+    """Number of parameters that train, by unit."""
+    model_parameters: int
 
-def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
-    """Returns the kinds as a tuple. Raises ConfigError where there is none, or one is unknown or named twice."""
-    if isinstance(candidates, (set, frozenset)):  # whose order means nothing, and differs from run to run
-        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
-    names = (candidates,) if isinstance(candidates, str) else candidates
-    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
-    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
-    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
-        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
-    return kinds
+    @property
+    def limit(self) -> float:
+        """The budget as a number of parameters."""
+        return self.budget * self.model_parameters
+
+    def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
+        """Returns the units that fit, best first."""
+        totals = accumulate(self.sizes[unit] for unit in ranking)
+        return tuple(unit for unit, total in zip(ranking, totals, strict=True) if total <= self.limit)
+
+    def orders(self, ranking: Sequence[str]) -> list[tuple[str, str]]:
+        """Returns the pairs (better, worse) of units whose order decides what is selected."""
+        chosen = self.chosen(ranking)
+        rest = ranking[len(chosen) :]
+        if not rest:
+            return []
+        # A unit that fits must not belong in the position of the first one that does not.
+        left = self.limit - sum(self.sizes[unit] for unit in chosen)
+        return super().orders(ranking) + [(rest[0], worse) for worse in rest[1:] if self.sizes[worse] <= left]
+
+    @property
+    def possible_errors(self) -> int:
+        """Any two units could be in the wrong order."""
+        return max(1, len(self.units) * (len(self.units) - 1) // 2)
+
+    def check_possible(self, ranking: Sequence[str]) -> None:
+        """Raises ConfigError if not even the best unit fits."""
+        if not self.chosen(ranking):
+            best, size = ranking[0], self.sizes[ranking[0]]
+            raise ConfigError(
+                f"budget={self.budget!r} is {self.limit:,.0f} of {self.model_parameters:,} parameters, less than the "
+                f"{size:,} of the best unit, {best}. Give a budget above {size / self.model_parameters:.4f}, a "
+                'smaller r, or granularity="component".'
+            )

@@ -14,7 +14,7 @@ from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
 from plasticity_peft.report.text import heading, how_it_ended, observed
 from plasticity_peft.saved.options import readable
-from plasticity_peft.saved.results import Results
+from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
 from plasticity_peft.saved.trained import TrainedAdapter
 
@@ -26,7 +26,7 @@ def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
     """Returns the card that the template makes of an adapter; `picture` is the path of its picture, if any."""
     report, selection = adapter.report, adapter.selection
     rows = report.ranking(selection.granularity)
-    most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "block" else len(rows)
+    most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "component" else len(rows)
     card: ModelCard = ModelCard.from_template(
         _metadata(adapter),
         template_path=str(TEMPLATE),

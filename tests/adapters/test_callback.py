@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ from transformers import PreTrainedModel, Trainer, ViTConfig, ViTForImageClassif
 
 from plasticity_peft import PlasticityCallback, PlasticityConfig, PlasticityError, measure_plasticity
 from plasticity_peft.components.component import KINDS
-from tests.adapters.test_trainer import IMAGES, trainer_of, weights
-from tests.conftest import REPOSITORY, tiny_model
+from tests.support.models import tiny_model
+from tests.support.processes import launch
+from tests.support.training import IMAGES, trained_weights, trainer_of
 
 NUMBERS = [f"plasticity/{part}{kind}" for part in ("", "rank/", "standard_error/") for kind in KINDS]
 
@@ -91,7 +89,7 @@ def test_training_is_what_it_is_without_it(how: str, tmp_path: Path) -> None:
     for callback in (None, {"every": 1, "pairs": 8, "settle": None}):
         model = adapted(how)
         trainer, made = trained(model, tmp_path, IMAGES if callback else None, callback=callback)
-        found.append((weights(model), random_states(), losses(trainer)))
+        found.append((trained_weights(model), random_states(), losses(trainer)))
     assert set(made.reports) == {0.0, 1.0, 2.0}
     scores = [[row.mean for row in report.kinds] for report in made.reports.values()]
     assert scores[1] != scores[2]
@@ -239,7 +237,8 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from tests.adapters.test_callback import IMAGES, adapted, losses, trained, weights
+from tests.adapters.test_callback import adapted, losses, trained
+from tests.support.training import IMAGES, trained_weights
 
 folder = Path(sys.argv[1])
 for callback in (None, {"every": 1}):
@@ -248,7 +247,7 @@ for callback in (None, {"every": 1}):
     trainer, made = trained(model, folder, IMAGES if callback else None, **options)
     assert trainer.args.world_size == 2
     name = f"{callback is not None}-{PartialState().process_index}.pt"
-    torch.save((weights(model), losses(trainer)), folder / name)
+    torch.save((trained_weights(model), losses(trainer)), folder / name)
 assert set(made.reports) == {0.0, 1.0, 2.0}
 made.reports[2.0].save(folder / f"report-{PartialState().process_index}.json")
 PartialState().wait_for_everyone()
@@ -260,16 +259,7 @@ PartialState().destroy_process_group()
 def test_two_processes_measure_together(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, *rest, str(script), str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    (result,) = launch(script, tmp_path)
     assert result.returncode == 0, result.stderr
     first, second = ((tmp_path / f"report-{rank}.json").read_text() for rank in range(2))
     assert first == second

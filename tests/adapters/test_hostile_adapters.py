@@ -21,21 +21,10 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, find_components, load_adapter, measure_plasticity
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
-from tests.conftest import random_images, tiny_model
+from tests.support.models import logits, moved, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
-IMAGES = random_images(4)
 PREFIX = "base_model.model."
-
-
-def moved(model: nn.Module) -> nn.Module:
-    """Returns the model with all that trains moved, so that an adapter does something."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.fixture(scope="module")
@@ -64,11 +53,6 @@ def no_hang() -> Iterator[None]:
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, before)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(pixel_values=IMAGES).logits
 
 
 def copied(source: Path, folder: Path) -> Path:
@@ -482,7 +466,7 @@ def test_a_file_that_is_no_file(name: str, good: dict[str, Path], tmp_path: Path
         if name == "plasticity.json":  # as if there were none
             unchanged(folder, good["plain"])
         else:
-            refused(folder, "holds no")
+            refused(folder, f"No {name} in")
 
 
 def test_a_json_file_that_is_too_large(good: dict[str, Path], tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from plasticity_peft import PlasticityConfig, PlasticityReport, find_components,
 from plasticity_peft.cli import card, compare, measure, select, show
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import STRICT, launch, python
 
 COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
@@ -173,7 +174,7 @@ def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
-    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})]
 
 
 def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
@@ -182,7 +183,7 @@ def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     values["adapter"]["training"] = ["lora"]
     path.write_text(json.dumps(values))
-    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+    assert "adapter.training must be one of 'lora', 'full', got ['lora']" in run("show", tmp_path, code=1).stderr
 
 
 def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
@@ -242,12 +243,7 @@ def test_stock_peft_trains_what_was_selected() -> None:
             "modules_to_save": config.modules_to_save,
             "parameters": model.get_nb_trainable_parameters()[0],
         }
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ours = "ignore:`is_gradient_checkpointing`:FutureWarning"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", ours, "-c", STOCK],
-        input=json.dumps(texts), capture_output=True, text=True, env=environment, timeout=240, check=False,
-    )  # fmt: skip
+    result = python(*STRICT, "-c", STOCK, input=json.dumps(texts))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == expected
     assert any(row["target_modules"] is None for row in expected.values())
@@ -324,8 +320,8 @@ def test_compare_by_kind_and_by_block() -> None:
 def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
-    yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
-    yield "show images", 1, "images holds no plasticity.json"
+    yield "show model/config.json", 1, 'it is not a plasticity report: "format" must be'
+    yield "show images", 1, "No plasticity.json in images. This adapter was not trained with plasticity_peft"
     yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
     yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
     yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"
@@ -460,17 +456,9 @@ def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: py
 def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WHO)
     (tmp_path / "who").mkdir()
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "plasticity_peft"]
     arguments = ["measure", "model", "images", "--settle", "0", "--batch_size", "3", "--output", tmp_path / "a.json"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, *rest, *map(str, arguments), "--json"],
-        env={
-            **os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "WHO": str(tmp_path / "who"),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)]),
-        },
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    paths = os.pathsep.join([str(REPOSITORY), str(tmp_path)])
+    (result,) = launch("-m", "plasticity_peft", *arguments, "--json", PYTHONPATH=paths, WHO=str(tmp_path / "who"))
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "who").iterdir()} == {"0 of 2", "1 of 2"}
     found = PlasticityReport.from_dict(json.loads(result.stdout))
@@ -502,11 +490,8 @@ def test_a_reader_that_has_enough(
 
 @pytest.mark.slow
 def test_a_reader_of_a_process_that_has_enough(unread: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
-        stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    options = {"capture_output": False, "stdout": unread, "stderr": subprocess.PIPE}
+    result = python("-m", "plasticity_peft", "show", "first.json", "--json", **options)
     assert (result.returncode, result.stderr) == (1, "")
 
 

@@ -15,10 +15,10 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, gradients, measure_plasticity
+from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.criteria import CRITERIA, DEFAULT
+from plasticity_peft.criteria import CRITERIA, DEFAULT, gradients
 from plasticity_peft.criteria.bound import attention_bound
 from plasticity_peft.criteria.feature_norm import feature_norm
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
@@ -30,7 +30,7 @@ from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.rounds import Table, _Progress, _Worker
 from plasticity_peft.measuring.settling import Settling
 from plasticity_peft.report.selection import Choice
-from tests.conftest import backbone, random_images, tiny_model
+from tests.support.models import backbone, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)

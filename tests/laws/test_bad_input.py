@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, PlasticityError, measure_plasticity
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images()
@@ -175,12 +175,12 @@ WHEN_USED = {
     ),
     "a report of another family": Case("measured on another architecture: 'deit'", report_of(tiny_model("deit"))),
     "no such report": Case("Cannot read the report .*plasticity.json: No such file", file(None)),
-    "a truncated report": Case("Cannot read the report .*plasticity.json: it is no whole JSON", truncated),
-    "an empty report": Case("it is no whole JSON", file("")),
-    "a foreign JSON file": Case("it is no plasticity report", file('{"peft_type": "LORA"}')),
-    "a list": Case("it is no plasticity report", file("[1, 2]")),
+    "a truncated report": Case("Cannot read the report .*plasticity.json: it is not a whole JSON", truncated),
+    "an empty report": Case("it is not a whole JSON", file("")),
+    "a foreign JSON file": Case("it is not a plasticity report", file('{"peft_type": "LORA"}')),
+    "a list": Case("it is not a plasticity report", file("[1, 2]")),
     "a later format": Case("format version 2", file('{"format": "plasticity_peft", "format_version": 2}')),
-    "half a report": Case("scores: Field required", file('{"format": "plasticity_peft", "format_version": 1}')),
+    "half a report": Case("scores is missing", file('{"format": "plasticity_peft", "format_version": 1}')),
 }
 
 

@@ -25,10 +25,9 @@ from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.measuring.left_as_found import left_as_found
-from tests.support.families import FAMILIES, LABELS, PLAIN, Family, disturbed, items
+from tests.support.families import FAMILIES, FIVE, LABELS, NEVER_CALLED, PLAIN, every_family, family, items
+from tests.support.models import disturbed
 
-FIVE = int(transformers.__version__.split(".")[0]) >= 5
-NEVER_CALLED = () if FIVE else ("videomae",)
 HEADS = {
     "deit-teacher": ("cls_classifier", "distillation_classifier"),
     "vit_mae-pretraining": ("decoder",),
@@ -39,18 +38,6 @@ HEADS = {
     "cvt": ("layernorm", "classifier"),
 }
 """Heads that are not one `classifier`."""
-
-
-def family(name: str) -> Family:
-    found = FAMILIES[name]
-    if not found.available:
-        pytest.skip(f"transformers {transformers.__version__} has no {found.model}")
-    if name in NEVER_CALLED:
-        pytest.skip(f"refused under transformers {transformers.__version__}")
-    return found
-
-
-every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
 def arguments(architecture: Architecture, images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -197,7 +184,7 @@ def test_training_changes_the_chosen_components_and_the_head_alone(
     adapted = get_peft_model(
         model, PlasticityConfig(report=report, candidates=kinds, top_k=3, training=training, r=2, lora_dropout=0.0)
     ).eval()
-    disturbed(nn.ModuleList([m for n, m in adapted.named_modules() if n.endswith(("lora_A", "lora_B"))]))
+    disturbed(nn.ModuleList([m for n, m in adapted.named_modules() if n.endswith(("lora_A", "lora_B"))]), seed=1)
     images = found.images()
     sum(moving(adapted(**arguments(architecture, images)))).backward()
     trained = {key: p for key, p in adapted.named_parameters() if p.requires_grad}
@@ -312,7 +299,7 @@ def llava() -> PreTrainedModel:
     config = transformers.LlavaConfig(
         vision_config=vision, text_config=text, image_token_id=31, vision_feature_layer=-1
     )
-    return disturbed(transformers.LlavaForConditionalGeneration(config).eval())
+    return disturbed(transformers.LlavaForConditionalGeneration(config).eval(), seed=1)
 
 
 def dual() -> PreTrainedModel:
@@ -320,7 +307,7 @@ def dual() -> PreTrainedModel:
     text = {**PLAIN, "vocab_size": 32, "max_position_embeddings": 8}
     config = transformers.CLIPConfig(text_config=text, vision_config=PLAIN, projection_dim=8)
     torch.manual_seed(0)
-    return disturbed(transformers.CLIPModel(config).eval())
+    return disturbed(transformers.CLIPModel(config).eval(), seed=1)
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,16 @@ from torch import nn
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
 from plasticity_peft.adapters.model import PlasticityModel
 from plasticity_peft.errors import ModelError
-from tests.conftest import tiny_model
-from tests.laws.test_families import every_family, family
-from tests.support.families import FAMILIES, items
+from tests.support.families import FAMILIES, every_family, family, items
 from tests.support.injection import InjectedError, calls, injected
+from tests.support.measures import MEASURES, every_measure
+from tests.support.models import tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
 PEFT = ("/peft/",)
 
-MEASURES: dict[str, dict[str, Any]] = {
-    "embedding": {"inputs": "embedding"},
-    "activation": {"inputs": "activation"},
-    "parameter_plasticity": {"criterion": "parameter_plasticity"},
-}
 LAYOUTS = ("vit", "swin", "dinov2-swiglu")
 """Plain, in stages and windows, and gated: where more is tried than in every family."""
 
@@ -88,7 +83,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
 
 
 @every_family
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     before = snapshot(model)
@@ -122,7 +117,7 @@ def total_calls(work: Callable[[], Any], parts: tuple[str, ...]) -> int:
 
 
 @pytest.mark.parametrize("parts", [OURS, THEIRS], ids=["ours", "the model's"])
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str, parts: tuple[str, ...]) -> None:
     model, work = measuring(name, measure)
@@ -145,7 +140,7 @@ def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: 
 
 @pytest.mark.slow
 @every_family
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 def test_every_failure_leaves_every_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     most = 10**9 if name in LAYOUTS else 60
@@ -153,7 +148,7 @@ def test_every_failure_leaves_every_model_as_found(name: str, measure: str) -> N
         fails_at(model, work, parts, spread(total_calls(work, parts), most, 0))
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_what_is_no_exception_leaves_the_model_too(measure: str, error: type[BaseException]) -> None:
     model, work = measuring("vit", measure)
@@ -179,7 +174,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("fails", [False, True])
 def test_it_does_not_matter_what_the_caller_is_in(measure: str, surrounding: str, fails: bool) -> None:
     model, work = measuring("vit", measure)

@@ -28,7 +28,7 @@ from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.images.sampler import Probe
 from plasticity_peft.report.scores import KindScore, Score
 from plasticity_peft.saved.renames import Layer, rename
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 # The same examples in every run: a test that fails for some and not for others tells nothing.
@@ -345,19 +345,19 @@ VALID_TEXT = json.dumps(VALID)
     ("text", "reason"),
     [
         (VALID_TEXT.replace('"seed": 0', '"seed": 0, "seed": 1'), "'seed' twice"),
-        (VALID_TEXT.replace('"seed": 0', '"seed": 1' + "0" * 5000), "no whole JSON"),
+        (VALID_TEXT.replace('"seed": 0', '"seed": 1' + "0" * 5000), "not a whole JSON"),
         (VALID_TEXT.replace('"seed": 0', '"seed": 1' + "0" * 1000), "seed"),
         (VALID_TEXT.replace('"seed": 0', '"seed": NaN'), "NaN"),
         (VALID_TEXT.replace('"seed": 0', '"other": -Infinity, "seed": 0'), "Infinity"),
         (VALID_TEXT.replace('"vit"', '"\\ud800"'), "surrogate|hex escape"),
         (VALID_TEXT.replace('"vit"', '"vit\\u001b[31m"'), "model_type"),
-        ("[" * 100_000 + "]" * 100_000, "no whole JSON|no plasticity report"),
+        ("[" * 100_000 + "]" * 100_000, "not a whole JSON|not a plasticity report"),
         (
             VALID_TEXT.replace('"seed": 0', '"other": ' + "[" * 100_000 + "]" * 100_000 + ', "seed": 0'),
-            "no whole JSON",
+            "not a whole JSON",
         ),
-        (b"\xff\xfe", "no whole JSON"),
-        (b"\0" * 100, "no whole JSON"),
+        (b"\xff\xfe", "not a whole JSON"),
+        (b"\0" * 100, "not a whole JSON"),
     ],
 )
 def test_a_damaged_text_is_refused(text: str | bytes, reason: str) -> None:

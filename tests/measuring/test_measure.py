@@ -25,7 +25,7 @@ from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.images.pairs import draw_pairs
-from tests.conftest import GOLDEN, random_images, tiny_model
+from tests.support.models import GOLDEN, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)

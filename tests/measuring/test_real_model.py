@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
 
 FOLDER = REPOSITORY.parent / "shared" / "models" / "dinov2-small"
 IMAGES = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"

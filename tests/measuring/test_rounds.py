@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,8 @@ from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
 from plasticity_peft.errors import ConfigError, ModelError
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import python
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(60)
@@ -234,9 +234,7 @@ for one, other in zip(found.scores, expected.scores):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", REALLY_SHORT], capture_output=True, text=True, timeout=240, check=False
-    )
+    result = python("-c", REALLY_SHORT)
     assert result.returncode == 0, result.stderr
     assert "Out of memory: measuring goes on with 6 pairs in a pass." in result.stderr
 

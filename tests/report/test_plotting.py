@@ -79,10 +79,10 @@ def test_the_depth_of_a_hierarchical_model_names_and_parts_its_stages() -> None:
     ("blocks", "granularity", "top_k", "shown", "title"),
     [
         (12, "kind", 2, 5, "ranking"),
-        (2, "block", 3, 10, "ranking"),
-        (12, "block", 3, 20, "ranking, the best 20 of 60"),
-        (40, "block", 25, 26, "ranking, the best 26 of 200"),
-        (40, "block", 200, 40, "ranking, the best 40 of 200"),
+        (2, "component", 3, 10, "ranking"),
+        (12, "component", 3, 20, "ranking, the best 20 of 60"),
+        (40, "component", 25, 26, "ranking, the best 26 of 200"),
+        (40, "component", 200, 40, "ranking, the best 40 of 200"),
     ],
 )
 def test_the_ranking_is_best_first_with_errors_and_marks(
@@ -109,7 +109,7 @@ def test_the_ranking_is_best_first_with_errors_and_marks(
 @pytest.mark.parametrize("blocks", [2, 12, 40])
 def test_the_heat_map_has_every_block_and_kind_and_frames_what_was_chosen(blocks: int) -> None:
     report = make_report(blocks)
-    selection = report.select(top_k=3, granularity="block")
+    selection = report.select(top_k=3, granularity="component")
     ax = report.plot("heatmap", selection=selection)
     expected = [[row.mean for row in report.rows_of(kind)] for kind in KINDS]
     assert ax.images[0].get_array().tolist() == expected
@@ -129,7 +129,7 @@ def test_the_overview_is_depth_beside_ranking() -> None:
     legend = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert legend == ["LN1", "MHA (selected)", "LN2", "FC1 (selected)", "FC2"]
     assert len(axes[1].containers) == 5
-    some = report.select(top_k=3, granularity="block")
+    some = report.select(top_k=3, granularity="component")
     ringed = report.plot(selection=some)[0].lines[-1]
     assert ringed.get_label() == "selected"
     assert len(ringed.get_xdata()) == 3

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from plasticity_peft.components.component import KINDS, MATRIX_KINDS
 from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import KindScore, Score
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import python
 
 PARAMETERS = {"LN1": 32, "MHA": 1088, "LN2": 32, "FC1": 544, "FC2": 528}
 FEATURES = {"LN1": (), "MHA": ((16, 16),) * 4, "LN2": (), "FC1": ((16, 32),), "FC2": ((32, 16),)}
@@ -69,11 +68,11 @@ def test_ranking_of_kinds_is_best_first() -> None:
 
 
 def test_ranking_of_blocks_is_best_first() -> None:
-    units = [row.unit for row in REPORT.ranking("block", ("MHA", "FC1", "FC2"))]
+    units = [row.unit for row in REPORT.ranking("component", ("MHA", "FC1", "FC2"))]
     assert units == ["1.FC1", "0.MHA", "0.FC1", "0.FC2", "1.MHA", "1.FC2"]
 
 
-@pytest.mark.parametrize("granularity", ["kind", "block"])
+@pytest.mark.parametrize("granularity", ["kind", "component"])
 def test_ties_keep_the_order_of_blocks_and_kinds(granularity: str) -> None:
     tied = make_report({kind: [1, 1] for kind in KINDS})
     expected = list(KINDS) if granularity == "kind" else [f"{block}.{kind}" for block in range(2) for kind in KINDS]
@@ -93,7 +92,7 @@ def test_a_selection_names_units_modules_and_parameters() -> None:
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
-@pytest.mark.parametrize("granularity", ["kind", "block"])
+@pytest.mark.parametrize("granularity", ["kind", "component"])
 @pytest.mark.parametrize("candidates", [("MHA", "FC1", "FC2"), KINDS])
 def test_a_budget_is_kept_and_a_larger_one_drops_nothing(
     training: str, granularity: str, candidates: tuple[str, ...]
@@ -132,14 +131,14 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
             {"top_k": 4, "candidates": MATRIX_KINDS},
             r"from 1 to 3, the number of units to choose from \(MHA, FC1, FC2\). Got 4",
         ),
-        ({"top_k": 11, "granularity": "block"}, r"from 1 to 10, .*\(0.LN1, 0.MHA, 0.LN2, ..., 1.FC2\)"),
+        ({"top_k": 11, "granularity": "component"}, r"from 1 to 10, .*\(0.LN1, 0.MHA, 0.LN2, ..., 1.FC2\)"),
         ({"top_k": True}, "Got True"),
         ({"top_k": 1.0}, "Got 1.0"),
         ({"budget": -0.1}, "above 0 and at most 1"),
         ({"budget": "1%"}, "Got '1%'"),
         ({"budget": float("nan")}, "Got nan"),
         ({"top_k": 1, "budget": 0.5}, "not both"),
-        ({"granularity": "head"}, "granularity must be one of 'kind', 'block'. Got 'head'"),
+        ({"granularity": "head"}, "granularity must be one of 'kind', 'component'. Got 'head'"),
         ({"training": "ia3"}, "training must be one of 'lora', 'full'"),
         ({"candidates": ("MHA", "MHA")}, "each once"),
         ({"candidates": ["QKV"]}, "one or more of LN1, MHA, LN2, FC1, FC2"),
@@ -159,7 +158,7 @@ def test_lora_parameters_are_what_peft_makes(options: dict[str, Any]) -> None:
     from plasticity_peft import measure_plasticity
 
     model = tiny_model()
-    report = measure_plasticity(model, random_images(), pairs=2)
+    report = measure_plasticity(model, random_images(), max_samples=2)
     selection = report.select(top_k=3, candidates=MATRIX_KINDS, **options)
     config = LoraConfig(target_modules=list(selection.modules), **options)
     trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
@@ -180,7 +179,7 @@ def test_a_report_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.json"
     for length in range(0, len(text.rstrip()) - 1, 61):
         path.write_text(text[:length])
-        with pytest.raises(ReportError, match=r"Cannot read the report .*cut\.json: it is no whole JSON file"):
+        with pytest.raises(ReportError, match=r"Cannot read the report .*cut\.json: it is not a whole JSON file"):
             PlasticityReport.load(path)
 
 
@@ -205,7 +204,7 @@ WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if path[-1] not in ADDED_SINCE])
 def test_a_missing_value_is_refused(path: tuple[str | int, ...]) -> None:
-    with pytest.raises(ReportError, match=r"Field required|no plasticity report|format version|scores|kinds"):
+    with pytest.raises(ReportError, match=r"is missing|not a plasticity report|format version|scores|kinds"):
         PlasticityReport.from_dict(edited(*path))
 
 
@@ -294,7 +293,7 @@ def test_norms_that_lead_for_the_scale_of_the_tokens_are_explained(recwarn: pyte
     with pytest.warns(UserWarning, match=explanation):
         assert small.select().units == ("LN1",)
     with pytest.warns(UserWarning, match="0.LN2 ranks high"):
-        small.select(granularity="block")
+        small.select(granularity="component")
     silent = [
         (small, {"candidates": MATRIX_KINDS}),
         (replace(REPORT, input_std=1.5), {}),
@@ -318,6 +317,6 @@ def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> Non
         "print(report.select(top_k=2).units, report)\n"
         "assert not {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    result = python("-c", script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("('LN1', 'LN2') Plasticity of vit")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import ast
 import inspect
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import plasticity_peft
 from plasticity_peft import PlasticityConfig
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
+from tests.support.processes import python
 
 PACKAGE = REPOSITORY / "plasticity_peft"
-GROUND = ("errors", "checks", "extras", "files", "hub")
+GROUND = ("errors", "checks", "constraints", "deprecation", "extras", "files", "hub")
 """Modules beside the rooms that every room may import."""
 ROOMS = ("components", "images", "criteria", "report", "measuring", "saved", "card", "checkpoints", "adapters", "cli")
 """The rooms in the order of the line; `card` and `checkpoints` are public modules on top of `saved`."""
@@ -87,4 +86,5 @@ def test_importing_brings_in_nothing_heavy_beside_peft() -> None:
         "new = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
         "assert new - {'transformers'} == {'plasticity_peft'}, new\n"  # more files of transformers, nobody else's
     )
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    result = python("-c", script)
+    assert result.returncode == 0, result.stderr

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ast
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
+from tests.support.processes import environment, python
 
 EXECUTE = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 UNPICKLE = {"pickle", "cPickle", "_pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "jsonpickle"}
@@ -172,15 +171,8 @@ def watched(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
     The libraries are not told to stay offline: that they have no reason to go online is what is shown.
     """
-    online = {key: value for key, value in os.environ.items() if not key.endswith("_OFFLINE")}
-    return subprocess.run(
-        [sys.executable, "-c", WATCHED, str(folder), *arguments],
-        capture_output=True,
-        text=True,
-        env={**online, "PYTHONPATH": str(REPOSITORY), "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        timeout=240,
-        check=False,
-    )
+    online = {key: value for key, value in environment().items() if not key.endswith("_OFFLINE")}
+    return python("-c", WATCHED, folder, *arguments, env={**online, "PYTHONDONTWRITEBYTECODE": "1"})
 
 
 def test_measuring_training_saving_and_loading_reach_for_nothing(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
 
 if sys.version_info >= (3, 11):
     import tomllib
