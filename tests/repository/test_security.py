@@ -1,4 +1,4 @@
-"""What the security section of the README says: nothing that others wrote is executed, and nothing leaves."""
+"""What docs/security.md says: nothing that others wrote is executed, and nothing leaves."""
 
 from __future__ import annotations
 
