@@ -176,8 +176,8 @@ def test_what_is_not_given_is_as_the_config_says(tmp_path: Path) -> None:
     model = adapted("lora", **paper, seed=3, settle=None, top_k=1)
     _, callback = trained(model, tmp_path, IMAGES, callback={"every": 2, "max_samples": 6})
     first, last = callback.reports.values()
-    assert (last.criterion, last.inputs, last.seed, last.pairs) == ("rate_of_change", "activation", 3, 6)
-    assert first.pairs == 8
+    assert (last.criterion, last.inputs, last.seed, last.samples) == ("rate_of_change", "activation", 3, 6)
+    assert first.samples == 8
     _, callback = trained(
         adapted("lora"), tmp_path, IMAGES, callback={"every": 2, "criterion": "bound", "budget": 0.9}
     )

@@ -326,7 +326,7 @@ def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel
     chosen = config(training="full", top_k=2, seed=5, inputs="embedding", candidates=("MHA", "FC1", "FC2"))
     get_peft_model(base, chosen).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "plasticity.json").read_text())
-    expected = {"criterion": "rate_of_change", "inputs": "embedding", "pairs": 8, "seed": 5}
+    expected = {"criterion": "rate_of_change", "inputs": "embedding", "samples": 8, "seed": 5}
     assert {key: written[key] for key in expected} == expected
     assert written["versions"]["torch"] == version("torch")
     assert len(written["scores"]) == 10

@@ -113,7 +113,7 @@ def test_two_processes_choose_the_same_and_train_together(training: str, tmp_pat
     assert first == second
     alone = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, **CHOICE[training])
     get_peft_model(tiny_model(), alone)
-    assert first["pairs"] == 7
+    assert first["samples"] == 7
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):
         assert row["mean"] == pytest.approx(expected.mean, rel=1e-6)
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)

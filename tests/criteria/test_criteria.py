@@ -241,7 +241,7 @@ def test_scores_are_those_of_the_definition(model: PreTrainedModel, criterion: s
     assert np.corrcoef(found, values.mean(axis=0) ** own.power)[0, 1] > 0.98
     assert report.observed == own.observed.split(",")[0]
     if own.exact:
-        assert (report.pairs, report.skipped) == (0 if criterion in OF_WEIGHTS else len(values), 0)
+        assert (report.samples, report.skipped) == (0 if criterion in OF_WEIGHTS else len(values), 0)
 
 
 def test_random_scores_are_uniform_and_belong_to_the_seed() -> None:
@@ -269,7 +269,7 @@ def test_parameter_plasticity_does_not_see_the_head_or_the_labels(vit: PreTraine
     assert measure(vit, "parameter_plasticity") == measure(changed, "parameter_plasticity")
     unlabelled = measure_plasticity(vit, IMAGES, max_samples=12)
     labelled = measure(vit, "parameter_plasticity")
-    assert replace(labelled, target_data=None) == replace(unlabelled, target_data=None)
+    assert replace(labelled, target_provenance=None) == replace(unlabelled, target_provenance=None)
 
 
 def test_a_feature_norm_is_1_for_a_rotation_and_0_for_what_is_projected_out() -> None:
@@ -387,7 +387,7 @@ def test_several_processes_find_what_one_does(
     first, *others = in_threads(processes, lambda rank: measure(models[rank], criterion, inputs, **options))
     assert len(others) == processes - 1
     assert all(other == first for other in others)
-    assert (first.pairs, first.skipped) == (alone.pairs, alone.skipped)
+    assert (first.samples, first.skipped) == (alone.samples, alone.skipped)
     for one, other in zip((*first.scores, *first.kinds), (*alone.scores, *alone.kinds), strict=True):
         assert one.mean == pytest.approx(other.mean, rel=1e-6)
         assert one.std == pytest.approx(other.std, rel=1e-3, abs=1e-9)
@@ -478,7 +478,7 @@ def label_forms() -> dict[str, Any]:
 def test_labels_are_read_from_all_that_holds_images(vit: PreTrainedModel, form: str) -> None:
     expected = measure(vit, "gradient_norm")
     found = measure_plasticity(vit, label_forms()[form], criterion="gradient_norm", max_samples=12)
-    assert replace(found, target_data=None) == replace(expected, target_data=None)
+    assert replace(found, target_provenance=None) == replace(expected, target_provenance=None)
 
 
 def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
@@ -488,7 +488,7 @@ def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
 
     loader = torch.utils.data.DataLoader(Stream(), batch_size=5)
     found = measure_plasticity(vit, loader, criterion="gradient_norm", max_samples=12)
-    assert replace(found, target_data=None) == replace(measure(vit, "gradient_norm"), target_data=None)
+    assert replace(found, target_provenance=None) == replace(measure(vit, "gradient_norm"), target_provenance=None)
 
 
 def test_what_a_criterion_lacks_is_said(vit: PreTrainedModel) -> None:

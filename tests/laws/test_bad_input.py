@@ -181,7 +181,7 @@ WHEN_USED = {
     "an empty report": Case("it is not a whole JSON", file("")),
     "a foreign JSON file": Case("it is not a plasticity report", file('{"peft_type": "LORA"}')),
     "a list": Case("it is not a plasticity report", file("[1, 2]")),
-    "a later format": Case("format version 2", file('{"format": "plasticity_peft", "format_version": 2}')),
+    "a later format": Case("format version 3", file('{"format": "plasticity_peft", "format_version": 3}')),
     "half a report": Case("scores is missing", file('{"format": "plasticity_peft", "format_version": 1}')),
 }
 

@@ -198,7 +198,7 @@ def test_duplicated_images_are_skipped_and_counted() -> None:
         unique = measure_plasticity(
             model, iter(target[:4]), iter(source[:4]), inputs=inputs, max_samples=4, settle=None
         )
-        assert (report.pairs, report.skipped) == (4, 2)
+        assert (report.samples, report.skipped) == (4, 2)
         assert means(report) == pytest.approx(means(unique), rel=DOUBLE)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
         measure_plasticity(model, iter(target), iter(target), inputs="activation", max_samples=6)

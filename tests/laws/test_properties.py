@@ -227,7 +227,7 @@ NAMES = st.text(st.characters(categories=["L", "N"], include_characters="._-"), 
 
 @st.composite
 def reports(draw: st.DrawFn) -> PlasticityReport:
-    pairs = draw(COUNTS)
+    samples = draw(COUNTS)
     stages = draw(st.none() | st.lists(st.integers(1, 2), min_size=1, max_size=2))
     blocks = [(None, block) for block in range(draw(st.integers(1, 3)))]
     if stages:
@@ -241,14 +241,14 @@ def reports(draw: st.DrawFn) -> PlasticityReport:
                 Score(
                     stage=stage, block=block, kind=kind, path=modules[0], modules=modules,
                     parameters=draw(st.integers(1, 10**6)), features=((8, 8),) * len(modules) if linear else (),
-                    mean=draw(MEANS), std=draw(MEANS), pairs=pairs,
+                    mean=draw(MEANS), std=draw(MEANS), samples=samples,
                 )
             )  # fmt: skip
-    kinds = tuple(KindScore(kind=kind, mean=draw(MEANS), std=draw(MEANS), pairs=pairs) for kind in KINDS)
+    kinds = tuple(KindScore(kind=kind, mean=draw(MEANS), std=draw(MEANS), samples=samples) for kind in KINDS)
     return PlasticityReport(
         scores=tuple(scores), kinds=kinds, model_type=draw(NAMES), model_parameters=10**8,
-        inputs=draw(st.sampled_from(["embedding", "activation", None])), pairs=pairs,
-        skipped=draw(st.integers(0, 10**6)), seed=draw(st.integers(0, 2**64 - 1)), source=draw(st.booleans()),
+        inputs=draw(st.sampled_from(["embedding", "activation", None])), samples=samples,
+        skipped=draw(st.integers(0, 10**6)), seed=draw(st.integers(0, 2**64 - 1)), uses_source=draw(st.booleans()),
         versions=draw(st.dictionaries(NAMES, NAMES, max_size=3)), observed=draw(st.sampled_from(["pairs", "images"])),
         title=draw(NAMES), criterion=draw(NAMES), input_std=draw(st.none() | MEANS),
     )  # fmt: skip
@@ -285,7 +285,7 @@ def usable(report: PlasticityReport) -> None:
 @settings(max_examples=100)
 @given(values=JSON, whole=st.booleans())
 def test_any_json_is_refused_with_a_reason(values: Any, whole: bool) -> None:
-    given_values = {"format": "plasticity_peft", "format_version": 1, **values} if isinstance(values, dict) else values
+    given_values = {"format": "plasticity_peft", "format_version": 2, **values} if isinstance(values, dict) else values
     for load in (PlasticityReport.from_dict, lambda v: load_text(json.dumps(v))):
         with pytest.raises(ReportError) as refused:
             load(given_values)
@@ -417,7 +417,7 @@ def test_a_huge_dataset_is_not_enumerated(criterion: str) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
     assert report.scores
-    assert with_source.pairs == 8
+    assert with_source.samples == 8
 
 
 @settings(max_examples=6)
@@ -492,7 +492,7 @@ def test_any_dataset_is_measured_or_refused(items: list[Any], stream: bool) -> N
     except (DataError, NonFiniteError) as error:
         assert says_which(error)  # noqa: PT017
     else:
-        assert report.pairs >= 2
+        assert report.samples >= 2
     assert_same(before, snapshot(MODEL))
 
 

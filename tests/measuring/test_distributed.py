@@ -116,7 +116,7 @@ def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp
         texts = [(tmp_path / f"{number}-{rank}.json").read_text() for rank in range(processes)]
         assert len(set(texts)) == 1, case
         found, alone = PlasticityReport.from_dict(json.loads(texts[0])), measured(case)
-        assert (found.pairs, found.skipped, found.ending) == (alone.pairs, alone.skipped, alone.ending), case
+        assert (found.samples, found.skipped, found.ending) == (alone.samples, alone.skipped, alone.ending), case
         for row, expected in zip([*found.scores, *found.kinds], [*alone.scores, *alone.kinds], strict=True):
             assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
             assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case

@@ -114,7 +114,7 @@ def test_batch_size_does_not_matter_and_the_seed_decides(
     reports = [measure(vit, IMAGES, batch_size=size, **options) for size in (1, 3, 32)]
     for report in reports:
         assert [row.mean for row in report.scores] == pytest.approx([row.mean for row in reports[0].scores], rel=1e-6)
-        assert (report.pairs, report.source) == (10, source is not None)
+        assert (report.samples, report.uses_source) == (10, source is not None)
     assert measure(vit, IMAGES, batch_size=3, **options) == reports[1]
     assert measure(vit, IMAGES, seed=1, **options).scores != reports[2].scores
 
@@ -139,7 +139,7 @@ def test_identical_pairs_are_skipped_and_counted(vit: PreTrainedModel) -> None:
     assert 0 < same < 9
     for inputs in PROTOCOLS:
         report = measure(vit, images, inputs=inputs, max_samples=10)
-        assert (report.pairs, report.skipped) == (10 - same, same)
+        assert (report.samples, report.skipped) == (10 - same, same)
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
@@ -204,7 +204,7 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
     model = ViTForImageClassification(config).eval()
     with pytest.raises(ModelError, match=r'0.FC2 takes 12 features where a token has 16 .* Use inputs="activation"'):
         measure(model, IMAGES, max_samples=4)
-    assert measure(model, IMAGES, max_samples=4, inputs="activation").pairs == 4
+    assert measure(model, IMAGES, max_samples=4, inputs="activation").samples == 4
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)

@@ -76,7 +76,7 @@ def test_it_settles_on_what_all_pairs_choose(
     everything = measure_plasticity(dinov2, images, settle=None, max_samples=256, **options)
     found = measure_plasticity(dinov2, images, max_samples=256, **options)
     assert found.ranking()[0].unit == everything.ranking()[0].unit
-    assert found.pairs <= 128
+    assert found.samples <= 128
     if "inputs" in options:
         assert found.ending.settled
 

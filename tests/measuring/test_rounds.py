@@ -39,15 +39,15 @@ def test_it_ends_when_the_choice_is_settled(vit: PreTrainedModel, options: dict[
     all_pairs = measure_plasticity(vit, IMAGES, settle=None, max_samples=1000, **options)
     found = measure_plasticity(vit, IMAGES, max_samples=1000, **options)
     most = 60 if "criterion" in options else 1000
-    assert (all_pairs.pairs, all_pairs.ending) == (most, None)
+    assert (all_pairs.samples, all_pairs.ending) == (most, None)
     assert found.ending.settled
-    assert (found.ending.most, found.ending.confidence, found.ending.granularity) == (most, 0.95, "kind")
-    assert found.pairs in [look for look in (32, 64) if look < most]
+    assert (found.ending.planned, found.ending.confidence, found.ending.granularity) == (most, 0.95, "kind")
+    assert found.samples in [look for look in (32, 64) if look < most]
     assert found.ending.units == (all_pairs.ranking()[0].unit,)
     # What was looked at are the first of all pairs, or images.
-    same = measure_plasticity(vit, IMAGES, settle=None, max_samples=found.pairs, **options)
+    same = measure_plasticity(vit, IMAGES, settle=None, max_samples=found.samples, **options)
     assert scores(found) == pytest.approx(scores(same), rel=1e-6)
-    assert f"Settled after {found.pairs} of {most} " in str(found)
+    assert f"Settled after {found.samples} of {most} " in str(found)
 
 
 def tied_model() -> PreTrainedModel:
@@ -66,28 +66,28 @@ def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture)
         found = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100)
     finally:
         logger.removeHandler(caplog.handler)
-    assert (found.pairs, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
+    assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
     assert "Not settled: after 100 pairs, the choice of LN1 does not stand out from the rest" in caplog.text
     both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
-    assert (both.pairs, both.ending.settled) == (32, True)
+    assert (both.samples, both.ending.settled) == (32, True)
 
 
 def test_the_config_settles_what_it_chooses() -> None:
     config = PlasticityConfig(target_data=IMAGES, inputs="embedding", max_samples=100, top_k=2)
     with pytest.warns(UserWarning, match="ranks high because"):
         get_peft_model(tied_model(), config)
-    assert config.report.pairs == 32
+    assert config.report.samples == 32
     assert config.report.ending.units == config.selection.units
     config = PlasticityConfig(
         target_data=IMAGES, granularity="component", budget=0.3, training="full", max_samples=400
     )
     get_peft_model(tiny_model(), config)
     assert set(config.report.ending.units) == set(config.selection.units)
-    assert (config.report.ending.granularity, config.report.ending.most) == ("component", 60)
+    assert (config.report.ending.granularity, config.report.ending.planned) == ("component", 60)
     config = PlasticityConfig(target_data=IMAGES, settle=None)
     get_peft_model(tiny_model(), config)
-    assert (config.report.pairs, config.report.ending) == (60, None)
+    assert (config.report.samples, config.report.ending) == (60, None)
 
 
 @pytest.mark.parametrize("settle", [0, 1, 1.5, -0.1, "0.95", True])
@@ -108,15 +108,15 @@ def test_a_stream_is_read_no_further_than_it_takes_to_settle(vit: PreTrainedMode
     for inputs, most in (("embedding", 64), (None, 32)):
         read.clear()
         report = measure_plasticity(vit, endless(), inputs=inputs, max_samples=10_000)
-        assert (report.pairs, report.ending.most) == (32, 10_000)
+        assert (report.samples, report.ending.planned) == (32, 10_000)
         assert len(read) == most
 
 
 def test_a_short_stream_is_used_up(vit: PreTrainedModel) -> None:
     report = measure_plasticity(vit, (image for image in IMAGES), settle=None, max_samples=1000)
-    assert report.pairs == 60
+    assert report.samples == 60
     report = measure_plasticity(vit, (image for image in IMAGES[:5]), inputs="activation", max_samples=1000)
-    assert report.pairs == 10
+    assert report.samples == 10
 
 
 # ---- what it says
@@ -187,7 +187,7 @@ def test_batches_are_halved_where_memory_does_not_suffice(options: dict[str, str
     images = 1 if "criterion" in options else 2
     # 32, 16 (, 8) do not fit; from then on no more than what fits is tried.
     assert max(taken) == {1: 8, 2: 4 * 2}[images]
-    assert found.pairs == expected.pairs == 50
+    assert found.samples == expected.samples == 50
     assert scores(found) == pytest.approx(scores(expected), rel=1e-5)
 
 

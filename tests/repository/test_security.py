@@ -1,4 +1,4 @@
-"""What the security section of the README says: nothing that others wrote is executed, and nothing leaves."""
+"""What docs/security.md says: nothing that others wrote is executed, and nothing leaves."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ matplotlib.use("agg")
 import torch
 from peft import PeftModel, get_peft_model
 from transformers import Trainer, TrainingArguments, ViTConfig, ViTForImageClassification
-import scipy.stats, rich.table, pydantic, accelerate.utils  # imported on use otherwise
+import scipy.stats, pydantic, accelerate.utils  # imported on use otherwise
 from plasticity_peft import PlasticityConfig, PlasticityReport, load_adapter, measure_plasticity
 
 folder = pathlib.Path(sys.argv[1])
