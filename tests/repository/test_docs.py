@@ -37,7 +37,7 @@ from plasticity_peft import PlasticityConfig, PlasticityReport
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.layouts import LAYOUTS
 from plasticity_peft.criteria import CRITERIA
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
 
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
