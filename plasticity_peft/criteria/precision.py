@@ -1,4 +1,4 @@
-"""In which precision a model runs, and in which its numbers are compared."""
+"""The precision in which a model runs, and the one in which its numbers are compared."""
 
 from __future__ import annotations
 

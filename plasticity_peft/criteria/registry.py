@@ -166,7 +166,7 @@ def _instance(criterion: object) -> AnyCriterion:
     if isinstance(criterion, AnyCriterion):
         return criterion
     raise ConfigError(
-        f"A criterion must be a subclass or an instance of Criterion or WeightCriterion. {_got(criterion)}"
+        f"criterion must be a Criterion or a WeightCriterion, as a class or as an instance. {_got(criterion)}"
     )
 
 

@@ -79,7 +79,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
         pytest.skip("the paper's protocol is not defined for it")
     model = lived_in(found.build())
     data = items(found.images(4))
-    return model, lambda: measure_plasticity(model, data, pairs=2, batch_size=2, **MEASURES[measure])
+    return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
 @every_family

@@ -25,7 +25,7 @@ from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.errors import ConfigError, DataError, NonFiniteError, PlasticityError, ReportError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import draw_pairs
-from plasticity_peft.images.sampler import Probe
+from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.report.scores import KindScore, Score
 from plasticity_peft.saved.renames import Layer, rename
 from tests.support.models import random_images, tiny_model
@@ -59,8 +59,8 @@ ANYTHING = st.one_of(
     st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )
 OWN = [
-    "criterion", "inputs", "granularity", "candidates", "top_k", "budget", "training", "pairs", "batch_size", "seed",
-    "settle", "dtype", "backbone",
+    "criterion", "inputs", "granularity", "candidates", "top_k", "budget", "training", "max_samples", "batch_size",
+    "seed", "settle", "dtype", "backbone",
 ]  # fmt: skip
 LORA = ["r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_bias", "rank_pattern", "alpha_pattern",
         "modules_to_save", "bias", "fan_in_fan_out"]  # fmt: skip
@@ -98,12 +98,12 @@ def is_kinds(value: Any) -> bool:
 RIGHT: dict[str, Callable[[Any], bool]] = {
     "criterion": lambda value: value is None or (isinstance(value, str) and value in CRITERIA),
     "inputs": lambda value: value is None or (isinstance(value, str) and value in ("embedding", "activation")),
-    "granularity": lambda value: isinstance(value, str) and value in ("kind", "block"),
+    "granularity": lambda value: isinstance(value, str) and value in ("kind", "component"),
     "candidates": is_kinds,
     "top_k": lambda value: value is None or is_count(1)(value),
     "budget": lambda value: value is None or is_share(value),
     "training": lambda value: isinstance(value, str) and value in ("lora", "full"),
-    "pairs": is_count(2, 2**24),
+    "max_samples": is_count(2, 2**24),
     "batch_size": is_count(1),
     "seed": is_count(0, 2**64 - 1),
     "settle": lambda value: value is None or (is_share(value) and value < 1),
@@ -276,7 +276,7 @@ def test_a_report_comes_back_as_it_was(report: PlasticityReport) -> None:
 def usable(report: PlasticityReport) -> None:
     """What was accepted can be printed, ranked and chosen from."""
     assert str(report)
-    for granularity in ("kind", "block"):
+    for granularity in ("kind", "component"):
         assert len(report.ranking(granularity)) in (5, len(report.scores))
         chosen = report.select(top_k=1, granularity=granularity)
         assert json.loads(json.dumps(dataclasses.asdict(chosen)))
@@ -309,7 +309,7 @@ def paths_in(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...
             yield from paths_in(value, (*path, index))
 
 
-VALID = json.loads(json.dumps(measure_plasticity(MODEL, IMAGES, criterion="rate_of_change", pairs=4).to_dict()))
+VALID = json.loads(json.dumps(measure_plasticity(MODEL, IMAGES, criterion="rate_of_change", max_samples=4).to_dict()))
 PATHS = list(paths_in(VALID))
 
 
@@ -412,8 +412,8 @@ def test_a_huge_dataset_is_not_enumerated(criterion: str) -> None:
     room = pages * os.sysconf("SC_PAGE_SIZE") + 2**30  # the permutation alone would take 8 GB
     resource.setrlimit(resource.RLIMIT_AS, (room, limit[1]))
     try:
-        report = measure_plasticity(MODEL, Lazy(), criterion=criterion, pairs=8)
-        with_source = measure_plasticity(MODEL, Lazy(), Lazy(), inputs="embedding", pairs=8)
+        report = measure_plasticity(MODEL, Lazy(), criterion=criterion, max_samples=8)
+        with_source = measure_plasticity(MODEL, Lazy(), Lazy(), inputs="embedding", max_samples=8)
     finally:
         resource.setrlimit(resource.RLIMIT_AS, limit)
     assert report.scores
@@ -436,13 +436,11 @@ def test_pairs_of_a_huge_dataset_are_drawn_as_from_any_other(images: int, seed: 
 @settings(max_examples=20)
 @given(images=st.integers(2, 60), seed=st.integers(0, 2**32), count=st.integers(2, 80))
 def test_images_are_drawn_without_repetition(images: int, seed: int, count: int) -> None:
-    data = Images(torch.arange(images).float().reshape(-1, 1, 1, 1), "target", read_at_most=count)
-    probe = Probe(
-        target=data, source=None, inputs="", count=count, batch_size=4, seed=seed, device=torch.device("cpu"),
-        dtype=torch.float32,
-    )  # fmt: skip
-    numbers = range(probe.available("images", count))
-    batch = probe.images(numbers)
+    data = Images(torch.arange(images).float().reshape(-1, 1, 1, 1), "target_data", read_at_most=count)
+    sampler = SingleImages(
+        target=data, max_samples=count, batch_size=4, seed=seed, device=torch.device("cpu"), dtype=torch.float32
+    )
+    batch = sampler.load(range(sampler.available(count)))
     assert len(set(batch.places)) == len(batch.places) == min(images, count)
     assert batch.images["pixel_values"].flatten().tolist() == [float(place) for place in batch.places]
 
@@ -490,7 +488,7 @@ WRAPPERS = st.sampled_from(
 def test_any_dataset_is_measured_or_refused(items: list[Any], stream: bool) -> None:
     before = snapshot(MODEL)
     try:
-        report = measure_plasticity(MODEL, iter(items) if stream else items, inputs="embedding", pairs=3)
+        report = measure_plasticity(MODEL, iter(items) if stream else items, inputs="embedding", max_samples=3)
     except (DataError, NonFiniteError) as error:
         assert says_which(error)  # noqa: PT017
     else:
@@ -541,7 +539,7 @@ def raising(good: int) -> Iterator[torch.Tensor]:
 def test_an_iterator_that_raises_half_way_leaves_the_model(good: int, options: dict[str, Any]) -> None:
     before = snapshot(MODEL)
     with pytest.raises(HalfWayError):
-        measure_plasticity(MODEL, raising(good), pairs=6, batch_size=2, **options)
+        measure_plasticity(MODEL, raising(good), max_samples=6, batch_size=2, **options)
     assert_same(before, snapshot(MODEL))
 
 
