@@ -113,11 +113,11 @@ def _how_trained(adapter: TrainedAdapter) -> str:
 def _count(adapter: TrainedAdapter) -> str:
     chosen, total = adapter.selection.parameters[adapter.training], adapter.selection.model_parameters
     beside = adapter.saved_parameters - chosen
-    parts = f": {chosen:,} in the selected components and {beside:,} in the head and other modules"
+    shares = f": {chosen:,} in the selected components and {beside:,} in the head and other modules"
     share = 100 * adapter.saved_parameters / total
     return (
         f"The adapter contains {adapter.saved_parameters:,} trained parameters, {share:.2f} % of the {total:,} of the "
-        f"model{parts if beside > 0 else ', all of them in the selected components'}."
+        f"model{shares if beside > 0 else ', all of them in the selected components'}."
     )
 
 
@@ -154,8 +154,8 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
 def _result_rows(results: Results) -> Iterator[tuple[str, ...]]:
     data = results.dataset
     for name, value in results.metrics.items():
-        where = _cell(data.repo_id or data.name or data.form)
-        yield where, _cell(data.split or ""), _cell(name), f"{value:.4g}"
+        dataset = _cell(data.repo_id or data.name or data.form)
+        yield dataset, _cell(data.split or ""), _cell(name), f"{value:.4g}"
 
 
 def _labels(labels: Mapping[int, str]) -> str:

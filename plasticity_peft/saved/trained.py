@@ -72,7 +72,8 @@ class TrainedAdapter:
         if config is None:
             raise AdapterError(f"No {CONFIG_NAME} in {os.fspath(folder)}. A folder without it is not an adapter.")
         header = read_header(Path(folder, WEIGHTS_NAME), os.fspath(folder))
-        mapping = config.get("auto_mapping") or {}
+        found = config.get("auto_mapping")
+        mapping = found if isinstance(found, Mapping) else {}
         library = str(mapping.get("parent_library"))
         return cls(
             report=record.report,
