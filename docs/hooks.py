@@ -44,7 +44,7 @@ def added(config: MkDocsConfig, uri: str, place: Path) -> File:
     if place.suffix != ".md":
         return File.generated(config, uri, abs_src_path=str(place))
     text = place.read_text(encoding="utf-8")
-    # Without front matter, mkdocs takes a first line such as "full: points lost" for it.
+    # Without front matter, mkdocs takes a first line such as "full: points" for it.
     return File.generated(
         config, uri, content=text if text.startswith("---") else f"\n{text}"
     )
