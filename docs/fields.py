@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from dataclasses import fields
+from pkgutil import resolve_name
 from typing import Any
 
 import griffe
@@ -14,7 +16,8 @@ Node = ast.AST | griffe.ObjectNode
 class Attributes(griffe.Extension):
     """Lists the documented attributes of a class, inherited ones included.
 
-    The text of a dataclass field is `help` in its metadata, if it has no docstring.
+    The text of a dataclass field is `help` in its metadata, if it has no docstring. It
+    may be computed, so that it is read from the class itself.
     """
 
     def on_attribute_instance(
@@ -27,7 +30,7 @@ class Attributes(griffe.Extension):
         given = {keyword.arg: keyword.value for keyword in value.keywords}
         attr.value = ast.unparse(given["default"]) if "default" in given else None
         if attr.docstring is None and "metadata" in given:
-            text = ast.literal_eval(given["metadata"])["help"]
+            text = help_of(attr)
             attr.docstring = griffe.Docstring(text, parent=attr, lineno=attr.lineno)
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
@@ -41,6 +44,16 @@ class Attributes(griffe.Extension):
         for attributes in found.values():
             for one in attributes:
                 one.docstring = None
+
+
+def help_of(attr: griffe.Attribute) -> str:
+    """Returns `help` in the metadata of the dataclass field that `attr` describes."""
+    try:
+        cls = resolve_name(f"{attr.module.path}:{attr.parent.name}")
+    except ImportError as error:  # of which griffe would leave out the module
+        raise RuntimeError(f"{attr.path} cannot be imported: {error}") from error
+    found = {each.name: each.metadata["help"] for each in fields(cls) if each.metadata}
+    return str(found[attr.name])
 
 
 def as_section(

@@ -379,7 +379,7 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_can_be_described() 
 @pytest.mark.parametrize(
     ("model_type", "changes", "text"),
     [
-        ("vit", {}, "'vit' is known already"),
+        ("", {}, "model_type must be a name"),
         ("new", {"blocks": "layers"}, "blocks must be the end of the path of a block, with . for its index"),
         ("new", {"projections": ("q", "k", "v")}, "projections must be .query, key, value, output., or"),
         ("new", {"LN2": "first"}, "one component only. Named more than once: first"),
