@@ -70,7 +70,7 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
 
     check_equal(tmp_path / "whole", tmp_path / "killed")
     measured = ["Measuring plasticity" in log for log in logs]
-    anew = ["no whole checkpoint in" in log for log in logs]
+    anew = ["no complete checkpoint in" in log for log in logs]
     assert anew == [False, True, True, *[False] * 5]
     assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
