@@ -41,14 +41,16 @@ def check_choice(name: str, value: Any, allowed: tuple[str, ...]) -> str:
     return value
 
 
-def canonical_granularity(granularity: object) -> str:
+def canonical_granularity(granularity: object, stacklevel: int = 4) -> str:
     """Returns "kind" or "component"; "block", the former name of "component", is accepted with a FutureWarning.
+
+    `stacklevel` is that of the warning; the default is for the caller of a dataclass whose `__post_init__` calls this.
 
     Raises:
         ConfigError: the granularity is not known.
     """
     if isinstance(granularity, str) and granularity == "block":
-        warn_renamed('granularity="block"', 'granularity="component"', stacklevel=4)
+        warn_renamed('granularity="block"', 'granularity="component"', stacklevel)
         return "component"
     return check_choice("granularity", granularity, GRANULARITIES)
 

@@ -81,7 +81,7 @@ def launch(arguments: BenchmarkArguments, processes: int) -> dict[str, float]:
         subprocess.run([str(part) for part in command], env=environment, check=True)
         found = json.loads(path.read_text(encoding="utf-8"))
     if found["processes"] != processes:
-        raise RuntimeError(f"The launcher started {found['processes']} processes in the place of {processes}.")
+        raise RuntimeError(f"The launcher started {found['processes']} processes instead of {processes}.")
     seconds: dict[str, float] = found["seconds"]
     return seconds
 

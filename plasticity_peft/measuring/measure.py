@@ -131,7 +131,7 @@ def measure_plasticity(
         >>> measure_plasticity(model, images).criterion
         'parameter_plasticity'
         >>> report = measure_plasticity(model, images, criterion="rate_of_change", max_samples=16)
-        >>> report.inputs, report.pairs, len(report.scores)
+        >>> report.inputs, report.samples, len(report.scores)
         ('embedding', 16, 10)
     """
     rule = SelectionRule(
@@ -288,15 +288,15 @@ class _Measuring:
             title=columns.criterion.title,
             inputs=self.settings.inputs,
             observed=observed,
-            pairs=0 if exact else seen.moments.count,
+            samples=0 if exact else seen.moments.count,
             skipped=seen.skipped,
             seed=self.settings.seed,
-            source=paired and self.source_data is not None,
+            uses_source=paired and self.source_data is not None,
             versions=_versions(),
             input_std=input_std,
             ending=ending,
-            target_data=None if exact else provenance_of(self.target_data),
-            source_data=provenance_of(self.source_data) if paired else None,
+            target_provenance=None if exact else provenance_of(self.target_data),
+            source_provenance=provenance_of(self.source_data) if paired else None,
         )
 
 
@@ -314,7 +314,7 @@ def _estimates(columns: Columns, moments: Moments, exact: bool) -> list[dict[str
         # The spread of mean ** power, to first order.
         slope = abs(criterion.power) * mean ** (criterion.power - 1) if mean > 0 else 0.0
         score, count = float(mean**criterion.power), 0 if exact else moments.count
-        estimates.append({"mean": score, "std": float(slope * std), "pairs": count})
+        estimates.append({"mean": score, "std": float(slope * std), "samples": count})
     return estimates
 
 
@@ -339,7 +339,7 @@ def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
         return
     units, count = ", ".join(ending.units) or "nothing", seen.moments.count
     if ending.settled:
-        logger.info("Settled after %s of %s %s: %s", count, ending.most, sampler.plural, units)
+        logger.info("Settled after %s of %s %s: %s", count, ending.planned, sampler.plural, units)
     else:
         logger.warning(
             "Not settled: after %s %s, %s cannot be separated from the rest at a confidence of %s. More images "

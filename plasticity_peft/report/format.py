@@ -14,11 +14,21 @@ from plasticity_peft.checks import shown
 from plasticity_peft.errors import ReportError
 
 FORMAT = "plasticity_peft"
-FORMAT_VERSION = 1
+VERSION = 2
+
+# What version 2 renamed.
+_REPORT = {
+    "pairs": "samples",
+    "source": "uses_source",
+    "target_data": "target_provenance",
+    "source_data": "source_provenance",
+}
+_ROW = {"pairs": "samples"}
+_ENDING = {"most": "planned"}
 
 
 def current(values: object) -> dict[str, Any]:
-    """Returns the values of a report file in the newest version of the format.
+    """Returns the values of a report file in the newest version of the format. Older versions are converted.
 
     Raises:
         ReportError: they are not those of a report, or are of a version that this release does not read.
@@ -26,11 +36,32 @@ def current(values: object) -> dict[str, Any]:
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise ReportError(f'it is not a plasticity report: "format" must be "{FORMAT}"')
     found = values.get("format_version")
-    if type(found) is not int or found != FORMAT_VERSION:
+    if type(found) is not int or not 1 <= found <= VERSION:
         raise ReportError(
-            f"it has format version {shown(found)}, and this release of plasticity_peft reads version {FORMAT_VERSION}"
+            f"it has format version {shown(found)}, and this release of plasticity_peft reads versions 1 to {VERSION}"
         )
-    return dict(values)
+    return dict(values) if found == VERSION else _from_version_1(values)
+
+
+def _from_version_1(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns values of version 1 in version 2. Values of a wrong type are left for validation."""
+    new = {**_renamed(values, _REPORT), "format_version": VERSION}
+    for name in ("scores", "kinds"):
+        rows = new.get(name)
+        if isinstance(rows, (list, tuple)):
+            new[name] = [_renamed(row, _ROW) for row in rows]
+    for name, keys in (("ending", _ENDING), ("adapter", {})):
+        if isinstance(new.get(name), Mapping):
+            section = _renamed(new[name], keys)
+            new[name] = {**section, "granularity": "component"} if section.get("granularity") == "block" else section
+    return new
+
+
+def _renamed(values: Any, keys: Mapping[str, str]) -> Any:
+    """Returns a dictionary under its new keys; anything else as it is."""
+    if not isinstance(values, Mapping):
+        return values
+    return {keys.get(key, key): value for key, value in values.items()}
 
 
 @contextmanager

@@ -1,9 +1,9 @@
-"""A score, of one component or of one kind: mean and spread over what a criterion observed."""
+"""The scores in a report: of components and of kinds, each a mean over samples with its standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Annotated, ClassVar
 
@@ -13,6 +13,7 @@ from plasticity_peft.arguments import check_candidates
 from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, canonical_granularity, shown
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, PositiveCount, Seed, Text, one_of
+from plasticity_peft.deprecation import renamed_attribute
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.selection import RankedUnit
@@ -20,33 +21,32 @@ from plasticity_peft.report.selection import RankedUnit
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A score, which has no unit, and how well what was observed determines it.
-
-    It is the mean over pairs of images, for a criterion that looks at pairs; `PlasticityReport.observed` tells.
-    """
+    """A score and its uncertainty. It is the mean over samples, see `PlasticityReport.samples`, and has no unit."""
 
     mean: NonNegative
     std: NonNegative
-    """Sample standard deviation over pairs."""
-    pairs: Count
-    """How many pairs; 0 for a criterion that reads only weights, whose scores are exact."""
+    """Sample standard deviation over samples."""
+    samples: Count
+    """Number of samples; 0 for a criterion that reads only weights, whose scores are exact."""
+
+    pairs = renamed_attribute("Score", "pairs", "samples")
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `mean`: std / sqrt(pairs)."""
-        return float(self.std / self.pairs**0.5) if self.pairs else 0.0
+        """Standard error of `mean`: std / sqrt(samples)."""
+        return float(self.std / self.samples**0.5) if self.samples else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Estimate, Component):
-    """The plasticity of one component."""
+    """The score of one component."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindScore(Estimate):
-    """The plasticity of a kind: the mean over its blocks. `std` is over pairs of the per-pair mean over blocks.
+    """The score of a kind: the mean over its blocks. `std` is over samples of the mean over blocks of one sample.
 
-    Blocks share their pairs, so that the standard error is not that of independent blocks.
+    All blocks see the same samples, so the standard error is not that of independent blocks.
     """
 
     kind: Annotated[str, one_of(KINDS)]
@@ -54,73 +54,69 @@ class KindScore(Estimate):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a measurement ended that was to end as soon as a choice was settled."""
+    """How a measurement ended that was to stop once the selection is settled."""
 
     settled: bool
-    """False where the chosen units do not differ from the rest, for all that was observed."""
+    """True if the selected units are statistically separated from the others."""
     units: Annotated[tuple[Text, ...], Len(1)]
-    """What was chosen, best first."""
+    """The selected units, best first."""
     granularity: Annotated[str, one_of(GRANULARITIES)]
     confidence: Confidence
-    """Chance, at least, that no wrong choice is ever called settled."""
-    most: Count
-    """How many observations there would have been at most."""
+    """Lower bound of the probability that no wrong selection is called settled."""
+    planned: Count
+    """Number of samples without early stopping."""
+
+    most = renamed_attribute("Ending", "most", "planned")
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Scores of all components of a model, with what is needed to read and compare them."""
+class BaseReport:
+    """The fields of a `PlasticityReport`, whose docstring describes them, and its ranking.
+
+    Text and pictures are made of this class, so that the report can import them.
+    """
 
     scores: tuple[Score, ...]
-    """One row per block and kind, block by block, in the order LN1, MHA, LN2, FC1, FC2."""
     kinds: tuple[KindScore, ...]
-    """One row per kind, in the same order."""
     model_type: Text
-    """`config.model_type` of the measured model."""
     model_parameters: PositiveCount
-    """Parameters of the measured model, head included."""
     inputs: Annotated[str, one_of(PROTOCOLS)] | None
-    """Protocol: "embedding" (the paper's) or "activation"; None for a criterion without protocols."""
-    pairs: Count
-    """What was averaged: the number of pairs of images, or of what `observed` says; 0 where that is weights."""
+    samples: Count
     skipped: Count
-    """Pairs left out because two inputs of a component were identical."""
     seed: Seed
-    source: bool
-    """True where each pair is one source and one target image, False where it is two target images."""
-    versions: dict[Text, Text]
-    """Releases of the packages that measured."""
+    uses_source: bool
+    versions: dict[Text, Text] = field(hash=False)
     criterion: Text = "rate_of_change"
-    """Name of the rule that scored; higher means train. "rate_of_change" is the paper's."""
     title: Text = "rate of change"
-    """What the scores are, in words."""
     observed: Annotated[str, one_of(OBSERVED)] = "pairs"
-    """What was observed: "pairs", "images", "batches" of images, or "weights", which have no standard error."""
     input_std: NonNegative | None = None
-    """Spread of the features of a token at the input of block 0, mean over the tokens of one image; None for a
-    criterion without protocols."""
     ending: Ending | None = None
-    """How measuring ended; None where all was looked at that there was to look at, whatever was settled."""
-    target_data: Provenance | None = None
-    """Where the target images came from; None where there were none, or where that was not noted."""
-    source_data: Provenance | None = None
-    """The same of the source images."""
+    target_provenance: Provenance | None = None
+    source_provenance: Provenance | None = None
+
+    pairs = renamed_attribute("PlasticityReport", "pairs", "samples")
+    source = renamed_attribute("PlasticityReport", "source", "uses_source")
+    target_data = renamed_attribute("PlasticityReport", "target_data", "target_provenance")
+    source_data = renamed_attribute("PlasticityReport", "source_data", "source_provenance")
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
     def ranking(self, granularity: str = "kind", candidates: Iterable[str] | None = None) -> list[RankedUnit]:
         """Returns (unit, score, standard_error) of every unit, best first.
 
+        Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
+
         Args:
             granularity: "kind" ranks the kinds over all blocks, as the paper does; "component" ranks the components.
-            candidates: kinds to rank; all five when None.
+            candidates: kinds to rank; None for all five.
 
-        Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
+        Returns:
+            Named tuples, one per unit: a kind ("MHA") or the canonical id of a component ("3.MHA").
 
         Raises:
             ConfigError: `granularity` or a kind is unknown.
         """
-        granularity = canonical_granularity(granularity)
+        granularity = canonical_granularity(granularity, stacklevel=3)
         kinds = check_candidates(KINDS if candidates is None else candidates)
         if granularity == "kind":
             units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]
@@ -136,11 +132,12 @@ class Measurement:
         """Raises ReportError if fields contradict each other: the order of rows, counts and sums."""
         self._check_rows()
         fewest = 0 if self.observed == "weights" else 2
-        wrong = next((row for row in (*self.scores, *self.kinds) if row.pairs != self.pairs), None)
+        rows: list[Estimate] = [*self.scores, *self.kinds]
+        wrong = next((row for row in rows if row.samples != self.samples), None)
         if wrong is not None:
-            raise ReportError(f"pairs must be {self.pairs} in every row of scores and kinds, got {wrong.pairs}")
-        if self.pairs < fewest:
-            raise ReportError(f"pairs must be at least {fewest}, got {self.pairs}")
+            raise ReportError(f"samples must be {self.samples} in every row of scores and kinds, got {wrong.samples}")
+        if self.samples < fewest:
+            raise ReportError(f"samples must be at least {fewest}, got {self.samples}")
         trainable = sum(row.parameters for row in self.scores)
         if self.model_parameters < trainable:
             raise ReportError(
@@ -167,8 +164,8 @@ class Measurement:
                 )
 
     def _check_ending(self, ending: Ending) -> None:
-        if ending.most < self.pairs:
-            raise ReportError(f"ending.most must be at least {self.pairs}, the number of pairs, got {ending.most}")
+        if ending.planned < self.samples:
+            raise ReportError(f"ending.planned must be at least {self.samples}, the samples, got {ending.planned}")
         ids = KINDS if ending.granularity == "kind" else tuple(row.id for row in self.scores)
         unknown = [unit for unit in ending.units if unit not in ids]
         if unknown:

@@ -1,1 +1,1 @@
-from .record import AdapterDescription as AdapterDescription
+from .record import AdapterRecord as AdapterRecord

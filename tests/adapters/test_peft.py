@@ -26,7 +26,7 @@ IMAGES = random_images()
 
 def config(**options: object) -> PlasticityConfig:
     """Returns a config that measures on few images, unless it is given a report."""
-    data = {} if "report" in options else {"target_data": IMAGES, "pairs": 8}
+    data = {} if "report" in options else {"target_data": IMAGES, "max_samples": 8}
     return PlasticityConfig(**{"r": 2, "lora_alpha": 4, **data, **options})
 
 
@@ -47,7 +47,7 @@ def training(request: pytest.FixtureRequest) -> str:
 
 def test_exactly_the_selected_components_and_the_head_train(model: PreTrainedModel, training: str) -> None:
     paths = {part.id: part.modules for part in find_components(model)}
-    chosen = config(training=training, granularity="block", top_k=3)
+    chosen = config(training=training, granularity="component", top_k=3)
     expected = {"classifier.weight", "classifier.bias"}
     parameters = dict(model.named_parameters())
 
@@ -189,7 +189,7 @@ def test_two_adapters_live_side_by_side(model: PreTrainedModel, training: str) -
     first = config(training=training)
     adapted = moved(get_peft_model(model, first))
     with_first = logits(adapted)
-    second = config(training=training, granularity="block", top_k=2, seed=1)
+    second = config(training=training, granularity="component", top_k=2, seed=1)
     trained = trained_names(adapted)
 
     adapted.add_adapter("second", second)
@@ -197,7 +197,7 @@ def test_two_adapters_live_side_by_side(model: PreTrainedModel, training: str) -
     assert trained_names(adapted) == trained
     torch.testing.assert_close(logits(adapted), with_first)
     # The base model is measured, not what the first adapter made of it.
-    on_base = measure_plasticity(tiny_model(model.config.model_type), IMAGES, pairs=8, seed=1)
+    on_base = measure_plasticity(tiny_model(model.config.model_type), IMAGES, max_samples=8, seed=1)
     assert [row.mean for row in second.report.scores] == pytest.approx([row.mean for row in on_base.scores])
     adapted.set_adapter("second")
     moved(adapted, seed=4)
@@ -309,7 +309,7 @@ def test_the_data_are_let_go_and_never_written(vit: PreTrainedModel) -> None:
 
 
 def test_an_open_config_round_trips_without_its_data(tmp_path: Path) -> None:
-    report = measure_plasticity(tiny_model(), IMAGES, pairs=4)
+    report = measure_plasticity(tiny_model(), IMAGES, max_samples=4)
     report.save(tmp_path / "plasticity.json")
     for given in (report, report.to_dict(), str(tmp_path / "plasticity.json"), tmp_path / "plasticity.json"):
         first = config(report=given, top_k=2, candidates=("FC1", "LN2"), training="full")
@@ -326,7 +326,7 @@ def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel
     chosen = config(training="full", top_k=2, seed=5, inputs="embedding", candidates=("MHA", "FC1", "FC2"))
     get_peft_model(base, chosen).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "plasticity.json").read_text())
-    expected = {"criterion": "rate_of_change", "inputs": "embedding", "pairs": 8, "seed": 5}
+    expected = {"criterion": "rate_of_change", "inputs": "embedding", "samples": 8, "seed": 5}
     assert {key: written[key] for key in expected} == expected
     assert written["versions"]["torch"] == version("torch")
     assert len(written["scores"]) == 10
@@ -341,7 +341,7 @@ def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel
 def test_a_report_replaces_data_and_probing(
     model: PreTrainedModel, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = measure_plasticity(model, IMAGES, pairs=8)
+    report = measure_plasticity(model, IMAGES, max_samples=8)
     monkeypatch.setattr(
         "plasticity_peft.adapters.model.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured")
     )
@@ -367,14 +367,14 @@ def test_a_choice_above_the_units_is_refused_before_anything_is_measured(
         "plasticity_peft.measuring.measure.check_calls", lambda *args, **kwargs: pytest.fail("measured")
     )
     with pytest.raises(ValueError, match="from 1 to 10"):
-        get_peft_model(vit, config(top_k=11, granularity="block"))
+        get_peft_model(vit, config(top_k=11, granularity="component"))
 
 
 def test_more_targets_than_peft_lists_one_by_one(training: str, tmp_path: Path) -> None:
     """From 20 on, PEFT shortens the names of its targets: the same modules must be meant, now and when loaded."""
     base = saved_base(tmp_path / "base", tiny_model(num_hidden_layers=12))
     parts = {part.id: part.modules for part in find_components(base)}
-    adapted = get_peft_model(base, config(training=training, granularity="block", top_k=11))
+    adapted = get_peft_model(base, config(training=training, granularity="component", top_k=11))
     chosen = adapted.peft_config["default"].selection.components
     expected = {f"{path}.weight" for unit in chosen for path in parts[unit]} | {"classifier.weight"}
     assert {name for name in trained_names(adapted) if name.endswith("weight")} == expected

@@ -18,7 +18,7 @@ from tests.support.training import IMAGES, trained_weights, trainer_of
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_trains_evaluates_and_ends_with_the_best_checkpoint(training: str, tmp_path: Path) -> None:
     model = get_peft_model(
-        saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, pairs=4, training=training)
+        saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, max_samples=4, training=training)
     )
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
     before = trained_weights(model)
@@ -41,7 +41,7 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
 ) -> None:
     options = {"load_best_model_at_end": False}
     torch.manual_seed(0)
-    config = PlasticityConfig(target_data=IMAGES, pairs=4, training=training)
+    config = PlasticityConfig(target_data=IMAGES, max_samples=4, training=training)
     whole = get_peft_model(saved_base(tmp_path / "base"), config)
     trainer_of(whole, tmp_path / "out", **options).train()
     checkpoint = tmp_path / "out" / "checkpoint-12"
@@ -63,7 +63,7 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
 
 def test_loggers_that_write_down_configs_take_ours(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    model = get_peft_model(saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, pairs=4))
+    model = get_peft_model(saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, max_samples=4))
     trainer_of(model, tmp_path / "out", report_to="tensorboard", num_train_epochs=1).train()
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
@@ -87,7 +87,7 @@ from tests.support.training import IMAGES, trained_weights, trainer_of
 folder, training, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
 base = saved_base(folder / f"base-{rank}")
 torch.manual_seed(0)
-config = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, training=training, **CHOICE[training])
+config = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, training=training, **CHOICE[training])
 model = get_peft_model(base, config)
 assert PartialState().num_processes == 2, PartialState()
 config.report.save(folder / f"report-{rank}.json")
@@ -111,9 +111,9 @@ def test_two_processes_choose_the_same_and_train_together(training: str, tmp_pat
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    alone = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, **CHOICE[training])
+    alone = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, **CHOICE[training])
     get_peft_model(tiny_model(), alone)
-    assert first["pairs"] == 7
+    assert first["samples"] == 7
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):
         assert row["mean"] == pytest.approx(expected.mean, rel=1e-6)
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)

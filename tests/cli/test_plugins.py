@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.layouts import LAYOUTS
 from plasticity_peft.criteria.registry import CRITERIA
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 
 SIZE = """
 import torch

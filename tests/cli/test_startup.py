@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
 
 REPORT = str(next(iter(sorted(REPOSITORY.glob("tests/support/releases/*/*/lora/plasticity.json")))))
 SCRIPT = """

@@ -70,7 +70,7 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
 
     check_equal(tmp_path / "whole", tmp_path / "killed")
     measured = ["Measuring plasticity" in log for log in logs]
-    anew = ["no whole checkpoint in" in log for log in logs]
+    anew = ["no complete checkpoint in" in log for log in logs]
     assert anew == [False, True, True, *[False] * 5]
     assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
@@ -110,7 +110,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the output folder of a Trainer with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), pairs=4))
+    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), max_samples=4))
     trainer_of(model, folder / "out", num_train_epochs=2, load_best_model_at_end=False).train()
     return folder / "out"
 

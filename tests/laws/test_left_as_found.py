@@ -79,7 +79,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
         pytest.skip("the paper's protocol is not defined for it")
     model = lived_in(found.build())
     data = items(found.images(4))
-    return model, lambda: measure_plasticity(model, data, pairs=2, batch_size=2, **MEASURES[measure])
+    return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
 @every_family
@@ -88,7 +88,7 @@ def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> Non
     model, work = measuring(name, measure)
     before = snapshot(model)
     report = work()
-    assert report.pairs == 2
+    assert report.samples == 2
     assert_same(before, snapshot(model))
 
 
@@ -132,7 +132,7 @@ def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: 
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
     model, work = measuring(name, measure)
     before = snapshot(model)
-    assert work().pairs == 2
+    assert work().samples == 2
     assert_same(before, snapshot(model))
     for parts, most in ((OURS, 2), (THEIRS, 1)):
         fails_at(model, work, parts, spread(total_calls(work, parts), most, number * 7))

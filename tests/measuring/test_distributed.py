@@ -27,13 +27,13 @@ def stream() -> Iterator[torch.Tensor]:
 CASES: dict[str, dict[str, Any]] = {
     "the default": {},
     "all images": {"settle": None},
-    "embedding, uneven": {"inputs": "embedding", "settle": None, "pairs": 47},
-    "activation, settled": {"inputs": "activation", "pairs": 200},
+    "embedding, uneven": {"inputs": "embedding", "settle": None, "max_samples": 47},
+    "activation, settled": {"inputs": "activation", "max_samples": 200},
     "batches": {"criterion": "feature_norm", "batch_size": 3},
-    "two pairs for three": {"inputs": "activation", "pairs": 2},
-    "a stream": {"inputs": "embedding", "pairs": 70, "settle": None},
-    "a stream of single images": {"pairs": 64},
-    "source and target": {"inputs": "embedding", "pairs": 33},
+    "two pairs for three": {"inputs": "activation", "max_samples": 2},
+    "a stream": {"inputs": "embedding", "max_samples": 70, "settle": None},
+    "a stream of single images": {"max_samples": 64},
+    "source and target": {"inputs": "embedding", "max_samples": 33},
     "weights": {"criterion": "condition_number"},
     "random transforms": {"settle": None},
 }
@@ -116,14 +116,14 @@ def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp
         texts = [(tmp_path / f"{number}-{rank}.json").read_text() for rank in range(processes)]
         assert len(set(texts)) == 1, case
         found, alone = PlasticityReport.from_dict(json.loads(texts[0])), measured(case)
-        assert (found.pairs, found.skipped, found.ending) == (alone.pairs, alone.skipped, alone.ending), case
+        assert (found.samples, found.skipped, found.ending) == (alone.samples, alone.skipped, alone.ending), case
         for row, expected in zip([*found.scores, *found.kinds], [*alone.scores, *alone.kinds], strict=True):
             assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
             assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case
 
     errors = {
         "bad": "OSError: the image cannot be read",
-        "nan": r"NonFiniteError: target\[.*\] holds NaN",
+        "nan": r"NonFiniteError: target_data\[.*\] holds NaN",
         "uneven": "DataError: The processes must measure the same model on the same data.* They differ in",
         "no": "ConfigError: criterion='parameter_plasticity' has nothing to rank by",
     }
@@ -139,5 +139,5 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     script.write_text(UNCAUGHT)
     (result,) = launch(script, processes=2)
     assert result.returncode != 0
-    assert "NonFiniteError: target[" in result.stderr
-    assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target[" in result.stderr
+    assert "NonFiniteError: target_data[" in result.stderr
+    assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target_data[" in result.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,9 @@ from peft import LoraConfig, get_peft_model
 
 from plasticity_peft.components.component import KINDS, MATRIX_KINDS
 from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
+from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.scores import KindScore, Score
+from plasticity_peft.report.scores import Ending, KindScore, Score
 from tests.support.models import REPOSITORY, random_images, tiny_model
 from tests.support.processes import python
 
@@ -35,7 +38,7 @@ def make_report(means: dict[str, list[float]] | None = None) -> PlasticityReport
             modules=tuple(f"vit.layers.{block}.{name}" for name in NAMES.get(kind, (kind,))),
             mean=float(means[kind][block]),
             std=0.5,
-            pairs=100,
+            samples=100,
             parameters=PARAMETERS[kind],
             features=FEATURES[kind],
         )
@@ -44,14 +47,14 @@ def make_report(means: dict[str, list[float]] | None = None) -> PlasticityReport
     )
     return PlasticityReport(
         scores=scores,
-        kinds=tuple(KindScore(kind=kind, mean=sum(means[kind]) / 2, std=0.25, pairs=100) for kind in KINDS),
+        kinds=tuple(KindScore(kind=kind, mean=sum(means[kind]) / 2, std=0.25, samples=100) for kind in KINDS),
         model_type="vit",
         model_parameters=10_000,
         inputs="embedding",
-        pairs=100,
+        samples=100,
         skipped=2,
         seed=7,
-        source=True,
+        uses_source=True,
         versions={"torch": "2.13.0"},
     )
 
@@ -197,7 +200,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
-ADDED_SINCE += ("target_data", "source_data")
+ADDED_SINCE += ("target_provenance", "source_provenance")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
@@ -224,8 +227,8 @@ def test_a_value_of_a_wrong_type_is_refused_or_means_the_same(path: tuple[str | 
         edited("scores", 2, "mean", value=float("nan")),
         edited("scores", 2, "std", value=float("inf")),
         edited("kinds", 0, "mean", value=-1.0),
-        edited("scores", 0, "pairs", value=99),
-        edited("pairs", value=1),
+        edited("scores", 0, "samples", value=99),
+        edited("samples", value=1),
         edited("inputs", value="pixels"),
         edited("observed", value="tokens"),
         edited("scores", value=REPORT.to_dict()["scores"][1:]),
@@ -239,6 +242,82 @@ def test_a_value_of_a_wrong_type_is_refused_or_means_the_same(path: tuple[str | 
 def test_contradictions_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ReportError):
         PlasticityReport.from_dict(values)
+
+
+OLD_KEYS = {"samples": "pairs", "uses_source": "source"}
+OLD_KEYS |= {"target_provenance": "target_data", "source_provenance": "source_data", "planned": "most"}
+
+
+def in_version_1(values: Any) -> Any:
+    """Returns a report as version 1 of the format has it."""
+    if isinstance(values, list):
+        return [in_version_1(value) for value in values]
+    if not isinstance(values, dict):
+        return "block" if values == "component" else values
+    old = {OLD_KEYS.get(key, key): in_version_1(value) for key, value in values.items()}
+    return {**old, "format_version": 1} if "format_version" in old else old
+
+
+ENDED = replace(
+    REPORT,
+    ending=Ending(settled=True, units=("0.LN2", "1.LN1"), granularity="component", confidence=0.95, planned=100),
+    target_provenance=Provenance(form="Dataset", images=12, repo_id="user/birds"),
+    source_provenance=Provenance(form="generator"),
+)
+
+
+@pytest.mark.parametrize("report", [REPORT, ENDED], ids=["plain", "ended"])
+def test_a_report_of_version_1_is_read_without_a_warning(report: PlasticityReport, tmp_path: Path) -> None:
+    old = in_version_1(json.loads(json.dumps(report.to_dict())))
+    assert not set(OLD_KEYS) & {
+        key for row in (old, *old["scores"], *old["kinds"], old["ending"] or {}) for key in row
+    }
+    assert PlasticityReport.from_dict(old) == report
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert PlasticityReport.load(tmp_path / "old.json") == report
+    assert report.to_dict()["format_version"] == 2
+
+
+@pytest.mark.parametrize("changes", [{"scores": 3}, {"kinds": [5]}, {"ending": "x"}, {"ending": []}, {"scores": {}}])
+def test_a_damaged_report_of_version_1_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ReportError, match=f"^{next(iter(changes))}"):
+        PlasticityReport.from_dict({**in_version_1(json.loads(json.dumps(REPORT.to_dict()))), **changes})
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None])
+def test_another_version_is_refused(version: object) -> None:
+    with pytest.raises(
+        ReportError, match=f"has format version {version!r}, and this release .* reads versions 1 to 2"
+    ):
+        PlasticityReport.from_dict({**REPORT.to_dict(), "format_version": version})
+
+
+@pytest.mark.parametrize(
+    ("owner", "old", "new"),
+    [
+        (ENDED, "pairs", "samples"), (ENDED, "source", "uses_source"), (ENDED, "target_data", "target_provenance"),
+        (ENDED, "source_data", "source_provenance"), (ENDED.scores[0], "pairs", "samples"),
+        (ENDED.kinds[0], "pairs", "samples"), (ENDED.ending, "most", "planned"),
+    ],
+)  # fmt: skip
+def test_old_names_of_attributes_are_read_with_a_warning(owner: Any, old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=rf"\.{old} is deprecated .* Use \w+\.{new} instead") as warned:
+        assert getattr(owner, old) == getattr(owner, new)
+    assert warned[0].filename == __file__
+
+
+def test_the_old_name_of_a_granularity_is_accepted_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match='Use granularity="component" instead') as warned:
+        assert REPORT.ranking("block") == REPORT.ranking("component")
+    with pytest.warns(FutureWarning, match='Use granularity="component" instead'):
+        assert REPORT.select(granularity="block").granularity == "component"
+    assert warned[0].filename == __file__
+
+
+def test_a_report_is_hashable_and_its_fields_are_described() -> None:
+    assert len({REPORT, copy.deepcopy(REPORT), replace(REPORT, seed=8)}) == 2
+    described = re.findall(r"^    (\w+): ", inspect.getdoc(PlasticityReport) or "", flags=re.MULTILINE)
+    assert described == [field.name for field in fields(PlasticityReport)]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -273,12 +352,13 @@ def test_the_table() -> None:
 
 
 def test_scores_that_read_only_weights_have_no_error() -> None:
-    rows = {"std": 0.0, "pairs": 0}
+    rows = {"std": 0.0, "samples": 0}
     report = replace(
         REPORT,
         scores=tuple(replace(row, **rows) for row in REPORT.scores),
         kinds=tuple(replace(row, **rows) for row in REPORT.kinds),
-        criterion="bound", title="upper bound", observed="weights", inputs=None, pairs=0, skipped=0, source=False,
+        criterion="bound", title="upper bound", observed="weights", inputs=None, samples=0, skipped=0,
+        uses_source=False,
     )  # fmt: skip
     assert {row.standard_error for row in report.ranking()} == {0.0}
     assert str(report).startswith("Upper bound of vit, weights, seed 7\n| rank | kind | upper bound | std. error |")
@@ -288,7 +368,9 @@ def test_scores_that_read_only_weights_have_no_error() -> None:
 
 def test_norms_that_lead_for_the_scale_of_the_tokens_are_explained(recwarn: pytest.WarningsRecorder) -> None:
     small = replace(REPORT, input_std=0.18)
-    explanation = "LN1 ranks high because a layer norm divides by the spread of its input, which is 0.18 in the tokens"
+    explanation = (
+        "LN1 ranks high because a layer norm divides by the standard deviation of its input, which is 0.18 in"
+    )
     assert explanation in str(small)
     with pytest.warns(UserWarning, match=explanation):
         assert small.select().units == ("LN1",)

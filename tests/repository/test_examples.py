@@ -48,7 +48,7 @@ def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> No
         assert f"{name} " in log
     assert log.count("test accuracy") == 2
     report = PlasticityReport.load(tmp_path / "plasticity.json")
-    assert (report.criterion, report.observed, report.pairs) == ("parameter_plasticity", "images", 16)
+    assert (report.criterion, report.observed, report.samples) == ("parameter_plasticity", "images", 16)
     written = json.loads((tmp_path / "plasticity.json").read_text())
     assert list(written["adapter"]["id2label"].values()) == [str(digit) for digit in range(10)]
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)

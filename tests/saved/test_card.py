@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config(**options: Any) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "pairs": 8, "r": 2, "lora_alpha": 4, **options})
+    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options})
 
 
 def cached(cache: Path, name: str) -> Path:
@@ -511,16 +511,16 @@ def test_where_images_came_from_is_known_as_far_as_they_tell() -> None:
 
 def test_a_report_keeps_where_images_came_from_and_old_ones_load(tmp_path: Path) -> None:
     report = measure_plasticity(tiny_model(), IMAGES, random_images(5), criterion="rate_of_change", max_samples=4)
-    assert (str(report.target_data), str(report.source_data)) == ("Tensor: 12 images", "Tensor: 5 images")
+    assert (str(report.target_provenance), str(report.source_provenance)) == ("Tensor: 12 images", "Tensor: 5 images")
     assert "Target images: Tensor: 12 images. Source images: Tensor: 5 images." in report._repr_html_()
     report.save(tmp_path / "report.json")
     assert PlasticityReport.load(tmp_path / "report.json") == report
     values = json.loads((tmp_path / "report.json").read_text())
-    del values["target_data"], values["source_data"]
-    assert PlasticityReport.from_dict(values) == replace(report, target_data=None, source_data=None)
+    del values["target_provenance"], values["source_provenance"]
+    assert PlasticityReport.from_dict(values) == replace(report, target_provenance=None, source_provenance=None)
     for wrong in ({"images": 0}, {"name": "a\nb"}, {"name": ""}, {"repo_id": "/home/me/birds"}, {"split": "x" * 101}):
-        values["target_data"] = {"form": "Dataset", **wrong}
-        with pytest.raises(ReportError, match=r"target_data\.\w+ must"):
+        values["target_provenance"] = {"form": "Dataset", **wrong}
+        with pytest.raises(ReportError, match=r"target_provenance\.\w+ must"):
             PlasticityReport.from_dict(values)
 
 

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
+
+import numpy as np
+import pytest
+import torch
 
 from tests.support.models import REPOSITORY
+
+T = TypeVar("T")
 
 KNOWN = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 """The warning of pyproject.toml that is nobody's here, as an option of `-W`."""
@@ -68,6 +78,41 @@ def launch(
         subprocess.CompletedProcess(process.args, process.returncode, *output)
         for process, output in zip(running, outputs, strict=True)
     ]
+
+
+def in_threads(world_size: int, work: Callable[[int], T]) -> list[T]:
+    """Returns what `work(rank)` returns in each of so many threads, which the package takes for launched processes.
+
+    They may not depend on random numbers of the whole process, which they share. What one raises is raised here.
+    """
+    here, meeting, boxes = threading.local(), threading.Barrier(world_size, timeout=60), [None] * world_size
+
+    class State:
+        _shared_state: ClassVar = {"there": "is one"}
+
+        def __init__(self, *_: object, **__: object) -> None:
+            self.process_index, self.num_processes = here.rank, world_size
+
+    def gather(values: list[Any]) -> list[Any]:
+        boxes[here.rank] = values
+        meeting.wait()
+        found = [value for box in boxes for value in box]
+        meeting.wait()  # nobody writes again before all have read
+        return found
+
+    def one(rank: int) -> T:
+        here.rank = rank
+        return work(rank)
+
+    random_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world_size) as pool:
+        patch.setattr("accelerate.PartialState", State)
+        patch.setattr("accelerate.utils.gather_object", gather)
+        found = list(pool.map(one, range(world_size)))
+    torch.set_rng_state(random_state[0])
+    np.random.set_state(random_state[1])
+    random.setstate(random_state[2])
+    return found
 
 
 def free_port() -> int:

@@ -63,7 +63,7 @@ def make_bases() -> None:
 
 def configs(name: str, model: nn.Module) -> dict[str, LoraConfig]:
     """Returns an adapter of each sort."""
-    ours: dict[str, Any] = {"target_data": IMAGES, "pairs": 8, "top_k": 3, "r": 2, "lora_alpha": 6}
+    ours: dict[str, Any] = {"target_data": IMAGES, "max_samples": 8, "top_k": 3, "r": 2, "lora_alpha": 6}
     present = {path.rpartition(".")[2] for part in find_components(model) for path in part.modules}
     layers = [layer for layer in LAYERS[name] if layer in present]
     return {
@@ -89,7 +89,7 @@ def main() -> None:
         base = AutoModelForImageClassification.from_pretrained(HERE / name).eval()
         for measure, options in WRITTEN.items():
             (folder / name / "reports").mkdir(parents=True, exist_ok=True)
-            report = measure_plasticity(base, IMAGES, pairs=8, **options)
+            report = measure_plasticity(base, IMAGES, max_samples=8, **options)
             report.save(folder / name / "reports" / f"{measure}.json")
         for case in configs(name, base):
             model = AutoModelForImageClassification.from_pretrained(HERE / name).eval()
