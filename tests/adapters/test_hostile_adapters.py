@@ -132,7 +132,7 @@ def test_a_subfolder_lies_within(subfolder: Any, good: dict[str, Path], tmp_path
     ids=repr,
 )
 def test_a_name_that_no_adapter_can_have(name: Any, good: dict[str, Path], tmp_path: Path) -> None:
-    refused(copied(good["plain"], tmp_path), "adapter_name must be", adapter_name=name)
+    refused(copied(good["plain"], tmp_path), "adapter_name must not contain", adapter_name=name)
 
 
 @pytest.mark.parametrize("where", ["components", "units", "modules"])

@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config(**options: Any) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "pairs": 8, "r": 2, "lora_alpha": 4, **options})
+    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options})
 
 
 def cached(cache: Path, name: str) -> Path:
