@@ -97,6 +97,31 @@ def check_path(name: str, value: object) -> None:
         raise ConfigError(f"{name} must be the path of a module, or None. Got {shown(value)}.")
 
 
+def check_forward_kwargs(value: object) -> None:
+    """Raises ConfigError unless `value` maps names of arguments to plain values, or is None."""
+    if value is None:
+        return
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(
+            "forward_kwargs must map names of arguments of the model's forward pass to their values, such as "
+            f"{{'interpolate_pos_encoding': True}}. Got {shown(value)}."
+        )
+    for name, each in value.items():
+        if not _is_plain(each):
+            raise ConfigError(
+                f"forward_kwargs[{name!r}] must be a number, a string, True, False, None, or a list or dictionary of "
+                f"them. Got {type(each).__name__}. What belongs to each image goes into the items of target_data."
+            )
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def check_number(name: str, value: object) -> None:
     """Raises ConfigError unless `value`, the argument `name`, is a finite number above 0."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -20,6 +20,7 @@ from plasticity_peft.checks import (
     check_choice,
     check_count,
     check_flag,
+    check_forward_kwargs,
     check_lora,
     check_number,
     check_path,
@@ -169,6 +170,13 @@ class PlasticityConfig(LoraConfig):
             "help": "Path of the vision transformer in a model that holds more than one, such as 'model.vision_tower'."
         },
     )
+    forward_kwargs: dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "Arguments that the model gets in each forward pass while measuring, such as "
+            "{'interpolate_pos_encoding': True} for images of another size than it was made for."
+        },
+    )
 
     selection: Selection | None = field(
         default=None, init=False, repr=False, metadata={"help": "What was chosen; None until a model was adapted."}
@@ -204,6 +212,7 @@ class PlasticityConfig(LoraConfig):
         check_count("seed", self.seed, 0, HIGHEST_SEED)
         check_settle(self.settle)
         check_path("backbone", self.backbone)
+        check_forward_kwargs(self.forward_kwargs)
         self.dtype = check_dtype(self.dtype)
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
             raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
@@ -266,6 +275,7 @@ class PlasticityConfig(LoraConfig):
             settle=self.settle,
             dtype=self.dtype,
             backbone=self.backbone,
+            forward_kwargs=self.forward_kwargs,
         )
 
     @property

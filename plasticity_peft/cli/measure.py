@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from accelerate import PartialState
@@ -69,6 +69,16 @@ def measure(
     r: options.Rank = 8,
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: Annotated[str | None, typer.Option("--backbone", help=options.HELP["backbone"])] = None,
+    forward_kwargs: Annotated[
+        dict[str, Any] | None,
+        typer.Option(
+            "--forward_kwargs",
+            parser=options.json_object,
+            metavar="JSON",
+            help="Arguments of each forward pass as JSON, such as '{\"interpolate_pos_encoding\": true}' for images "
+            "of another size than the model was made for.",
+        ),
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     as_json: options.AsJson = False,
@@ -108,6 +118,7 @@ def measure(
         training=training,
         dtype=dtype,
         backbone=backbone,
+        forward_kwargs=forward_kwargs,
         r=r,
     )
     if state.is_main_process:

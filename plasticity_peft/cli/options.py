@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import fields
 from pathlib import Path
@@ -30,6 +31,22 @@ def one_of(name: str, allowed: Iterable[str], help: str) -> Any:
 
     metavar = "|".join(allowed) if len(allowed) < 4 else name.strip("-").upper()
     return typer.Option(name, callback=check, autocompletion=complete, metavar=metavar, help=help)
+
+
+def json_object(value: str) -> dict[str, Any]:
+    """Returns a JSON object; what is none is wrong usage.
+
+    Examples:
+        >>> json_object('{"interpolate_pos_encoding": true}')
+        {'interpolate_pos_encoding': True}
+    """
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{value!r} is not a JSON object, such as {{"interpolate_pos_encoding": true}}.')
+    return found
 
 
 def several(value: str | None) -> tuple[str, ...]:
