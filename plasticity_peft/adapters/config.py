@@ -99,6 +99,7 @@ class PlasticityConfig(LoraConfig):
     settle: float | None = field(default=0.95, metadata=_described("settle"))
     dtype: str | None = field(default=None, metadata=_described("dtype"))
     backbone: str | None = field(default=None, metadata=_described("backbone"))
+    forward_kwargs: dict[str, Any] | None = field(default=None, metadata=_described("forward_kwargs"))
 
     selection: Selection | None = field(
         default=None, init=False, repr=False, metadata={"help": "What was selected; None before that."}
@@ -178,6 +179,7 @@ class PlasticityConfig(LoraConfig):
             settle=self.settle,
             dtype=self.dtype,
             backbone=self.backbone,
+            forward_kwargs=self.forward_kwargs,
         )
 
     @property
