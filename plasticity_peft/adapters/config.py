@@ -204,7 +204,7 @@ class PlasticityConfig(LoraConfig):
         return SelectionRule(**{each.name: getattr(self, each.name) for each in fields(SelectionRule)})
 
     def choose(self, model: nn.Module) -> PlasticityConfig:
-        """Measures a model, selects its components, and returns this config, then the LoRA config of what was selected.
+        """Measures a model and selects its components. Returns this config, which is then the LoRA config of them.
 
         `get_peft_model` and `add_adapter` do this themselves. Call it before functions of PEFT that take a base model
         and a config and need to know the target modules, such as `preprocess_loraga` and `get_eva_state_dict`.
