@@ -274,7 +274,7 @@ class _Measuring:
             ending = Ending(seen.settled, chosen, granularity, confidence, planned)
             _log(ending, sampler, seen, share)
         report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
-        return replace(report, target_provenance=_of_those_drawn(report.target_data, sampler))
+        return replace(report, target_provenance=_of_those_drawn(report.target_provenance, sampler))
 
     def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""
