@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,6 @@ from plasticity_peft.errors import ConfigError
 from plasticity_peft.images import Batches, Pairs, Sampler, SingleImages
 from tests.support.models import random_images, tiny_model
 from tests.support.processes import STRICT, python
-
-
-@pytest.fixture(autouse=True)
-def only_built_in() -> Iterator[None]:
-    """Removes what a test registers."""
-    yield
-    CRITERIA.maps[0].clear()
 
 
 class Size(WeightCriterion):
