@@ -13,6 +13,8 @@ from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from plasticity_peft.report.report import PlasticityReport
 
 EXAMPLES = """\b
@@ -73,9 +75,6 @@ def measure(
     as_json: options.AsJson = False,
 ) -> None:
     """Measures which components of a model are worth training, on your images, and prints the ranking."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
     from plasticity_peft.cli.models import load_processor
     from plasticity_peft.cli.reports import check_file, check_picture
     from plasticity_peft.measuring.measure import measure_plasticity
@@ -85,7 +84,7 @@ def measure(
         max_samples = pairs
     check_file(output, "--output")
     check_picture(plot)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = _state()
     target = _Images(data, split, image_column, label_column, dataset_config_name)
     others = _Images(source, split, image_column, label_column)
     with state.main_process_first():
@@ -116,6 +115,14 @@ def measure(
     if state.is_main_process:
         _hand_out(report, output, plot, view, as_json)
     state.destroy_process_group()
+
+
+def _state() -> PartialState:
+    """Returns the processes that `accelerate launch` started, or this one."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class _Images:

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ConfigError, DataError, NonFiniteError, PlasticityError, ReportError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import draw_pairs
