@@ -31,9 +31,9 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME, find_file, find_json
 from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.saved.layers import Layer, write_layers
 from plasticity_peft.saved.options import AdapterOptions, read_options
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, reading_record
-from plasticity_peft.saved.renames import Layer, write
 from plasticity_peft.saved.weights import fitting, read_shapes, read_weights
 
 
@@ -106,7 +106,7 @@ def load_adapter(
             adapter = check_description(adapter, architecture, renamed)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
         Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
-        save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        save_file(write_layers(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
             loaded = model

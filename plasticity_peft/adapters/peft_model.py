@@ -25,6 +25,7 @@ from transformers.utils import logging
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.card import complete_card
 from plasticity_peft.errors import PlasticityError
+from plasticity_peft.hub import PROCESSOR_NAME
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.record import digest, present_results
 from plasticity_peft.saved.trained import TrainedAdapter
@@ -127,13 +128,14 @@ class PlasticityPeftModel(PeftModel):
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _trained(self, name: str, config: PlasticityConfig, folder: str) -> TrainedAdapter:
-        """Returns what is known of an adapter; results only where they were measured with its present weights."""
+    def _trained(self, name: str, config: PlasticityConfig, output_dir: str) -> TrainedAdapter:
+        """Returns what the card describes of an adapter, with the results of its present weights."""
         assert isinstance(config.report, PlasticityReport)
         assert config.selection is not None
         weights = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
         base = self.get_base_model()  # type: ignore[no-untyped-call]
-        results = present_results(folder if name == "default" else Path(folder, name))
+        folder = Path(output_dir, "" if name == "default" else name)
+        results = present_results(folder)
         if results:
             content = save({key: value.contiguous() for key, value in weights.items()}, metadata={"format": "pt"})
             results = tuple(one for one in results if one.weights == digest(content))
@@ -146,6 +148,7 @@ class PlasticityPeftModel(PeftModel):
             base_class=type(base).__name__ if type(base).__module__.startswith("transformers.") else None,
             id2label=config.id2label,
             options=config.to_dict(),
+            has_image_processor=Path(folder, PROCESSOR_NAME).is_file(),
             results=results,
             name=name,
         )

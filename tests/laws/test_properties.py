@@ -27,7 +27,8 @@ from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.report.scores import KindScore, Score
-from plasticity_peft.saved.renames import Layer, rename
+from plasticity_peft.saved.layers import Layer
+from plasticity_peft.saved.renames import rename
 from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
