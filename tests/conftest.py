@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.models import ARCHITECTURES, tiny_model
+from tests.support.registries import only_built_in  # noqa: F401
 
 torch.set_num_threads(1)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -17,13 +16,6 @@ LAYOUT = BlockLayout(
     blocks="layers.*", LN1="first", MHA="a", projections=("a.qkv", "a.o"), LN2="second", FC1="up", FC2="down"
 )
 OTHER = replace(LAYOUT, blocks="blocks.*")
-
-
-@pytest.fixture(autouse=True)
-def only_built_in() -> Iterator[None]:
-    """Removes what a test registers."""
-    yield
-    LAYOUTS.maps[0].clear()
 
 
 def test_several_calls_add_up() -> None:
@@ -79,3 +71,9 @@ def test_what_is_not_a_layout_is_refused_and_changes_nothing(options: dict[str, 
     with pytest.raises(ConfigError, match=r"A layout must be a BlockLayout\. Got 3"):
         register_architecture("vit", LAYOUT, 3, **options)  # type: ignore[arg-type]
     assert not LAYOUTS.maps[0]
+
+
+@pytest.mark.parametrize("time", ["first", "second"])
+def test_what_a_test_registers_is_gone_in_the_next(time: str) -> None:
+    assert "of one test" not in LAYOUTS
+    register_architecture("of one test", LAYOUT)

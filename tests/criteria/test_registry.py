@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +18,13 @@ from plasticity_peft import (
     register_criterion,
 )
 from plasticity_peft.components.calls import first_tensor, hooked, run
-from plasticity_peft.criteria import CRITERIA, Criterion, Observations, WeightCriterion
+from plasticity_peft.criteria import Criterion, Observations, WeightCriterion
 from plasticity_peft.criteria.bound import Bound
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.images import Batches, Pairs, Sampler, SingleImages
 from tests.support.models import random_images, tiny_model
 from tests.support.processes import STRICT, python
-
-
-@pytest.fixture(autouse=True)
-def only_built_in() -> Iterator[None]:
-    """Removes what a test registers."""
-    yield
-    CRITERIA.maps[0].clear()
 
 
 class Size(WeightCriterion):

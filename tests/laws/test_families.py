@@ -19,14 +19,14 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, attention_call
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.layouts import LAYOUTS
-from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.criteria.gradients import GradientsByImage, differentiable, squared_norms
 from plasticity_peft.criteria.parameter_plasticity import features
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.measuring.left_as_found import left_as_found
 from tests.support import oracles
 from tests.support.families import FAMILIES, FIVE, LABELS, NEVER_CALLED, PLAIN, every_family, family, items
-from tests.support.measures import PROTOCOLS, rates
+from tests.support.measures import MEASURES, PROTOCOLS, rates
 from tests.support.models import disturbed
 from tests.support.oracles import layers, tensor, watching
 
@@ -69,8 +69,8 @@ def test_every_layout_has_a_family() -> None:
             "sam3_vit_model",
         }
     )
-    # Kosmos-2 has no class for its vision part alone; the documentation registers the last one.
-    assert known | newer | {"kosmos_2_vision_model", "my_vit"} >= set(LAYOUTS)
+    # Kosmos-2 has no class for its vision part alone.
+    assert known | newer | {"kosmos_2_vision_model"} == set(LAYOUTS) | newer
 
 
 @every_family
@@ -169,7 +169,7 @@ def test_eager_and_sdpa_attention_give_the_same_report(name: str) -> None:
     reports = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        for options in ({"inputs": "activation"}, {"criterion": "parameter_plasticity"}):
+        for options in (MEASURES["activation"], MEASURES["parameter_plasticity"]):
             reports.append(measure_plasticity(model, items(found.images()), max_samples=4, **options))
     for eager, sdpa in zip(reports[:2], reports[2:], strict=True):
         assert [row.mean for row in sdpa.scores] == pytest.approx([row.mean for row in eager.scores], rel=1e-4)
@@ -361,19 +361,13 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_can_be_described() 
         FC1="up", FC2="down",
     )  # fmt: skip
     register_architecture("home_made", layout)
-    try:
-        register_architecture("home_made", layout)
-        assert [part.id for part in find_components(model)[:5]] == [f"0.{kind}" for kind in KINDS]
-        images = torch.rand(6, 3, 16, 16)
-        for options in ({"inputs": "embedding"}, {"inputs": "activation"}, {}):
-            assert len(measure_plasticity(model, images, max_samples=4, **options).scores) == 10
-        model.trunk[1].down = nn.Linear(24, 16)
-        with pytest.raises(
-            ModelError, match=r"trunk.1: its layers do not fit .*'outputs of FC1': .32.}; FC2 takes 24"
-        ):
-            find_components(model)
-    finally:
-        del LAYOUTS["home_made"]
+    assert [part.id for part in find_components(model)[:5]] == [f"0.{kind}" for kind in KINDS]
+    images = torch.rand(6, 3, 16, 16)
+    for options in MEASURES.values():
+        assert len(measure_plasticity(model, images, max_samples=4, **options).scores) == 10
+    model.trunk[1].down = nn.Linear(24, 16)
+    with pytest.raises(ModelError, match=r"trunk.1: its layers do not fit .*'outputs of FC1': .32.}; FC2 takes 24"):
+        find_components(model)
 
 
 @pytest.mark.parametrize(
