@@ -132,7 +132,7 @@ RIGHT: dict[str, Callable[[Any], bool]] = {
 
 def test_every_field_is_looked_at() -> None:
     own = {field.name for field in dataclasses.fields(PlasticityConfig) if field.init and not _of_lora(field.name)}
-    assert own == {*OWN, "target_data", "source_data", "report"}
+    assert own == {*OWN, "target_data", "source_data", "report", "chosen"}
 
 
 def _of_lora(name: str) -> bool:
