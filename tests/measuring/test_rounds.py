@@ -64,7 +64,9 @@ def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture)
         logger.removeHandler(caplog.handler)
     assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
-    assert "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+    assert (
+        "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+    )
     both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
     assert (both.samples, both.ending.settled) == (32, True)
 
