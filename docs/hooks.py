@@ -35,8 +35,19 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
                 raise PluginError(f"{page.src_uri}: there is no file ../{path}.")
             uri = f"repository/{path}"
             if files.get_file_from_path(uri) is None:
-                files.append(File.generated(config, uri, abs_src_path=str(place)))
+                files.append(added(config, uri, place))
     return files
+
+
+def added(config: MkDocsConfig, uri: str, place: Path) -> File:
+    """Returns the file of the repository at `place` as a file of the site."""
+    if place.suffix != ".md":
+        return File.generated(config, uri, abs_src_path=str(place))
+    text = place.read_text(encoding="utf-8")
+    # Without front matter, mkdocs takes a first line such as "full: points" for it.
+    return File.generated(
+        config, uri, content=text if text.startswith("---") else f"\n{text}"
+    )
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:

@@ -49,7 +49,7 @@ from transformers.trainer_utils import EvalPrediction
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import DataError
 from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.images.datasets import choose_split, load_image_dataset

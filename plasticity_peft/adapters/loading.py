@@ -114,7 +114,7 @@ def load_adapter(
             loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
         if report is not None and adapter is not None:
             lora = loaded.peft_config[adapter_name]
-            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture)
+            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture, base)
     return loaded
 
 
@@ -221,7 +221,11 @@ def check_description(
 
 
 def resolved_config(
-    lora: PeftConfig, report: PlasticityReport, adapter: AdapterDescription, architecture: Architecture
+    lora: PeftConfig,
+    report: PlasticityReport,
+    adapter: AdapterDescription,
+    architecture: Architecture,
+    model: nn.Module,
 ) -> PlasticityConfig:
     """Returns the config that the adapter was saved with, under the module names of this model."""
     here = {component.id: component for component in architecture.components}
@@ -239,5 +243,5 @@ def resolved_config(
         training=adapter.training,
         top_k=len(adapter.units),
     )
-    config.resolve(report, adapter.selection, **chosen, id2label=adapter.id2label)
+    config.resolve(model, report, adapter.selection, **chosen, id2label=adapter.id2label)
     return config

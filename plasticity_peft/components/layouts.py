@@ -30,8 +30,8 @@ class BlockLayout:
     """
 
     blocks: str
-    """The end of the path of a block, with `*` for an index: "encoder.layers.*". In a hierarchical model there are two
-    `*`, and the first is the stage: "encoder.stages.*.layers.*". Block ids are then "stage.block"."""
+    """The end of the path of a block, with `*` for an index: `encoder.layers.*`. In a hierarchical model there are two
+    `*`, and the first is the stage: `encoder.stages.*.layers.*`. Block ids are then "stage.block"."""
     LN1: str
     """The norm that belongs to the attention: before it, or after it if `post_norm`."""
     MHA: str

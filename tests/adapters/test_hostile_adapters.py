@@ -214,7 +214,7 @@ SHAPES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
     "three dimensions": lambda key, value: value[None] if "lora" in key else value,
     "two ranks": lambda key, value: torch.cat([value, value]) if "lora_A" in key else value,
     "a huge rank": lambda key, value: (
-        value.repeat(500, 1) if "lora_A" in key else value.repeat(1, 500) if "lora_B" in key else value
+        value.repeat(10_000, 1) if "lora_A" in key else value.repeat(1, 10_000) if "lora_B" in key else value
     ),
     "a head of more labels": lambda key, value: torch.cat([value, value]) if "classifier" in key else value,
 }

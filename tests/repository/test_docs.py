@@ -38,7 +38,7 @@ from typer.testing import CliRunner
 from plasticity_peft import PlasticityConfig, PlasticityReport
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.layouts import LAYOUTS
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
 
