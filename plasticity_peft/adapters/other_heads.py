@@ -1,4 +1,4 @@
-"""Heads of an adapter that do not fit the model that it is put on: `load_adapter(..., ignore_mismatched_sizes=True)`."""
+"""Heads of an adapter that do not fit its new model: `load_adapter(..., ignore_mismatched_sizes=True)`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import AdapterError
+from plasticity_peft.saved.layers import PREFIX
 from plasticity_peft.saved.options import AdapterOptions
-from plasticity_peft.saved.renames import PREFIX
 from plasticity_peft.saved.weights import fitting
 
 
