@@ -18,13 +18,13 @@ from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 from torch import nn
 
-from plasticity_peft.checks import HIGHEST_SEED, check_count, check_number, check_path
+from plasticity_peft.arguments import check_arguments
+from plasticity_peft.checks import MOST_SAMPLES, check_number
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
 from plasticity_peft.components.wrappers import uncompiled, walk
-from plasticity_peft.criteria.precision import check_dtype
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import SingleImages
@@ -65,7 +65,7 @@ def fit_head(
     dataset: Any,
     *,
     penalties: Any = None,
-    max_samples: int = 2**24,
+    max_samples: int = MOST_SAMPLES,
     batch_size: int = 32,
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
@@ -104,16 +104,14 @@ def fit_head(
         >>> fit_head(model, images).score
         1.0
     """
-    check_count("max_samples", max_samples, 2)
-    check_count("batch_size", batch_size, 1)
-    check_count("seed", seed, 0, HIGHEST_SEED)
-    check_path("backbone", backbone)
+    given = {"max_samples": max_samples, "batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
+    precision = check_arguments(given)["dtype"]
     wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
     model = uncompiled(model)
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
     share = this_process()
-    with left_as_found(model, seed, check_dtype(dtype), dataset), trainable_after(model):
+    with left_as_found(model, seed, precision, dataset), trainable_after(model):
         with failing_together(share):
             sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
             path = final_layer(model, architecture, sampler.example())

@@ -14,14 +14,7 @@ from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.checks import (
-    HIGHEST_SEED,
-    MOST_PAIRS,
-    check_count,
-    check_forward_kwargs,
-    check_path,
-    check_settle,
-)
+from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import (
     Inputs,
@@ -36,9 +29,8 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.wrappers import uncompiled, walk
-from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
-from plasticity_peft.criteria.precision import check_dtype
+from plasticity_peft.criteria.registry import CRITERIA, resolve
 from plasticity_peft.deprecation import renamed_arguments
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.blank import blank_image
@@ -53,7 +45,7 @@ from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
-from plasticity_peft.report.selection import Choice, SelectionRule, check_candidates
+from plasticity_peft.report.selection import Choice, SelectionRule
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -160,7 +152,7 @@ def measure_plasticity(
         >>> measure_plasticity(model, images).criterion
         'parameter_plasticity'
         >>> report = measure_plasticity(model, images, criterion="rate_of_change", max_samples=16)
-        >>> report.inputs, report.pairs, len(report.scores)
+        >>> report.inputs, report.samples, len(report.scores)
         ('embedding', 16, 10)
     """
     rule = SelectionRule(
@@ -180,7 +172,7 @@ def measure_plasticity(
         batch_size=batch_size,
         seed=seed,
         settle=settle,
-        dtype=check_dtype(dtype),
+        dtype=dtype,  # type: ignore[arg-type]  # Settings replaces a torch.dtype by its name
         backbone=backbone,
         forward_kwargs=forward_kwargs,
     )
@@ -206,12 +198,8 @@ class Settings:
     forward_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
-        check_count("max_samples", self.max_samples, 2, MOST_PAIRS)
-        check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed, 0, HIGHEST_SEED)
-        check_settle(self.settle)
-        check_path("backbone", self.backbone)
-        check_forward_kwargs(self.forward_kwargs)
+        for name, value in check_arguments(vars(self)).items():
+            object.__setattr__(self, name, value)
 
 
 def measure_by(
@@ -286,7 +274,7 @@ class _Measuring:
             ending = Ending(seen.settled, chosen, granularity, confidence, planned)
             _log(ending, sampler, seen, share)
         report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
-        return replace(report, target_data=_of_those_drawn(report.target_data, sampler))
+        return replace(report, target_provenance=_of_those_drawn(report.target_provenance, sampler))
 
     def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""
@@ -338,15 +326,15 @@ class _Measuring:
             title=columns.criterion.title,
             inputs=self.settings.inputs,
             observed=observed,
-            pairs=0 if exact else seen.moments.count,
+            samples=0 if exact else seen.moments.count,
             skipped=seen.skipped,
             seed=self.settings.seed,
-            source=paired and self.source_data is not None,
+            uses_source=paired and self.source_data is not None,
             versions=_versions(),
             input_std=input_std,
             ending=ending,
-            target_data=None if exact else provenance_of(self.target_data),
-            source_data=provenance_of(self.source_data) if paired else None,
+            target_provenance=None if exact else provenance_of(self.target_data),
+            source_provenance=provenance_of(self.source_data) if paired else None,
         )
 
 
@@ -364,7 +352,7 @@ def _estimates(columns: Columns, moments: Moments, exact: bool) -> list[dict[str
         # The spread of mean ** power, to first order.
         slope = abs(criterion.power) * mean ** (criterion.power - 1) if mean > 0 else 0.0
         score, count = float(mean**criterion.power), 0 if exact else moments.count
-        estimates.append({"mean": score, "std": float(slope * std), "pairs": count})
+        estimates.append({"mean": score, "std": float(slope * std), "samples": count})
     return estimates
 
 
@@ -402,7 +390,7 @@ def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
         return
     units, count = ", ".join(ending.units) or "nothing", seen.moments.count
     if ending.settled:
-        logger.info("Settled after %s of %s %s: %s", count, ending.most, sampler.plural, units)
+        logger.info("Settled after %s of %s %s: %s", count, ending.planned, sampler.plural, units)
     else:
         logger.warning(
             "Not settled: after %s %s, %s cannot be separated from the rest at a confidence of %s. More images "

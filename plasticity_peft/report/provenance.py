@@ -1,42 +1,32 @@
-"""Where images came from, in a few words: enough for a model card, and no path of anybody's machine."""
+"""Where images came from, as a model card names it. It contains no local paths."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from plasticity_peft.errors import ReportError
+from plasticity_peft.constraints import Name, PositiveCount, allowed
 
 REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+RepoId = Annotated[Name, allowed("must be the id of a dataset on the Hub", REPO_ID.fullmatch)]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What images were measured on."""
+    """Where images came from."""
 
-    form: str
-    """How they were given: "Dataset", "Tensor", ...: the name of a class."""
-    images: int | None = None
-    """How many there were to draw from; None for a stream, which has no length."""
-    name: str | None = None
-    """Name of the dataset, where it has one."""
-    split: str | None = None
+    form: Name
+    """Class of the images, such as "Dataset" or "Tensor"."""
+    images: PositiveCount | None = None
+    """Number of images; None for a stream."""
+    name: Name | None = None
+    """Name of the dataset, if it has one."""
+    split: Name | None = None
     """Split of the dataset, such as "train"."""
-    repo_id: str | None = None
-    """Id of the dataset on the Hub, where it came from there."""
-
-    def check(self, place: str) -> None:
-        """Raises ReportError, which names `place`, where a value is not a short name or number of images."""
-        if self.images is not None and self.images < 1:
-            raise ReportError(f"{place}.images: expected at least 1, got {self.images}")
-        for key in ("form", "name", "split", "repo_id"):
-            text = getattr(self, key)
-            if text is not None and not (0 < len(text) <= 100 and text.isprintable()):
-                raise ReportError(f"{place}.{key}: expected a short name, got {text[:100]!r}")
-        if self.repo_id is not None and not REPO_ID.fullmatch(self.repo_id):
-            raise ReportError(f"{place}.repo_id: expected the id of a dataset on the Hub, got {self.repo_id!r}")
+    repo_id: RepoId | None = None
+    """Id of the dataset on the Hub, if it came from there."""
 
     def __str__(self) -> str:
         count = "a stream of images" if self.images is None else f"{self.images:,} images"
@@ -45,10 +35,10 @@ class Provenance:
 
 
 def provenance_of(data: Any) -> Provenance | None:
-    """Returns where `data` came from, as far as it tells; None for None.
+    """Returns where `data` came from, as far as this is known; None for None.
 
-    A `datasets.Dataset` knows its name, its split and, where its download was verified, its repository on the Hub; of
-    others the name of the class and the number of images are all that is known. Of a DataLoader, its dataset counts.
+    A `datasets.Dataset` contains its name, its split and, if its download was verified, its repository on the Hub.
+    For other data only the class and the number of images are known. For a DataLoader it is its dataset that counts.
 
     Examples:
         >>> import torch
@@ -76,14 +66,14 @@ def _length(data: Any) -> int | None:
 
 
 def _short(name: Any) -> str | None:
-    """Returns a name that is no path; None where there is none."""
+    """Returns `name`, or None if it is a path or is not printable."""
     if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name):
         return None
     return name if name.isprintable() else None
 
 
 def _repo_id(info: Any) -> str | None:
-    """Returns the Hub id of the dataset, which the addresses of its files begin with."""
+    """Returns the Hub id with which the addresses of the dataset's files begin."""
     addresses = getattr(info, "download_checksums", None) or {}
     ids = {re.sub(r"^hf://datasets/([^@]+)@.*", r"\1", str(address)) for address in addresses}
     found = ids.pop() if len(ids) == 1 else ""

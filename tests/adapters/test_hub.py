@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY, backbone
 from tests.support.hub_client import Client, Result, environment, machine
 from tests.support.hub_server import TOKEN, HubServer, Repository, serving
+from tests.support.models import REPOSITORY, backbone
+from tests.support.processes import python
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 RETRIES = not huggingface_hub.__version__.startswith("0.")
@@ -232,7 +231,7 @@ def test_offline_it_loads_what_is_in_the_cache(world: World, published: dict) ->
     check_same(load(world, "user/lora").values, published["lora"])
     check_same(load(world, "user/lora", first=offline, keep=True).values, published["lora"])
     assert (
-        "AdapterError: user/lora is no folder, and the Hub cannot be reached"
+        "AdapterError: user/lora is not a folder, and the Hub cannot be reached"
         in load(world, "user/lora", first=offline).error
     )
 
@@ -244,7 +243,7 @@ def test_offline_it_loads_what_is_in_the_cache(world: World, published: dict) ->
         ("user/secret", {}, "", r"a private one needs token="),
         ("user/lora", {"revision": "v9"}, TOKEN, r"user/lora on the Hub has no revision 'v9'"),
         ("user/lora", {}, "hf_wrong", r"Invalid credentials in Authorization header"),
-        ("user/base", {}, TOKEN, r"user/base holds no adapter_config.json: it is no adapter"),
+        ("user/base", {}, TOKEN, r"No adapter_config.json in user/base. It is not an adapter"),
         ("user/orphan", {}, TOKEN, r"Cannot load user/gone, the base model of user/orphan: .* Give base_model"),
     ],
 )
@@ -330,10 +329,9 @@ SHORT = [
 
 def test_the_example_publishes_all_and_the_merged_model(world: World) -> None:
     output = world.folder / "outputs"
-    command = [sys.executable, str(TRAIN), *SHORT, "--output_dir", str(output), "--push_merged", "true"]
-    command += ["--hub_model_id", "user/trained", "--hub_token", TOKEN]
+    options = ["--push_merged", "true", "--hub_model_id", "user/trained", "--hub_token", TOKEN]
     place = environment(world.hub, world.folder / "train-home", token="")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=place)
+    result = python(TRAIN, *SHORT, "--output_dir", output, *options, env=place)
     assert result.returncode == 0, result.stderr
     assert "Published https://huggingface.co/user/trained\n" in result.stderr
     files = world.files("user/trained")

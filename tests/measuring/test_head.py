@@ -19,7 +19,7 @@ from transformers import ViTConfig, ViTForImageClassification
 from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.head import HeadFit, fit_head
 from plasticity_peft.measuring.ridge import Ridge, Sums
-from tests.conftest import backbone, tiny_model
+from tests.support.models import backbone, tiny_model
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
 
@@ -145,7 +145,7 @@ def problem(problem_type: str, outputs: int) -> nn.Module:
 
 def test_a_label_that_does_not_fit_the_head_is_named(vit: nn.Module) -> None:
     before = vit.classifier.weight.clone()
-    with pytest.raises(DataError, match="from 0 to 2, as the model's head has 3 outputs. Got 0 to 7"):
+    with pytest.raises(DataError, match=r"from 0 to 2, as the model's head has 3 outputs\. Got 0 to 7"):
         fit_head(vit, labeled(10, [0, 7] * 5))
     with pytest.raises(DataError, match="no label"):
         fit_head(vit, torch.rand(4, 3, 8, 8))
@@ -155,7 +155,7 @@ def test_a_label_that_does_not_fit_the_head_is_named(vit: nn.Module) -> None:
 
 
 def test_a_model_without_a_head_is_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="ViTModel: a head can be fitted if .* Its head is: none"):
+    with pytest.raises(ModelError, match=r"ViTModel: a head can be fitted if .* Its head is: none"):
         fit_head(backbone(), labeled(10, [0, 1] * 5))
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
 import re
-import subprocess
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,6 @@ from transformers import (
     ViTModel,
 )
 
-import plasticity_peft
 from plasticity_peft import PlasticityConfig, load_adapter, measure_plasticity
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.card import update_card
@@ -40,7 +39,8 @@ from plasticity_peft.errors import AdapterError, ConfigError, ReportError
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
-from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
+from tests.support.models import REPOSITORY, backbone, moved, random_images, tiny_model
+from tests.support.processes import STRICT, environment, python
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
@@ -50,7 +50,7 @@ LABELS = {0: "cat", 1: "dog", 2: "owl"}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"top_k": 2},
     "full": {"training": "full", "criterion": "rate_of_change", "candidates": ("MHA", "FC1", "FC2")},
-    "block": {"granularity": "block", "top_k": 3},
+    "block": {"granularity": "component", "top_k": 3},
     "norms": {"candidates": ("LN1", "MHA"), "top_k": 2},
     "candidates": {"candidates": ("FC1",), "top_k": 1},
     "weights": {"criterion": "bound", "target_data": None, "candidates": ("MHA", "FC1", "FC2")},
@@ -60,7 +60,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config(**options: Any) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "pairs": 8, "r": 2, "lora_alpha": 4, **options})
+    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options})
 
 
 def cached(cache: Path, name: str) -> Path:
@@ -95,12 +95,7 @@ def base_of(folder: Path, case: str) -> PreTrainedModel:
 
 def adapted(folder: Path, case: str, **options: Any) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(base_of(folder, case), config(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return moved(get_peft_model(base_of(folder, case), config(**options))).eval()
 
 
 def card_of(cache: Path, case: str) -> ModelCard:
@@ -133,11 +128,11 @@ def test_a_card_tells_what_was_trained_and_why(cache: Path, case: str) -> None:
     saved = sum(value.numel() for value in load_file(adapter_in(cache, case) / "adapter_model.safetensors").values())
     trainable, _ = adapted(cache, case, **CASES[case]).get_nb_trainable_parameters()
     assert adapter.saved_parameters == saved == trainable
-    assert f"holds {saved:,} trained parameters, {100 * saved / selection.model_parameters:.2f} %" in text
+    assert f"contains {saved:,} trained parameters, {100 * saved / selection.model_parameters:.2f} %" in text
     first = {row.unit for row in ranking[: len(selection.units)]} == set(selection.units)
     assert ("the best of those that were candidates" in text) == (not first)
     assert ("in full." in text) == (case in ("full", "headless"))
-    assert ("layer norms, which LoRA cannot take, in full" in text) == (case == "norms")
+    assert ("layer norms, which LoRA cannot adapt, in full" in text) == (case == "norms")
     for word in (f"**{', '.join(selection.units)}**", f"| seed | {report.seed} |", report.title, "2602.06883"):
         assert word in text
     assert ("| target images | Tensor: 12 images |" in text) == (case != "weights")
@@ -174,8 +169,6 @@ save_file(outputs, f"outputs-{sys.argv[2]}.safetensors")
 @pytest.mark.parametrize("how", ["stock", "ours"])
 def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -> None:
     """Their repository is the only thing in them that is replaced; it is in the cache of the Hub."""
-    if how == "ours" and not hasattr(plasticity_peft, "load_pretrained"):
-        pytest.skip("this release has no load_pretrained")
     save_file({"images": IMAGES}, tmp_path / "images.safetensors")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
     for case in CASES:
@@ -184,12 +177,7 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         text = both[0 if how == "stock" else 1]
         assert text.count('"user/repo"') == 1
         (tmp_path / f"{case}-{how}.py").write_text(text.replace("user/repo", f"user/{case}"))
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:`is_gradient_checkpointing`:FutureWarning", "-c", RUNNER,
-         str(tmp_path), how, *CASES],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    result = python(*STRICT, "-c", RUNNER, tmp_path, how, *CASES, env=environment(HF_HUB_CACHE=str(cache)))
     assert result.returncode == 0, result.stderr
     outputs = load_file(tmp_path / f"outputs-{how}.safetensors")
     for case, options in CASES.items():
@@ -199,6 +187,39 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         answers = result.stdout.split("\n")
         assert len([answer for answer in answers if answer in LABELS.values()]) == 6
         assert len([answer for answer in answers if answer.startswith("label ")]) == 1
+
+
+@pytest.mark.parametrize("when", ["before the card", "after the card"])
+def test_the_stock_snippet_loads_the_image_processor_of_the_adapter(cache: Path, when: str, tmp_path: Path) -> None:
+    """Trainer saves the image processor after the adapter, whose card is then written already."""
+    repository = f"user/processor-{when.replace(' ', '-')}"
+    folder, model = cached(cache, repository), adapted(cache, "lora")
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
+    if when == "before the card":
+        processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    code = snippets(ModelCard.load(folder / "README.md").text)[0]
+    assert ("except OSError" in code) == (when == "after the card")
+    if when == "after the card":
+        processor.save_pretrained(folder)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    code = code.replace("user/repo", repository) + "print(image_processor.do_normalize)\n"
+    result = python(*STRICT, "-c", code, cwd=tmp_path, env=environment(HF_HUB_CACHE=str(cache)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "False"
+    update_card(folder)
+    assert "except OSError" not in snippets(ModelCard.load(folder / "README.md").text)[0]
+
+
+def test_a_picture_is_drawn_once_for_a_report_and_a_selection(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("plasticity_peft.card._png", lru_cache(lambda *given: drawn.append(given) or b"picture"))
+    for case, name in (("lora", "first"), ("lora", "again"), ("full", "other")):
+        update_card(shutil.copytree(adapter_in(cache, case), tmp_path / name))
+    assert len(drawn) == 2
+    assert (tmp_path / "other" / "plasticity.png").read_bytes() == b"picture"
 
 
 def trainer_of(model: PeftModel, folder: Path) -> Trainer:
@@ -310,12 +331,15 @@ def test_metrics_are_in_the_card_and_stay_with_the_weights(cache: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"metrics": {"accuracy": float("nan")}, "dataset": "digits"}, "metrics must be finite numbers by name"),
-        ({"metrics": {"accuracy": "0.5"}, "dataset": "digits"}, "Got {'accuracy': '0.5'}"),
-        ({"metrics": [0.5], "dataset": "digits"}, r"Got \[0.5\]"),
+        (
+            {"metrics": {"accuracy": float("nan")}, "dataset": "digits"},
+            "accuracy must be a finite number, got nan",
+        ),
+        ({"metrics": {"accuracy": "0.5"}, "dataset": "digits"}, "metrics.accuracy must be a valid number, got '0.5'"),
+        ({"metrics": [0.5], "dataset": "digits"}, r"metrics must be an object, got \[0.5\]"),
         ({"metrics": {"accuracy": 0.5}}, "dataset must be the dataset .* Got None"),
-        ({"metrics": {"accuracy": 0.5}, "dataset": "a/b/c"}, "repo_id: expected the id of a dataset on the Hub"),
-        ({"metrics": {"accuracy": 0.5}, "dataset": "digits", "split": "a\nb"}, "split: expected a short name"),
+        ({"metrics": {"accuracy": 0.5}, "dataset": "a/b/c"}, "dataset.repo_id must be the id of a dataset on the Hub"),
+        ({"metrics": {"accuracy": 0.5}, "dataset": "digits", "split": "a\nb"}, "dataset.split must be printable text"),
     ],
 )
 def test_metrics_that_cannot_be_are_refused(cache: Path, arguments: dict[str, Any], text: str) -> None:
@@ -326,16 +350,22 @@ def test_metrics_that_cannot_be_are_refused(cache: Path, arguments: dict[str, An
 
 
 def test_what_is_no_adapter_of_ours_is_refused(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"plasticity\.json: No such file"):
+    with pytest.raises(ReportError, match=r"No plasticity\.json in .*not trained with plasticity_peft"):
         update_card(tmp_path)
+    with pytest.raises(AdapterError, match=r"There is no folder .*missing"):
+        update_card(tmp_path / "missing")
     report = tmp_path / "plasticity.json"
     adapted(cache, "lora").save_pretrained(tmp_path)
-    for value in ({"adapter": 3}, {"adapter": {"units": 1}}, {"results": [{"metrics": "none"}]}):
+    for value, text in (
+        ({"adapter": None}, "adapter is missing"),
+        ({"adapter": 3}, "adapter must be an object, got 3"),
+        ({"adapter": {"units": 1}}, "adapter.granularity is missing"),
+        ({"results": [{"metrics": "none"}]}, "results.0.metrics must be an object, got 'none'"),
+    ):
         saved = report.read_text()
         report.write_text(json.dumps({**json.loads(saved), **value}))
-        if "adapter" in value:
-            with pytest.raises(ReportError, match=r"Cannot read plasticity\.json"):
-                update_card(tmp_path)
+        with pytest.raises(ReportError, match=rf"Cannot read plasticity\.json of .*: {text}"):
+            update_card(tmp_path)
         report.write_text(saved)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"Cannot read adapter_model\.safetensors"):
@@ -374,7 +404,7 @@ def test_without_matplotlib_a_card_has_no_picture_and_says_nothing_wrong(
 def test_a_card_that_fails_costs_no_training_and_is_no_secret(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("plasticity_peft.saved.card_section._template", lambda: tmp_path / "missing.md")
+    monkeypatch.setattr("plasticity_peft.saved.card_section.TEMPLATE", tmp_path / "missing.md")
     adapted(cache, "lora").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     (record,) = (record for record in log.records if "model card" in record.message)
@@ -453,7 +483,7 @@ def test_a_task_type_of_the_users_wins(tmp_path: Path) -> None:
 
 
 def test_an_open_config_is_saved_copied_and_pickled_without_our_task_type(tmp_path: Path) -> None:
-    chosen = config(report=measure_plasticity(tiny_model(), IMAGES, pairs=4), target_data=None, top_k=2)
+    chosen = config(report=measure_plasticity(tiny_model(), IMAGES, max_samples=4), target_data=None, top_k=2)
     chosen.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
     again = [PeftConfig.from_pretrained(tmp_path), copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))]
@@ -512,17 +542,17 @@ def test_where_images_came_from_is_known_as_far_as_they_tell() -> None:
 
 
 def test_a_report_keeps_where_images_came_from_and_old_ones_load(tmp_path: Path) -> None:
-    report = measure_plasticity(tiny_model(), IMAGES, random_images(5), criterion="rate_of_change", pairs=4)
-    assert (str(report.target_data), str(report.source_data)) == ("Tensor: 12 images", "Tensor: 5 images")
+    report = measure_plasticity(tiny_model(), IMAGES, random_images(5), criterion="rate_of_change", max_samples=4)
+    assert (str(report.target_provenance), str(report.source_provenance)) == ("Tensor: 12 images", "Tensor: 5 images")
     assert "Target images: Tensor: 12 images. Source images: Tensor: 5 images." in report._repr_html_()
     report.save(tmp_path / "report.json")
     assert PlasticityReport.load(tmp_path / "report.json") == report
     values = json.loads((tmp_path / "report.json").read_text())
-    del values["target_data"], values["source_data"]
-    assert PlasticityReport.from_dict(values) == replace(report, target_data=None, source_data=None)
+    del values["target_provenance"], values["source_provenance"]
+    assert PlasticityReport.from_dict(values) == replace(report, target_provenance=None, source_provenance=None)
     for wrong in ({"images": 0}, {"name": "a\nb"}, {"name": ""}, {"repo_id": "/home/me/birds"}, {"split": "x" * 101}):
-        values["target_data"] = {"form": "Dataset", **wrong}
-        with pytest.raises(ReportError, match=r"target_data\.\w+: expected"):
+        values["target_provenance"] = {"form": "Dataset", **wrong}
+        with pytest.raises(ReportError, match=r"target_provenance\.\w+ must"):
             PlasticityReport.from_dict(values)
 
 
