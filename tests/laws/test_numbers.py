@@ -204,8 +204,6 @@ def test_duplicated_images_are_skipped_and_counted() -> None:
         assert (report.samples, report.skipped) == (len(unique), 6 - len(unique))
         halves = ({"pixel_values": torch.stack(half)} for half in zip(*unique, strict=True))
         expected = oracles.rates(model, inputs, *halves)
-            model, inputs, *({"pixel_values": torch.stack(half)} for half in zip(*unique, strict=True))
-        )
         assert [row.mean for row in report.scores] == pytest.approx(expected.mean(axis=0), rel=1e-9)
     same = images[:1].expand(6, -1, -1, -1)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
