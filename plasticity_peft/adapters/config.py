@@ -62,8 +62,9 @@ class PlasticityConfig(LoraConfig):
     measures the model on `target_data`, or takes the scores of `report`, ranks the components and adapts the best.
     Every other option of LoraConfig is passed on. The classification head always trains and is saved.
 
-    From then on the config is the LoRA config of what was chosen (`peft_type` LORA), `report` and `selection` tell
-    what was found, and the data have been let go. It chooses once: for another model or other data, make another one.
+    From then on the config of the adapted model is the LoRA config of what was chosen (`peft_type` LORA), `report` and
+    `selection` contain what was found, and the data have been let go. For another model or other data, make another
+    config: one that was used before raises ConfigError unless the weights are the same or it gets `target_data` again.
 
     Examples:
         >>> import torch
@@ -299,6 +300,8 @@ class PlasticityConfig(LoraConfig):
         values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
         if values["task_type"] == PEFT_TYPE:
             values["task_type"] = None
+        if self.selection is not None:
+            values["peft_type"] = PeftType.LORA
         if "report" in values:
             report = os.fspath(self.report) if isinstance(self.report, os.PathLike) else self.report
             values["report"] = report.to_dict() if isinstance(report, PlasticityReport) else report

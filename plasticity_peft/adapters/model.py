@@ -30,13 +30,23 @@ from plasticity_peft.adapters.config import PEFT_TYPE, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_not_in_other_mode,
+    check_not_wrapped,
     check_only_chosen_match,
     check_switchable,
     check_trainable,
-    warn_of_frozen_head,
 )
+from plasticity_peft.adapters.reuse import checksums, given_modules, remember, report_at_hand
 from plasticity_peft.adapters.rollback import restored_on_failure
-from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.adapters.what_trains import (
+    Training,
+    check_has_head,
+    check_named_are_not_chosen,
+    heads_that_train,
+    named_by_the_user,
+    names_to_save,
+    report_what_trains,
+)
+from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.measuring.measure import measure_by
@@ -57,8 +67,8 @@ class PlasticityModel(LoraModel):
         """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
         config = self.peft_config[adapter_name]
         try:
-            if isinstance(config, PlasticityConfig) and config.selection is None:
-                _choose(model, config)
+            if isinstance(config, PlasticityConfig) and config.peft_type == PEFT_TYPE:
+                config = self.peft_config[adapter_name] = _choose(model, config)
             if getattr(model, "_hf_peft_config_loaded", False):
                 check_switchable(model, getattr(config, "modules_to_save", None) or ())
             with restored_on_failure(model):
@@ -98,32 +108,50 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
                 module.enable_adapters(enabled)
 
 
-def _choose(model: nn.Module, config: PlasticityConfig) -> None:
-    """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+def _choose(model: nn.Module, config: PlasticityConfig) -> PlasticityConfig:
+    """Measures the model or takes the given report, selects, and returns the LoRA config of the choice.
+
+    `config` shows what was chosen, too, and remains a config that chooses.
+    """
+    check_not_wrapped(model)
     architecture = find_architecture(model, config.backbone)
-    check_trainable(model, architecture, config)
-    report = config.load_report()
+    given = given_modules(config)
+    check_has_head(model, architecture, given)
+    heads = heads_that_train(model, architecture.heads)
+    named = named_by_the_user(model, given, config.task_type)
+    check_trainable(model, architecture, config, heads)
+    report, settings = report_at_hand(model, architecture, config), None
     if report is None:
-        report = _measure(model, config)
+        report, settings = _measure(model, config), config.settings
     else:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
-    linears, others = _split(architecture.components, selection.components, config.training)
-    if not architecture.heads and not config.modules_to_save:
-        warn_of_frozen_head(model, architecture)
-    check_not_in_other_mode(model, linears, others)
-    check_only_chosen_match(model, linears, [*others, *architecture.heads])
-    config.resolve(
-        report,
-        selection,
-        **lora_arguments(
-            architecture.components,
-            selection.components,
-            config.training,
-            heads=[*architecture.heads, *(config.modules_to_save or ())],
-        ),
-        id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
+    training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+    chosen = copy.copy(config)
+    chosen.resolve(
+        report, selection, **_lora_names(model, training, given), id2label=_labels(model, architecture, heads)
     )
+    weights = () if settings is None else checksums(model, architecture)
+    remember(config, chosen, settings, weights, given)
+    report_what_trains(model, architecture, training, selection.units)
+    return chosen
+
+
+def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | None) -> dict[str, Any]:
+    """Returns the `target_modules` and `modules_to_save` by which PEFT finds what trains, and nothing else."""
+    check_named_are_not_chosen(training)
+    check_not_in_other_mode(model, training.linears, training.others)
+    names = names_to_save(model, training, given)
+    check_only_chosen_match(model, training.linears, [name for name in names if name not in (given or ())])
+    return {"target_modules": list(training.linears) or NO_TARGET_MODULES, "modules_to_save": names or None}
+
+
+def _labels(model: nn.Module, architecture: Architecture, heads: Iterable[str]) -> dict[int, str] | None:
+    """Returns the names of the labels, from the config of the model or of the part of it that is run."""
+    if not heads:
+        return None
+    configs = (getattr(model.get_submodule(path), "config", None) for path in ("", architecture.entry))
+    return next((config.id2label for config in configs if hasattr(config, "id2label")), None)
 
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
@@ -144,7 +172,7 @@ def lora_arguments(
     """
     linears, others = _split(components, chosen, training)
     modules_to_save = list(dict.fromkeys([*others, *heads]))
-    return {"target_modules": linears or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+    return {"target_modules": list(linears) or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
@@ -165,7 +193,9 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _split(components: Iterable[Component], chosen: Iterable[str], training: str) -> tuple[list[str], list[str]]:
+def _split(
+    components: Iterable[Component], chosen: Iterable[str], training: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
     linears: list[str] = []
     others: list[str] = []
@@ -174,7 +204,7 @@ def _split(components: Iterable[Component], chosen: Iterable[str], training: str
         if component.id in chosen:
             lora = training == "lora" and component.features
             (linears if lora else others).extend(component.modules)
-    return linears, others
+    return tuple(linears), tuple(others)
 
 
 @contextmanager

@@ -132,8 +132,8 @@ def _labels(source: str, hub: Mapping[str, Any]) -> dict[int, str]:
     if values is None:
         return {}
     named = AdapterDescription.from_file(values, f"{REPORT_NAME} of {source}").id2label or {}
-    if sorted(named) != list(range(len(named))):
-        raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label must number the labels from 0.")
+    if any(number < 0 for number in named):
+        raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label must number the labels from 0 up.")
     return named
 
 

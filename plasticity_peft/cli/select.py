@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from plasticity_peft.adapters.model import lora_arguments
+from plasticity_peft.adapters.what_trains import peft_names
 from plasticity_peft.cli import options
 from plasticity_peft.cli.models import blank_model
 from plasticity_peft.cli.reports import print_json, read_report
@@ -65,9 +66,10 @@ def select(
     components: tuple[Component, ...] = found.scores
     heads = options.several(head)
     if model is not None:
-        architecture = find_architecture(blank_model(model, model_revision), backbone)
+        built = blank_model(model, model_revision)
+        architecture = find_architecture(built, backbone)
         found.check_matches(architecture.model_type, architecture.components)
-        components, heads = architecture.components, (*architecture.heads, *heads)
+        components, heads = architecture.components, (*peft_names(built, architecture.heads), *heads)
     if not heads:
         typer.echo("Warning: no head will train. Name it with --head, or give --model to find it.", err=True)
     config = {"r": r, **lora_arguments(components, selection.components, training, heads=heads)}

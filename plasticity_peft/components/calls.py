@@ -5,7 +5,6 @@ Every hook here lives inside a context manager, so that none outlasts an excepti
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -15,8 +14,17 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.heads import lineage, within
 from plasticity_peft.components.offloading import offloaded
-from plasticity_peft.components.wrappers import main_input
+from plasticity_peft.components.wrappers import (
+    PIXELS,
+    as_written,
+    forward_parameters,
+    main_input,
+    takes_anything,
+    takes_images_alone,
+    unwrap,
+)
 from plasticity_peft.errors import DataError, ModelError, PlasticityError
 
 Inputs = dict[str, torch.Tensor]
@@ -106,8 +114,10 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
     entry = model.get_submodule(architecture.entry)
     if architecture.layout.random_masking:
         inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
+    images, others = _by_position(unwrap(entry), inputs)
     try:
-        return entry(**inputs, **arguments)
+        with as_written(unwrap(entry)):
+            return entry(*images, **others, **arguments)
     except PlasticityError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:
@@ -121,10 +131,27 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
 
 def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
     """Returns the names of what a forward pass may take for an image, the images themselves first."""
-    entry = model.get_submodule(architecture.entry)
-    main = main_input(entry)
-    others = (name for name in inspect.signature(entry.forward).parameters if name not in (main, *LABEL_KEYS))
+    named = _naming(model, architecture)
+    main = main_input(named)
+    others = (name for name in forward_parameters(named) if name not in (main, *LABEL_KEYS))
     return (main, *others)
+
+
+def _naming(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """Returns the module that names the arguments: the one that is run, or what it hands its arguments on to."""
+    paths = [path for path in lineage(architecture.backbone) if within(path, architecture.entry)]
+    modules = [unwrap(model.get_submodule(path)) for path in paths]
+    return next((module for module in modules if takes_images_alone(module)), modules[-1])
+
+
+def _by_position(entry: nn.Module, inputs: Inputs) -> tuple[list[torch.Tensor], Inputs]:
+    """Returns what to pass by position and what by name: a module may call its images otherwise than data do."""
+    parameters = forward_parameters(entry)
+    by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    main = next(name for name in inputs if name.startswith(PIXELS))
+    if main in parameters or (by_name and takes_anything(entry)):
+        return [], inputs
+    return [inputs[main]], {name: value for name, value in inputs.items() if name != main}
 
 
 def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:

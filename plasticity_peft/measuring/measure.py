@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
@@ -19,7 +18,7 @@ from plasticity_peft.components.calls import Inputs, block_input, check_calls, i
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
-from plasticity_peft.components.wrappers import uncompiled, walk
+from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.criteria import CRITERIA, resolve
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
 from plasticity_peft.criteria.precision import check_dtype
@@ -189,8 +188,7 @@ def measure_by(
     """Returns the report of a measurement that stops when what `rule` selects is settled; see `measure_plasticity`."""
     criterion = CRITERIA[settings.criterion]
     check_target(criterion, target_data)
-    model = uncompiled(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = bare(model)
     architecture = find_architecture(model, settings.backbone)
     _check_device(model)
     choice = rule.choice(architecture.components, architecture.parameters)
