@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest matrix lint audit clean
+.PHONY: demo test test-lowest matrix lint docs audit clean
 
 demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no network, about three minutes on two cores
 	$(BIN)/python examples/train.py
@@ -18,10 +18,14 @@ test-lowest:  ## the same on the lowest supported version of every dependency, i
 matrix: $(VENV)/.quality  ## all tests on every supported set of versions, see noxfile.py: hours, and a CUDA torch each
 	$(BIN)/nox
 
-lint: $(VENV)/.quality  ## style and types
+lint: $(VENV)/.quality  ## style and types, and the pages, in which every link and reference must exist
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(MAKE) docs
+
+docs: $(VENV)/.docs  ## the pages of docs/, as a site in build/docs: open build/docs/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 audit: $(VENV)/.test $(VENV)/.quality  ## what is installed: whether it fits together, its licences, its known faults (needs a network)
 	$(BIN)/python -m pip check
@@ -30,7 +34,7 @@ audit: $(VENV)/.test $(VENV)/.quality  ## what is installed: whether it fits tog
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
 
 clean:
-	rm -rf .venv .venv-lowest .nox outputs
+	rm -rf .venv .venv-lowest .nox build outputs
 
 $(VENV)/.%: pyproject.toml $(CONSTRAINTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

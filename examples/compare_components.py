@@ -9,8 +9,9 @@ trained parameters: the blocks that each criterion picks, and the methods of sto
     accelerate launch examples/compare_components.py --model_name_or_path facebook/dinov2-small \
         --dataset_name beans --learning_rates 1e-4 1e-3 1e-2 --seeds 0 1 2 --output_dir outputs/compare/beans
 
-It writes to `--output_dir`: runs.csv (a row a run), methods.csv and criteria.csv, results.md with the tables, and two
-figures. A finished run is one file in `runs/` and is not repeated: the same command goes on where it was interrupted.
+It writes to `--output_dir`: runs.csv (one row per run), methods.csv and criteria.csv, results.md with the tables, and
+two figures. A finished run is one file in `runs/` and is not repeated: the same command goes on where it was
+interrupted.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from transformers import (
 
 from plasticity_peft import PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.checks import PROTOCOLS
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.files import write_text
 
 logger = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class CompareArguments:
         default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to judge; the first is the default's."}
     )
     pairs: int = field(default=256, metadata={"help": "Pairs of images to measure on."})
-    r: int = field(default=8, metadata={"help": "Rank of LoRA, where a method has no other."})
+    r: int = field(default=8, metadata={"help": "Rank of LoRA, unless a method has its own."})
 
 
 @dataclass
@@ -157,7 +158,7 @@ def measure(
     missing = broadcast_object_list([not path.is_file() for path in paths])
     for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
         if needed:
-            options = {"criterion": criterion, "inputs": inputs, "pairs": compare.pairs, "settle": None}
+            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.pairs, "settle": None}
             report = measure_plasticity(model, images["train"], images.get("source"), **options)
             if PartialState().is_main_process:
                 report.save(path)
@@ -217,7 +218,7 @@ def _trains_in_head(name: str, parameter: nn.Parameter, head: tuple[str, ...]) -
 
 
 def check_settings(folder: Path, settings: dict[str, object]) -> None:
-    """Writes the settings of the comparison, or ends where the folder holds results of others."""
+    """Writes the settings of the comparison. Exits if the folder contains results of other settings."""
     path = folder / "settings.json"
     if path.is_file():
         before = json.loads(path.read_text())

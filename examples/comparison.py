@@ -56,7 +56,7 @@ class Comparison:
         self.methods = self._methods()
 
     def _methods(self) -> pd.DataFrame:
-        """Returns a row a method, at the learning rate with the best mean accuracy on the validation images."""
+        """Returns one row per method, at the learning rate with the best mean accuracy on the validation images."""
         rows = []
         for name, runs in self.runs.groupby(["group", "method", "training"], sort=False):
             by_rate = runs.groupby("learning_rate")["validation_accuracy"].mean()
@@ -88,7 +88,8 @@ class Comparison:
         return methods
 
     def gains(self, training: str) -> pd.DataFrame:
-        """Returns the gain over the head alone: a row a seed, a column a kind. In mode "lora", norms train in full."""
+        """Returns the gain over the head alone: one row per seed, one column per kind. In mode "lora", norms train in
+        full."""
         columns = {}
         for kind in KINDS:
             mode = "full" if kind.startswith("LN") else training

@@ -17,7 +17,8 @@ SHOWN = ("parameter_plasticity", "rate_of_change-embedding")
 
 
 def draw_gains(comparisons: Mapping[str, Comparison], path: Path) -> None:
-    """Draws the gain of each kind over the head alone against its score: a column a pair, a row a criterion."""
+    """Draws the gain of each kind over the head alone against its score: one column per pair, one row per
+    criterion."""
     import matplotlib.pyplot as plt
 
     mpl.use("agg")

@@ -37,7 +37,7 @@ SHIFTS = {"inverted": inverted, "low_contrast": low_contrast, "noise": noise}
 
 @dataclass
 class Arguments:
-    """Which images, and where they go."""
+    """The images, and the file to write."""
 
     destination: str = field(metadata={"help": "Parquet file to write."})
     shift: str | None = field(default=None, metadata={"help": "What to do to the images.", "choices": sorted(SHIFTS)})

@@ -75,7 +75,7 @@ def by_blocks(reports: dict[str, PlasticityReport], budget: int, r: int) -> tupl
     """Returns a method for each different choice that the criteria make at `budget`, and its name by criterion."""
     methods: dict[str, Method] = {}
     names = {}
-    share = {"granularity": "block", "training": "lora", "r": r}
+    share = {"granularity": "component", "training": "lora", "r": r}
     for criterion, report in reports.items():
         options = {**share, "report": report, "budget": budget / report.model_parameters, "lora_alpha": 2 * r}
         selection = PlasticityConfig(**options).select(report)

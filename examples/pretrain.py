@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class DataArguments:
-    """Where the images are, and where the results go."""
+    """The folder of the images and the folder of the results."""
 
     data_dir: str = field(
         default="/usr/share/datasets/fashion-mnist",
@@ -68,7 +68,7 @@ class PretrainingArguments(TrainingArguments):
     label_smoothing_factor: float = field(default=0.1, metadata={"help": "Label smoothing."})
     save_strategy: str = field(default="no", metadata={"help": "When to save."})
     logging_steps: float = field(default=100, metadata={"help": "Steps between two logs."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "There is no accelerator to pin for."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin memory for an accelerator."})
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
 

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def _or_exit(repository: str, advice: str) -> Iterator[None]:
-    """Inside, whatever goes wrong on the way to the Hub ends the program with one message."""
+    """Inside, any error on the way to the Hub ends the program with one message."""
     try:
         yield
     except Exception as error:  # the Hub, the network and the card: each has errors of its own, and none is published
@@ -28,7 +28,7 @@ def _or_exit(repository: str, advice: str) -> Iterator[None]:
 
 
 def claim_repository(arguments: TrainingArguments, base_model: str) -> str:
-    """Returns the full name of the repository, made where it is missing: a wrong token shows before the training.
+    """Returns the full name of the repository, which is created if it is missing. A wrong token fails before training.
 
     The token goes into the environment: Trainer writes its arguments into a file that it publishes.
     """

@@ -22,9 +22,6 @@ from transformers import HfArgumentParser
 from plasticity_peft.files import write_text
 from plasticity_peft.report.text import table
 
-WIDE = 240
-"""Columns that a table may take: more than a terminal has, for all pairs side by side."""
-
 
 @dataclass
 class Arguments:
@@ -76,7 +73,6 @@ def as_markdown(comparison: Comparison, criteria: pd.DataFrame) -> str:
         "(* the lowest or highest that was tried). Parameters: what trains beside the head.\n",
         ("group", "method", "mode", "parameters", "rate", "test", "s.e.", "gain", "gradient", "s"),
         rows,
-        width=WIDE,
     )
     if len(criteria):
         text += "\n\n" + table(
@@ -97,7 +93,6 @@ def as_markdown(comparison: Comparison, criteria: pd.DataFrame) -> str:
                 )
                 for _, row in criteria.iterrows()
             ],
-            width=WIDE,
         )
     return text + "\n"
 
@@ -134,7 +129,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
         rows = [
             (name, *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()
         ]
-        parts.append(table(f"{training}: {what}\n", ("criterion", *frame.columns), rows, width=WIDE))
+        parts.append(table(f"{training}: {what}\n", ("criterion", *frame.columns), rows))
     return "\n\n".join([*parts, equal_parameters(comparisons)]) + "\n"
 
 
@@ -171,7 +166,7 @@ def as_table(title: str, index: str, frame: pd.DataFrame) -> str:
     rows = [
         (str(name), *("" if np.isnan(value) else f"{value:.1f}" for value in row)) for name, row in frame.iterrows()
     ]
-    return table(f"{title}\n", (index, *frame.columns), rows, width=WIDE)
+    return table(f"{title}\n", (index, *frame.columns), rows)
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ from transformers.trainer_utils import EvalPrediction
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import DataError
 from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
@@ -128,7 +128,7 @@ class PlasticityArguments:
             "choices": ["embedding", "activation"],
         },
     )
-    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "block"]})
+    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "component"]})
     candidates: list[str] = field(
         default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
     )
@@ -263,7 +263,7 @@ def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
 
 
 class Transform:
-    """From a batch of the dataset to `pixel_values` and `labels`; with augmentation, where asked for."""
+    """From a batch of the dataset to `pixel_values` and `labels`, with augmentation if it is asked for."""
 
     def __init__(self, processor: BaseImageProcessor, data: DataArguments, augment: bool) -> None:
         self.processor, self.data, self.augment = processor, data, augment
@@ -353,7 +353,7 @@ def finetune(
 def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
     """Returns the checkpoint to resume from: `--resume_from_checkpoint` names it, or says True for the last whole one.
 
-    None where there is none: training starts anew. `also` are files that it must hold beside the usual ones.
+    None if there is none, and training starts from the beginning. `also` are files that it must contain as well.
     """
     wanted = arguments.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -365,14 +365,14 @@ def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
         return wanted
     checkpoint = last_whole_checkpoint(arguments.output_dir, processes=arguments.world_size, also=also)
     if checkpoint is None:
-        logger.info("There is no whole checkpoint in %s: training starts anew.", arguments.output_dir)
+        logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
         return None
     logger.info("Training goes on from %s.", checkpoint)
     return str(checkpoint)
 
 
 def check_writable(folder: str) -> None:
-    """Raises SystemExit where no file can be written into `folder`: better before measuring than after training."""
+    """Raises SystemExit if no file can be written into `folder`, before anything is measured or trained."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
@@ -468,7 +468,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
 
 
 def main() -> None:
-    """Measures, trains, evaluates, saves and, where asked to, publishes."""
+    """Measures, trains, evaluates, saves and, if asked to, publishes."""
     model_arguments, data, plasticity, arguments = parse_arguments()
     base_model = model_arguments.model_name_or_path
     repository = None
@@ -483,7 +483,7 @@ def main() -> None:
     splits, labels = load_splits(data, source_name, processor, arguments)
     logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
     checkpoint = find_checkpoint(arguments, "plasticity.json")
-    config = configure(plasticity, checkpoint, splits)  # whatever is wrong with it shows before any training
+    config = configure(plasticity, checkpoint, splits)  # its errors come before any training
 
     results = []
     if demo if plasticity.head_only is None else plasticity.head_only:

@@ -1,17 +1,19 @@
-"""Measure, rank, select and train the components of a vision transformer that finetune best, as a PEFT method."""
+"""Measure, rank, select and train the components of a vision transformer that finetune best, as a PEFT method.
 
-import plasticity_peft.adapters.model  # noqa: F401 - registers PlasticityConfig with PEFT
-from plasticity_peft.adapters.callback import PlasticityCallback
-from plasticity_peft.adapters.config import PlasticityConfig
-from plasticity_peft.adapters.loading import load_adapter
-from plasticity_peft.adapters.pretrained import load_pretrained
-from plasticity_peft.components.architecture import find_components
-from plasticity_peft.components.layouts import BlockLayout, register_architecture
-from plasticity_peft.errors import PlasticityError
-from plasticity_peft.measuring.measure import measure_plasticity
-from plasticity_peft.report.report import PlasticityReport
+The sub-packages are the steps, in this order: `components` finds the components of a model, `images` draws samples,
+`criteria` score the components, `report` has the ranking and the selection, `measuring` turns a model and images into
+a report, `saved` has the files of an adapter, `adapters` has what PEFT sees, and `cli` is the command line.
+
+Every name is imported when it is first used, so that the command line starts without torch.
+"""
+
+import lazy_loader
+
+from plasticity_peft.registration import register_when_peft_is_imported
 
 __version__ = "0.1.0"
+
+__getattr__, __dir__, _ = lazy_loader.attach_stub(__name__, __file__)
 
 __all__ = [
     "BlockLayout",
@@ -24,4 +26,7 @@ __all__ = [
     "load_pretrained",
     "measure_plasticity",
     "register_architecture",
+    "register_criterion",
 ]
+
+register_when_peft_is_imported()

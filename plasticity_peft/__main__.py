@@ -1,4 +1,4 @@
-"""`python -m plasticity_peft`, and `accelerate launch -m plasticity_peft`."""
+"""Runs the command line: `python -m plasticity_peft`, or `accelerate launch -m plasticity_peft`."""
 
 from plasticity_peft.cli.app import main
 

@@ -18,13 +18,12 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers.utils import logging
 
-from plasticity_peft.errors import ReportError
 from plasticity_peft.files import write_bytes, write_text
 from plasticity_peft.report.plotting import png
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.saved.card_section import comment, eval_results_of, part_of
-from plasticity_peft.saved.results import add_results, digest_in, read_results, results_of
+from plasticity_peft.saved.record import AdapterRecord, all_results, digest_in, make_results
 from plasticity_peft.saved.trained import TrainedAdapter, is_hub_id
 
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -71,7 +70,8 @@ def update_card(
     """
     adapter = TrainedAdapter.from_folder(folder)
     if metrics is not None:
-        add_results(folder, results_of(metrics, dataset, split, str(digest_in(folder))))
+        results = make_results(metrics, dataset, split, str(digest_in(folder)))
+        AdapterRecord.read(folder).with_results(results).write(folder)
         adapter = TrainedAdapter.from_folder(folder)
     path = Path(folder, CARD_NAME)
     if not path.exists():
@@ -112,12 +112,9 @@ def _png(report: str, selection: str) -> bytes:
 
 
 def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
-    """Returns the results of earlier weights that the card in `folder` may hold."""
-    try:
-        found = read_results(folder)
-    except ReportError:
-        return []
-    return [result for one in found if one not in adapter.results for result in eval_results_of(one)]
+    """Returns the results of earlier weights that the card in `folder` may contain."""
+    old = [one for one in all_results(folder) if one not in adapter.results]
+    return [result for one in old for result in eval_results_of(one)]
 
 
 def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) -> None:

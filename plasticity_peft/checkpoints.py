@@ -1,8 +1,8 @@
-"""Checkpoints of a Trainer that are whole: from which a killed run may go on.
+"""Whole checkpoints of a Trainer: those from which a killed run can continue.
 
-A Trainer writes a checkpoint file by file, trainer_state.json last, and then deletes old ones, file by file too. So a
-killed run leaves folders that look like checkpoints and are not. There is nothing that a Trainer could mark them with
-in time (its callback `on_save` runs after the old ones are gone): they are read instead.
+A Trainer writes a checkpoint file by file, trainer_state.json last, and then deletes old checkpoints, also file by
+file. So a killed run leaves folders that look like checkpoints and are not. A Trainer cannot mark whole checkpoints in
+time, as its callback `on_save` runs after the old ones are gone. So all files of a checkpoint are read.
 """
 
 from __future__ import annotations
@@ -17,28 +17,30 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
-from plasticity_peft.hub import REPORT_NAME
-from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.errors import ReportError
+from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME
+from plasticity_peft.saved.record import AdapterRecord
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 STATE_NAME = "trainer_state.json"
-NEEDED = (STATE_NAME, "adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "scheduler.pt")
+NEEDED = (STATE_NAME, "optimizer.pt", "scheduler.pt")
+OF_AN_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def last_whole_checkpoint(
     folder: str | os.PathLike[str], *, processes: int = 1, also: Iterable[str] = ()
 ) -> Path | None:
-    """Returns the checkpoint in `folder` that was written last, of those that are whole; None where there is none.
+    """Returns the whole checkpoint in `folder` that was written last, or None if there is none.
 
-    In place of `transformers.trainer_utils.get_last_checkpoint`, which takes the highest number, whole or not. The
-    time of writing decides, for a folder may hold checkpoints of an earlier, longer run. Those left out are warned of,
-    with the reason, and left alone.
+    It replaces `transformers.trainer_utils.get_last_checkpoint`, which returns the checkpoint with the highest number,
+    whole or not. Here the time of writing decides, as a folder may contain checkpoints of an earlier, longer run.
+    Every checkpoint that is not whole is ignored, with a warning that contains the reason.
 
     Args:
-        folder: the `output_dir` of a Trainer of a PeftModel, which may not exist yet.
-        processes: how many train together; each has a file with its random state.
-        also: names of files that must be there too, such as "plasticity.json".
+        folder: the `output_dir` of a Trainer of a PeftModel. It need not exist.
+        processes: number of processes that train together. Each has a file with its random state.
+        also: names of further files that a whole checkpoint has, such as "plasticity.json".
 
     Examples:
         >>> last_whole_checkpoint("no/such/folder") is None
@@ -48,33 +50,57 @@ def last_whole_checkpoint(
     for path in Path(folder).glob("checkpoint-*"):
         reason = why_not_whole(path, processes=processes, also=also)
         if reason:
-            logger.warning("%s is no whole checkpoint, and is left out: %s", path, reason)
+            logger.warning("%s is not a whole checkpoint and is ignored: %s", path, reason)
         else:
             found.append(((path / STATE_NAME).stat().st_mtime_ns, _step(path), path))
     return max(found)[-1] if found else None
 
 
 def why_not_whole(checkpoint: str | os.PathLike[str], *, processes: int | None = 1, also: Iterable[str] = ()) -> str:
-    """Returns what is missing or damaged in a checkpoint; "" where it is whole.
+    """Returns what is missing or damaged in a checkpoint, or "" if it is whole.
 
-    Every file is read: sizes and headers of safetensors, the check sums of what torch.save wrote, all of JSON. Nothing
-    is unpickled. Arguments are those of `last_whole_checkpoint`; with `processes=None` the files of random states,
-    without which a run goes on with other random numbers, may be missing.
+    Every file is read: sizes and headers of safetensors, the checksums of what torch.save wrote, and all of JSON.
+    Nothing is unpickled.
+
+    Args:
+        checkpoint: folder of the checkpoint.
+        processes: see `last_whole_checkpoint`. None accepts a checkpoint without random states; a run that continues
+            from it draws other random numbers.
+        also: see `last_whole_checkpoint`.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes or 0)]
-    for name in (*NEEDED, *states, *also):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-    for path in sorted(checkpoint.iterdir()):
+    adapters = _adapters_in(checkpoint)
+    missing = [name for name in (*NEEDED, *states) if not (checkpoint / name).is_file()]
+    missing += [name for folder in adapters for name in OF_AN_ADAPTER if not (folder / name).is_file()]
+    missing += [name for name in also if not any((folder / name).is_file() for folder in {checkpoint, *adapters})]
+    if missing:
+        return f"it has no {missing[0]}"
+    return next((reason for folder in dict.fromkeys((checkpoint, *adapters)) if (reason := _damage(folder))), "")
+
+
+def _adapters_in(checkpoint: Path) -> list[Path]:
+    """Returns the folders of the adapters: PEFT saves "default" beside the state, and others below their names."""
+    below = [path for path in sorted(checkpoint.iterdir()) if any((path / name).is_file() for name in OF_AN_ADAPTER)]
+    beside = any((checkpoint / name).is_file() for name in OF_AN_ADAPTER)
+    return [checkpoint, *below] if beside or not below else below
+
+
+def _damage(folder: Path) -> str:
+    """Returns which file of a folder is damaged, and how; "" if none is."""
+    for path in sorted(folder.iterdir()):
         check = CHECKS.get(path.suffix)
         try:
             if check is not None and path.is_file():
                 check(path)
         except (OSError, ValueError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
             return f"{path.name} is damaged ({error})"
+    try:
+        AdapterRecord.find(folder)
+    except ReportError as error:
+        return str(error)
     return ""
 
 
@@ -89,8 +115,6 @@ def _check_json(path: Path) -> None:
         step = values.get("global_step") if isinstance(values, dict) else None
         if step != _step(path.parent):
             raise ValueError(f"it was written at step {step}")
-    if path.name == REPORT_NAME:
-        PlasticityReport.from_dict(values)
 
 
 def _check_safetensors(path: Path) -> None:
@@ -103,7 +127,7 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         damaged = archive.testzip()
     if damaged is not None:
-        raise ValueError(f"{damaged} in it does not have its check sum")
+        raise ValueError(f"{damaged} in it does not have its checksum")
 
 
 CHECKS: dict[str, Callable[[Path], None]] = {

@@ -19,6 +19,22 @@ def warn_renamed(old: str, new: str, stacklevel: int) -> None:
     )
 
 
+def renamed_attribute(owner: str, old: str, new: str) -> Any:
+    """Returns a property that reads the attribute `new` of a class under its old name, with a FutureWarning.
+
+    Args:
+        owner: name of the class.
+        old: the old name of the attribute.
+        new: the name of the attribute.
+    """
+
+    def read(instance: Any) -> Any:
+        warn_renamed(f"{owner}.{old}", f"{owner}.{new}", stacklevel=2)
+        return getattr(instance, new)
+
+    return property(read, doc=f"Deprecated: use `{new}`.")
+
+
 def renamed_arguments(**names: str) -> Callable[[F], F]:
     """Returns a decorator that accepts keyword arguments under their old names, with a FutureWarning.
 

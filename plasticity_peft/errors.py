@@ -10,7 +10,7 @@ class PlasticityError(Exception):
 
 
 class ConfigError(PlasticityError, ValueError):
-    """An argument, or a combination of arguments, that cannot be carried out."""
+    """An argument, or a combination of arguments, that is not allowed."""
 
 
 class DataError(PlasticityError, ValueError):
@@ -18,11 +18,11 @@ class DataError(PlasticityError, ValueError):
 
 
 class ModelError(PlasticityError, ValueError):
-    """A model whose components cannot be told with certainty, or that holds values which cannot be measured."""
+    """A model whose components cannot be found with certainty, or with values that cannot be measured."""
 
 
 class NonFiniteError(PlasticityError, ArithmeticError):
-    """NaN or infinity where a number is needed: in a weight, an image or an activation."""
+    """NaN or infinity in a weight, an image, an activation or a score."""
 
 
 class AdapterError(PlasticityError, ValueError):
@@ -38,8 +38,8 @@ class MissingExtraError(PlasticityError, ImportError):
 
 
 class FileError(PlasticityError, OSError):
-    """A file that cannot be written. `errno` tells the system's reason."""
+    """A file that cannot be written. `errno` is the system's reason."""
 
     def __str__(self) -> str:
-        """Returns the message without the number of the reason, which the message gives in words."""
+        """Returns the message without `errno`, whose meaning the message contains in words."""
         return str(self.strerror)

@@ -1,4 +1,4 @@
-"""Packages that only some uses need: the extras of this one, imported where they are used."""
+"""Packages that only some uses need. They belong to extras, and are imported when they are used."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from plasticity_peft.errors import MissingExtraError
 
 
 def require(package: str, *, extra: str, purpose: str) -> ModuleType:
-    """Returns the module `package`, which `purpose` needs and `extra` of this package brings.
+    """Returns the module `package`, which `purpose` needs and which the extra `extra` installs.
 
     Raises:
-        MissingExtraError: it cannot be imported; the message holds the command that installs it.
+        MissingExtraError: it cannot be imported; the message contains the command that installs it.
 
     Examples:
         >>> require("json", extra="json", purpose="Reading JSON").__name__

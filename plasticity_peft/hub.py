@@ -1,4 +1,4 @@
-"""Files of a folder or of a repository on the Hub, by one function."""
+"""Files of an adapter, in a folder or in a repository on the Hub."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from plasticity_peft import files
 from plasticity_peft.errors import PlasticityError
 
 CONFIG_NAME = "adapter_config.json"
-"""The file without which a folder is no adapter."""
+"""A folder without this file is not an adapter."""
 WEIGHTS_NAME = "adapter_model.safetensors"
 REPORT_NAME = "plasticity.json"
-"""The file beside an adapter that tells what was measured and chosen."""
+"""The file with the report and the selection; plain LoRA adapters do not have it."""
+PROCESSOR_NAME = "preprocessor_config.json"
+"""The image processor, if it was saved with the adapter."""
 
 
 def find_file(
@@ -24,14 +26,17 @@ def find_file(
     optional: bool = False,
     **hub: Any,
 ) -> Path | None:
-    """Returns the path of a file, in the folder or in the Hub's cache on this machine; None where there is none.
+    """Returns the path of a file, in the folder or in the local cache of the Hub; None if there is no such file.
 
     Args:
         folder_or_repo: a folder, or "user/repo" on the Hub.
         name: name of the file.
-        error: what is raised where it cannot be told whether there is such a file, or where it cannot be fetched.
-        optional: whether to do without a file that is not in the cache, when the Hub must not be asked.
+        error: class of the errors.
+        optional: True to return None, too, for a file that is not in the cache when the Hub must not be asked.
         hub: options of `huggingface_hub.hf_hub_download`.
+
+    Raises:
+        error: the file cannot be fetched, or it is unknown whether it exists.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import (
@@ -52,7 +57,7 @@ def find_file(
     except LocalEntryNotFoundError as reason:
         if optional and (hub.get("local_files_only") or isinstance(reason.__cause__, OfflineModeIsEnabled)):
             return None
-        raise error(f"{source} is no folder, and the Hub cannot be reached for {name}: {reason}") from reason
+        raise error(f"{source} is not a folder, and the Hub cannot be reached for {name}: {reason}") from reason
     except EntryNotFoundError:
         return None
     except RevisionNotFoundError as reason:
@@ -64,11 +69,11 @@ def find_file(
         ) from reason
     except TypeError:
         raise
-    except Exception as reason:  # which errors there are depends on the HTTP library below huggingface_hub
+    except Exception as reason:  # the types of error depend on the HTTP library that huggingface_hub uses
         raise error(f"Cannot get {name} of {source} from the Hub: {reason}") from reason
 
 
-def read_json(
+def find_json(
     folder_or_repo: str | os.PathLike[str],
     name: str,
     error: type[PlasticityError],
@@ -76,7 +81,11 @@ def read_json(
     optional: bool = False,
     **hub: Any,
 ) -> dict[str, Any] | None:
-    """Returns the object in a JSON file that `find_file` finds; None where there is none."""
+    """Returns the object in a JSON file that `find_file` finds; None if there is no such file.
+
+    Raises:
+        error: the file cannot be fetched, or does not contain a JSON object.
+    """
     path = find_file(folder_or_repo, name, error, optional=optional, **hub)
     if path is None:
         return None
@@ -86,5 +95,10 @@ def read_json(
     except (OSError, ValueError, RecursionError) as reason:
         raise error(f"Cannot read {name} of {source}: {reason}.") from reason
     if not isinstance(values, dict):
-        raise error(f"Cannot read {name} of {source}: it holds {type(values).__name__}, not an object.")
+        raise error(f"Cannot read {name} of {source}: it must contain an object, got {type(values).__name__}.")
     return values
+
+
+def without_report(folder_or_repo: str | os.PathLike[str]) -> str:
+    """Returns the error message for an adapter without plasticity.json."""
+    return f"No {REPORT_NAME} in {os.fspath(folder_or_repo)}. This adapter was not trained with plasticity_peft."

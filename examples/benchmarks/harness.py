@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import ViTConfig
+
+from plasticity_peft.report.text import table
 
 SIZES = {
     "ViT-S": {"hidden_size": 384, "num_hidden_layers": 12},
@@ -86,12 +86,7 @@ def report(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, A
 
     `columns` are the names of the values of a row, with what stands above them.
     """
-    table = Table(title=title)
-    for name, heading in columns.items():
-        table.add_column(heading, justify="left" if isinstance(rows[0][name], str) else "right")
-    for row in rows:
-        table.add_row(*(_cell(row[name]) for name in columns))
-    Console(width=119).print(table)
+    print(table(title, tuple(columns.values()), [[_cell(row[name]) for name in columns] for row in rows]))
     path = Path(arguments.output)
     path.parent.mkdir(parents=True, exist_ok=True)
     machine = {"torch": torch.__version__, "python": platform.python_version(), "cpus": os.cpu_count()}

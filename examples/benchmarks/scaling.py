@@ -54,10 +54,10 @@ def work(arguments: BenchmarkArguments) -> None:
     seconds = {}
     for measure in arguments.measures:
         which = MEASURES[measure]
-        measure_plasticity(model, images[:8], pairs=4, **options, **which)  # warms up
+        measure_plasticity(model, images[:8], max_samples=4, **options, **which)  # warms up
         state.wait_for_everyone()
         start = time.perf_counter()
-        measure_plasticity(model, images, pairs=arguments.pairs, **options, **which)
+        measure_plasticity(model, images, max_samples=arguments.pairs, **options, **which)
         state.wait_for_everyone()
         seconds[measure] = time.perf_counter() - start
     if state.is_main_process:
@@ -81,7 +81,7 @@ def launch(arguments: BenchmarkArguments, processes: int) -> dict[str, float]:
         subprocess.run([str(part) for part in command], env=environment, check=True)
         found = json.loads(path.read_text(encoding="utf-8"))
     if found["processes"] != processes:
-        raise RuntimeError(f"The launcher started {found['processes']} processes in the place of {processes}.")
+        raise RuntimeError(f"The launcher started {found['processes']} processes instead of {processes}.")
     seconds: dict[str, float] = found["seconds"]
     return seconds
 

@@ -67,7 +67,7 @@ def rows_of(name: str, arguments: BenchmarkArguments) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_pretrained(name, num_labels=10, dtype=torch.float32)
     digits, source = images_for(name, arguments.image_size)
-    options = {"pairs": arguments.pairs, "batch_size": arguments.batch_size}
+    options = {"max_samples": arguments.pairs, "batch_size": arguments.batch_size}
     rows = []
     for measure, which in MEASURES.items():
         everything = measure_plasticity(model, digits, source, settle=None, **options, **which)
@@ -82,8 +82,8 @@ def rows_of(name: str, arguments: BenchmarkArguments) -> list[dict[str, Any]]:
                     "measure": measure,
                     "top_k": top_k,
                     "settled": "yes" if found.ending.settled else "no",
-                    "pairs": found.pairs,
-                    "most": everything.pairs,
+                    "pairs": found.samples,
+                    "most": everything.samples,
                     "seconds": seconds,
                     "units": " ".join(found.ending.units),
                     "same": "yes" if set(found.ending.units) == best else "no",

@@ -56,7 +56,7 @@ def images_of(image_size: int, count: int) -> torch.Tensor:
 def measured(model: ViTForImageClassification, images: torch.Tensor, measure: str, pairs: int) -> Callable[[], object]:
     """Returns the call that measures."""
     options = {"settle": None, "batch_size": max(2, pairs), **MEASURES[measure]}
-    return lambda: measure_plasticity(model, images, pairs=pairs, **options)
+    return lambda: measure_plasticity(model, images, max_samples=pairs, **options)
 
 
 def peak_memory(size: str, image_size: int, measure: str, pairs: int, threads: int) -> float:

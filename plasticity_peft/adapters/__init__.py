@@ -1,1 +1,12 @@
-"""The place in PEFT: the config, the tuner, the model, and loading what was saved."""
+"""What PEFT sees: the config, the tuner and the adapted model, and how saved adapters are loaded.
+
+Importing this package registers `PlasticityConfig` with PEFT.
+"""
+
+import lazy_loader
+
+from plasticity_peft.adapters.model import register
+
+register()
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,7 +19,7 @@ from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 
 TAKE_TEXT = {"tensorboard", "wandb"}
-"""Integrations of the Trainer that take text; the others warn of all that is no number."""
+"""Integrations of the Trainer that take text; the others warn about values that are not numbers."""
 
 
 class PlasticityCallback(TrainerCallback):
@@ -49,8 +49,8 @@ class PlasticityCallback(TrainerCallback):
 
     Raises:
         ConfigError: `every` without images, or images without `every`, or an argument that measuring does not have;
-            when training begins, a model without an adapter of a PlasticityConfig where nothing is measured, or
-            weights that DeepSpeed or FSDP has spread over processes where something is.
+            when training begins, a model without an adapter of a PlasticityConfig if nothing is measured, or
+            weights that DeepSpeed or FSDP has sharded over processes if something is.
 
     Examples:
         >>> import tempfile, torch
@@ -97,7 +97,7 @@ class PlasticityCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes what was measured and chosen before training; not again where training is resumed."""
+        """Writes what was measured and selected before training; not again if training is resumed."""
         model, config = kwargs["model"], _config_of(kwargs["model"])
         if self.every is not None:
             self._check_whole()

@@ -1,49 +1,31 @@
-"""The one dataclass that a user fills in."""
+"""The config that a user fills in."""
 
 from __future__ import annotations
 
 import copy
-import json
 import os
-from collections.abc import Mapping, Sized
-from dataclasses import asdict, dataclass, field, fields
+import weakref
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig
+from torch import nn
 
-from plasticity_peft.checks import (
-    HIGHEST_SEED,
-    MOST_PAIRS,
-    TRAINING_MODES,
-    canonical_granularity,
-    check_amount,
-    check_choice,
-    check_count,
-    check_flag,
-    check_lora,
-    check_number,
-    check_path,
-    check_patterns,
-    check_settle,
-    shown,
-)
+from plasticity_peft.adapters.chosen import Chosen, fingerprint
+from plasticity_peft.arguments import ARGUMENTS, check_arguments, with_documented_fields
+from plasticity_peft.checks import shown
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria import resolve
-from plasticity_peft.criteria.precision import check_dtype
+from plasticity_peft.criteria.registry import resolve
+from plasticity_peft.deprecation import renamed_arguments, warn_renamed
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.files import replaced_when_whole, write_text
-from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME
+from plasticity_peft.files import replaced_when_whole
+from plasticity_peft.hub import CONFIG_NAME
 from plasticity_peft.measuring.measure import Settings
+from plasticity_peft.registration import PEFT_TYPE
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.selection import Selection, SelectionRule, check_candidates
-from plasticity_peft.saved.record import KEY, AdapterDescription
-from plasticity_peft.saved.results import results_for
-
-PEFT_TYPE = "PLASTICITY"
-"""`peft_type` until the components are chosen; from then on the config is a LoRA config, and says so.
-
-So is `task_type`, by which PEFT finds the class of the adapted model, unless the user gives one.
-"""
+from plasticity_peft.report.selection import Selection, SelectionRule
+from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, present_results
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -54,17 +36,41 @@ CHOSEN_FOR_THE_USER = (
 )
 
 
+def _described(name: str) -> dict[str, str]:
+    """Returns the metadata of the field of an argument: the help text that all interfaces share."""
+    return {"help": ARGUMENTS[name].help}
+
+
+def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
+    """Returns the class, which then accepts `pairs`, the former name of `max_samples`, with a FutureWarning."""
+
+    def get(self: PlasticityConfig) -> int:
+        warn_renamed("pairs", "max_samples", stacklevel=2)
+        return self.max_samples
+
+    def set_(self: PlasticityConfig, value: int) -> None:
+        warn_renamed("pairs", "max_samples", stacklevel=2)
+        self.max_samples = value
+
+    cls.__init__ = renamed_arguments(pairs="max_samples")(cls.__init__)  # type: ignore[method-assign]
+    cls.pairs = property(get, set_)  # type: ignore[attr-defined]
+    return cls
+
+
+@_with_former_names
+@with_documented_fields
 @dataclass
 class PlasticityConfig(LoraConfig):
     """Trains the components of a vision transformer whose training moves its features most.
 
-    A `peft.LoraConfig` that finds its own `target_modules` and `modules_to_save`: `get_peft_model` (or `add_adapter`)
-    measures the model on `target_data`, or takes the scores of `report`, ranks the components and adapts the best.
-    Every other option of LoraConfig is passed on. The classification head always trains and is saved.
+    This is a `peft.LoraConfig` that finds its own `target_modules` and `modules_to_save`. `get_peft_model` (or
+    `add_adapter`) measures the model on `target_data`, or takes the scores of `report`. Then it ranks the components
+    and adapts the best ones. The classification head always trains and is saved. All other options are those of
+    `peft.LoraConfig`.
 
-    From then on the config of the adapted model is the LoRA config of what was chosen (`peft_type` LORA), `report` and
-    `selection` contain what was found, and the data have been let go. For another model or other data, make another
-    config: one that was used before raises ConfigError unless the weights are the same or it gets `target_data` again.
+    After that the config is the LoRA config of what was selected. `report` and `selection` contain the result, and
+    the data have been released. A config selects once: make a new one for another model or other data. `choose`
+    selects without adapting the model, for functions of PEFT that need the target modules first.
 
     Examples:
         >>> import torch
@@ -72,167 +78,91 @@ class PlasticityConfig(LoraConfig):
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         ...                                             intermediate_size=64, image_size=8, patch_size=4))
-        >>> config = PlasticityConfig(target_data=torch.rand(10, 3, 8, 8), pairs=16, top_k=2)
+        >>> config = PlasticityConfig(target_data=torch.rand(10, 3, 8, 8), max_samples=16, top_k=2)
         >>> model = get_peft_model(model, config)
         >>> len(config.selection.units)
         2
     """
 
-    target_data: Any = field(
-        default=None,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": "Downstream images, unlabelled: a datasets.Dataset or torch Dataset with pixel_values, a "
-            "DataLoader of them, or a tensor (images, channels, height, width). Let go once measured, never saved."
-        },
-    )
-    source_data: Any = field(
-        default=None,
-        repr=False,
-        compare=False,
-        metadata={
-            "help": "Pretraining-like images in the same forms. With them a pair is one source and one target image, "
-            "as in the paper; without, two different target images."
-        },
-    )
+    target_data: Any = field(default=None, repr=False, compare=False, metadata=_described("target_data"))
+    source_data: Any = field(default=None, repr=False, compare=False, metadata=_described("source_data"))
     report: PlasticityReport | Mapping[str, Any] | str | os.PathLike[str] | None = field(
-        default=None,
-        repr=False,
-        metadata={
-            "help": "Scores to choose from in place of measuring: a PlasticityReport, or the path of a saved one."
-        },
+        default=None, repr=False, metadata=_described("report")
     )
-    criterion: str | None = field(
-        default=None,
-        metadata={
-            "help": "The rule that ranks. 'parameter_plasticity', the default: how far the features move with the "
-            "component's parameters. 'rate_of_change': the paper's measure. Others: relative_rate_of_change, "
-            "token_sensitivity, bound, gradient_norm, relative_gradient_norm, condition_number, feature_norm, "
-            "inverse, random."
-        },
-    )
-    inputs: str | None = field(
-        default=None,
-        metadata={
-            "help": "What components are fed by the paper's measure (which this stands for, if criterion is not "
-            "given) and its relatives: 'embedding', the paper's protocol, or 'activation', what they receive in the "
-            "running network."
-        },
-    )
-    granularity: str = field(
-        default="kind",
-        metadata={
-            "help": "What is ranked: 'kind' (MHA, FC1, ... over all blocks, as in the paper) or 'component' (3.MHA)."
-        },
-    )
-    candidates: tuple[str, ...] = field(
-        default=KINDS,
-        metadata={
-            "help": "Kinds that may be chosen, all by default: LN1, MHA, LN2, FC1, FC2. The others are measured and "
-            "reported all the same."
-        },
-    )
-    top_k: int | None = field(
-        default=None, metadata={"help": "How many of the best units to train. With neither this nor budget: 1."}
-    )
-    budget: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the model's parameters to train, such as 0.01, in place of top_k: the best units in "
-            "order while they fit, counted as they train; the head is not counted."
-        },
-    )
-    training: str = field(
-        default="lora",
-        metadata={
-            "help": "How the chosen components train: 'lora' (LoRA on their linear layers; a norm, which LoRA cannot "
-            "take, in full) or 'full' (all of their weights)."
-        },
-    )
-    pairs: int = field(default=1024, metadata={"help": "Pairs of images, or images, to measure on at most."})
-    batch_size: int = field(default=32, metadata={"help": "Pairs, or images, in one pass while measuring."})
-    seed: int = field(default=0, metadata={"help": "Seed of the drawing of images."})
-    settle: float | None = field(
-        default=0.95,
-        metadata={
-            "help": "Measuring ends as soon as the chosen units differ from the rest at this confidence; None: it "
-            "looks at all pairs."
-        },
-    )
-    dtype: str | None = field(
-        default=None,
-        metadata={"help": "'bfloat16' or 'float16' to measure in that precision (autocast); None: the model's own."},
-    )
-    backbone: str | None = field(
-        default=None,
-        metadata={
-            "help": "Path of the vision transformer in a model that holds more than one, such as 'model.vision_tower'."
-        },
-    )
+    criterion: str | None = field(default=None, metadata=_described("criterion"))
+    inputs: str | None = field(default=None, metadata=_described("inputs"))
+    granularity: str = field(default="kind", metadata=_described("granularity"))
+    candidates: tuple[str, ...] = field(default=KINDS, metadata=_described("candidates"))
+    top_k: int | None = field(default=None, metadata=_described("top_k"))
+    budget: float | None = field(default=None, metadata=_described("budget"))
+    training: str = field(default="lora", metadata=_described("training"))
+    max_samples: int = field(default=1024, metadata=_described("max_samples"))
+    batch_size: int = field(default=32, metadata=_described("batch_size"))
+    seed: int = field(default=0, metadata=_described("seed"))
+    settle: float | None = field(default=0.95, metadata=_described("settle"))
+    dtype: str | None = field(default=None, metadata=_described("dtype"))
+    backbone: str | None = field(default=None, metadata=_described("backbone"))
+    forward_kwargs: dict[str, Any] | None = field(default=None, metadata=_described("forward_kwargs"))
 
-    selection: Selection | None = field(
-        default=None, init=False, repr=False, metadata={"help": "What was chosen; None until a model was adapted."}
-    )
-    id2label: dict[int, str] | None = field(
-        default=None, init=False, repr=False, metadata={"help": "Names of the labels, from the config of the model."}
+    chosen: Chosen | None = field(
+        default=None, repr=False, metadata={"help": "What was selected, and for which model. Set by `choose`."}
     )
 
     def __post_init__(self) -> None:
         self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
-        self._check_lora()
+        names = [each.name for each in fields(self) if each.name in ARGUMENTS]
+        for name, value in check_arguments({name: getattr(self, name) for name in names}).items():
+            setattr(self, name, value)
         try:
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"PEFT refuses the options of LoRA: {error}") from error
-        self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or PEFT_TYPE
+        if self.report is None or (self.criterion, self.inputs) != (None, None):
+            self.criterion, self.inputs = resolve(self.criterion, self.inputs)
+        if not isinstance(self.chosen, (Chosen, type(None))):
+            raise ConfigError(f"chosen is set by PlasticityConfig.choose. Got {shown(self.chosen)}.")
+        if self.chosen is None:
+            self.check_modules_are_not_named()
+            self._check_data()
+        else:
+            self._check_unchanged(self.chosen)
+
+    @property
+    def selection(self) -> Selection | None:
+        """What was selected; None before that."""
+        return None if self.chosen is None else self.chosen.selection
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the labels of the model that was adapted, from its config."""
+        return None if self.chosen is None else self.chosen.id2label
+
+    def check_modules_are_not_named(self) -> None:
+        """Raises ConfigError if an option of LoRA names the modules that the ranking selects.
+
+        Preparing functions of PEFT, such as LoRA-GA's, set `target_modules` to PEFT's own choice if there is none.
+        """
         for name in CHOSEN_FOR_THE_USER:
             value = getattr(self, name, None)
             if value is not None and not (isinstance(value, Sized) and len(value) == 0):
                 raise ConfigError(
-                    f"{name} is chosen by the ranking; narrow it with candidates, granularity, top_k or budget, or "
-                    f"use LoraConfig to choose modules by name. Got {name}={shown(value)}."
+                    f"{name} is chosen by the ranking. Restrict it with candidates, granularity, top_k or budget, "
+                    "use LoraConfig to choose modules by name, or call config.choose(model) before other functions of "
+                    f"PEFT need the modules. Got {name}={shown(value)}."
                 )
-        if self.report is None or (self.criterion, self.inputs) != (None, None):
-            self.criterion, self.inputs = resolve(self.criterion, self.inputs)
-        self.granularity = canonical_granularity(self.granularity)
-        check_choice("training", self.training, TRAINING_MODES)
-        self.candidates = check_candidates(self.candidates)
-        check_amount(self.top_k, self.budget)
-        check_count("pairs", self.pairs, 2, MOST_PAIRS)
-        check_count("batch_size", self.batch_size, 1)
-        check_count("seed", self.seed, 0, HIGHEST_SEED)
-        check_settle(self.settle)
-        check_path("backbone", self.backbone)
-        self.dtype = check_dtype(self.dtype)
+
+    def _check_data(self) -> None:
+        """Raises ConfigError unless there is one thing to rank by: a report, or data."""
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
             raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
         if self.report is not None and self.target_data is not None:
-            raise ConfigError("Give report, to choose from scores, or target_data, to measure; got both.")
+            raise ConfigError("Give report, to select from scores, or target_data, to measure. Got both.")
         if self.source_data is not None and self.target_data is None:
             raise ConfigError("source_data is the other half of each pair: give target_data with it.")
 
-    def _check_lora(self) -> None:
-        """Raises ConfigError where an option of LoRA has a type or a value that PEFT would fail on, or pass over."""
-        check_lora(self.r, self.rank_pattern, self.use_dora, self.lora_bias)
-        check_number("lora_alpha", self.lora_alpha)
-        for key, alpha in check_patterns("alpha_pattern", self.alpha_pattern).items():
-            check_number(f"alpha_pattern[{key!r}]", alpha)
-        check_flag("use_rslora", self.use_rslora)
-        check_flag("fan_in_fan_out", self.fan_in_fan_out)
-        check_choice("bias", self.bias, ("none", "all", "lora_only"))
-        dropout, names = self.lora_dropout, self.modules_to_save
-        if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-            raise ConfigError(f"lora_dropout must be a number from 0 to below 1. Got {shown(dropout)}.")
-        if names is None:
-            return
-        if not isinstance(names, (list, tuple, set, frozenset)) or not all(isinstance(name, str) for name in names):
-            raise ConfigError(f"modules_to_save must be a list of module names, or None. Got {shown(names)}.")
-        self.modules_to_save = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
-
     def load_report(self) -> PlasticityReport | None:
-        """Returns the scores given as `report`, read where it is a path; None where there are none."""
+        """Returns the scores given as `report`, which are read if it is a path; None if there are none."""
         if self.report is None or isinstance(self.report, PlasticityReport):
             return self.report
         if isinstance(self.report, Mapping):
@@ -240,16 +170,16 @@ class PlasticityConfig(LoraConfig):
         return PlasticityReport.load(self.report)
 
     def select(self, report: PlasticityReport) -> Selection:
-        """Returns what this config chooses from the scores of `report`.
+        """Returns what this config selects from the scores of `report`.
 
         Raises:
-            ConfigError: the report was made by another criterion or protocol than this config asks for, or has no
-                such choice.
+            ConfigError: the report is of another criterion or protocol than this config asks for, or has too few
+                units.
         """
         if self.criterion is not None and (self.criterion, self.inputs) != (report.criterion, report.inputs):
             raise ConfigError(
-                f"The report holds scores by criterion={report.criterion!r} with inputs={report.inputs!r}, and the "
-                f"config asks for criterion={self.criterion!r} with inputs={self.inputs!r}. Leave both out to take "
+                f"The report contains scores of criterion={report.criterion!r} with inputs={report.inputs!r}, and the "
+                f"config asks for criterion={self.criterion!r} with inputs={self.inputs!r}. Leave both out to use "
                 "the report as it is, or measure again."
             )
         return report.select_by(self.rule)
@@ -261,12 +191,13 @@ class PlasticityConfig(LoraConfig):
         return Settings(
             criterion=criterion,
             inputs=inputs,
-            max_samples=self.pairs,
+            max_samples=self.max_samples,
             batch_size=self.batch_size,
             seed=self.seed,
             settle=self.settle,
             dtype=self.dtype,
             backbone=self.backbone,
+            forward_kwargs=self.forward_kwargs,
         )
 
     @property
@@ -274,48 +205,143 @@ class PlasticityConfig(LoraConfig):
         """What is to be selected."""
         return SelectionRule(**{each.name: getattr(self, each.name) for each in fields(SelectionRule)})
 
+    def choose(self, model: nn.Module) -> PlasticityConfig:
+        """Measures a model and selects its components. Returns this config, which is then the LoRA config of them.
+
+        `get_peft_model` and `add_adapter` do this themselves. Call it before functions of PEFT that take a base model
+        and a config and need to know the target modules, such as `preprocess_loraga` and `get_eva_state_dict`.
+
+        Args:
+            model: a vision transformer as in `find_components`, or a PeftModel, whose base model is measured. It is
+                left as it is.
+
+        Raises:
+            ConfigError: this config has selected for another model, or an option was changed since it selected.
+            ModelError: see `find_components`.
+
+        Examples:
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            ...                                             intermediate_size=64, image_size=8, patch_size=4))
+            >>> config = PlasticityConfig(criterion="bound", candidates=("FC1", "FC2")).choose(model)
+            >>> (len(config.target_modules), config.modules_to_save)
+            (2, ['classifier'])
+        """
+        # This file is imported by the one that knows how to choose.
+        from plasticity_peft.adapters.model import choose_components
+
+        return choose_components(model, self)
+
+    def check_is_for(self, model: nn.Module) -> None:
+        """Raises ConfigError if the components were selected for another model, or by other options than there are."""
+        if self.chosen is None:
+            return
+        self._check_unchanged(self.chosen)
+        if not self.chosen.is_for(model, self._measured_modules()):
+            raise ConfigError(
+                "This PlasticityConfig has selected components of another model: the weights or the labels differ. "
+                "Make a new one to measure this model. To adapt the same modules here without measuring, use "
+                "config.to_lora()."
+            )
+
+    def _measured_modules(self) -> list[str]:
+        scores = self.report.scores if isinstance(self.report, PlasticityReport) else ()
+        return [path for row in scores for path in row.modules]
+
+    def _check_unchanged(self, chosen: Chosen) -> None:
+        """Raises ConfigError if an option that the selection depends on was changed since."""
+        options = self._options()
+        changed = [name for name, value in chosen.options.items() if options[name] != value]
+        changed += ["target_data"] if self.target_data is not None or self.source_data is not None else []
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} was changed after the components were selected, which has no effect. Make a new "
+                "PlasticityConfig: with target_data to measure, or with report=config.report to select from the same "
+                f"scores. Got {changed[0]}={shown(getattr(self, changed[0]))}."
+            )
+
+    def _options(self) -> dict[str, Any]:
+        """Returns the options that the selection depends on, those of LoRA left out."""
+        of_lora = {each.name for each in fields(LoraConfig)}
+        others = {*of_lora, "target_data", "source_data", "report", "chosen"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+
     def resolve(
         self,
+        model: nn.Module,
         report: PlasticityReport,
         selection: Selection,
         *,
-        target_modules: list[str] | str,
+        target_modules: Iterable[str] | str,
         modules_to_save: list[str] | None,
         id2label: dict[int, str] | None,
     ) -> None:
-        """Turns this into the LoRA config of what was chosen, and lets go of the data."""
-        self.report, self.selection, self.id2label = report, selection, id2label
-        self.target_modules, self.modules_to_save = target_modules, modules_to_save
+        """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
+        self.report = report
+        # PEFT combines adapters only if their target_modules are sets.
+        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)
+        self.modules_to_save = modules_to_save
         self.target_data = self.source_data = None
-        self.peft_type = PeftType.LORA
-        self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
+        self.chosen = Chosen(
+            selection=selection,
+            linears=() if isinstance(target_modules, str) else tuple(sorted(target_modules)),
+            id2label=id2label,
+            options=self._options(),
+            fingerprint=fingerprint(model, self._measured_modules()),
+            model=weakref.ref(model),
+        )
+
+    @property
+    def is_as_chosen(self) -> bool:
+        """Whether the adapter trains what was selected. PEFT's EVA, for one, may leave out modules afterwards."""
+        if self.chosen is None or isinstance(self.target_modules, str) or not self.target_modules:
+            return self.chosen is not None
+        ends = tuple(f".{name}" for name in self.target_modules)
+        return all(f".{path}".endswith(ends) for path in self.chosen.linears)
+
+    def to_lora(self) -> LoraConfig:
+        """Returns a `peft.LoraConfig` with the same options, without the report and the selection.
+
+        Raises:
+            ConfigError: the components are not selected yet.
+        """
+        if self.chosen is None:
+            raise ConfigError("The components are not selected yet. Call config.choose(model) first.")
+        options = {each.name: copy.copy(getattr(self, each.name)) for each in fields(LoraConfig) if each.init}
+        task = None if self.task_type == PEFT_TYPE else self.task_type
+        return LoraConfig(**{**options, "task_type": task})
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the options as a dictionary without the data: those of LoRA alone once the components are chosen."""
+        """Returns the options without the data. Once the components are selected, these are only options of LoRA."""
         plain = copy.copy(self)
-        plain.target_data = plain.source_data = plain.report = plain.selection = None
+        plain.target_data = plain.source_data = plain.report = plain.chosen = None
         values: dict[str, Any] = super(PlasticityConfig, plain).to_dict()  # type: ignore[no-untyped-call]
         own = {f.name for f in fields(self)} - {f.name for f in fields(LoraConfig)}
-        hidden = own if self.selection is not None else {"target_data", "source_data", "selection", "id2label"}
+        hidden = own if self.chosen is not None else {"target_data", "source_data", "chosen"}
         values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
         if values["task_type"] == PEFT_TYPE:
             values["task_type"] = None
-        if self.selection is not None:
-            values["peft_type"] = PeftType.LORA
-        if "report" in values:
+        if self.chosen is None:
+            # PEFT reads the config back as an instance of this class.
+            values["peft_type"] = PEFT_TYPE
             report = os.fspath(self.report) if isinstance(self.report, os.PathLike) else self.report
             values["report"] = report.to_dict() if isinstance(report, PlasticityReport) else report
         return values
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Writes adapter_config.json with what stock PEFT knows, and beside it plasticity.json with the rest."""
-        # The config comes last: without it no loader takes a folder for an adapter.
+        """Writes adapter_config.json with the options of LoRA, and plasticity.json with the report and the selection.
+
+        adapter_config.json is written last: without it, a folder is not an adapter.
+
+        Args:
+            save_directory: folder of the adapter.
+            kwargs: arguments of `peft.PeftConfig.save_pretrained`.
+
+        Raises:
+            FileError: a file cannot be written.
+        """
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
-            if isinstance(self.report, PlasticityReport) and self.selection is not None:
-                adapter = AdapterDescription(self.training, self.selection, self.id2label)
-                values = {**self.report.to_dict(), KEY: adapter.to_dict()}
-                results = results_for(save_directory)
-                if results:
-                    values["results"] = [asdict(one) for one in results]
-                write_text(folder / REPORT_NAME, json.dumps(values, indent=2) + "\n")
+            if isinstance(self.report, PlasticityReport) and self.selection is not None and self.is_as_chosen:
+                adapter = AdapterDescription.of(self.selection, self.training, self.id2label)
+                AdapterRecord(self.report, adapter, present_results(save_directory)).write(folder)

@@ -1,7 +1,7 @@
-"""Adapters that were saved under other module names, loaded all the same.
+"""`load_adapter`: an adapter put on a given base model, also if transformers has renamed modules since it was saved.
 
-PEFT finds modules by their names, and transformers renames modules. What PEFT gets from here is an adapter that says
-the same under the names of the model at hand; the loading itself is PEFT's.
+PEFT finds modules by their names. So the adapter is written again under the module names of the given model, and PEFT
+loads that copy. `load_pretrained`, in `pretrained.py`, loads the base model as well.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from plasticity_peft.checks import shown
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
-from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
+from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME, find_file, find_json
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.options import AdapterOptions, read_options
-from plasticity_peft.saved.record import AdapterDescription
+from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, reading_record
 from plasticity_peft.saved.renames import Layer, write
 from plasticity_peft.saved.weights import fitting, read_shapes, read_weights
 
@@ -49,23 +49,23 @@ def load_adapter(
     """Returns `model` with an adapter that may have been saved under another release of transformers.
 
     Like `PeftModel.from_pretrained`, for adapters of this package in both training modes and for plain LoRA adapters
-    of vision transformers. transformers renamed the modules of ViT (5.9), DINOv2 (5.18) and others, after which PEFT
-    no longer finds what an adapter is for; here every module is known by its canonical id. Only JSON and safetensors
-    are read.
+    of vision transformers. transformers renamed the modules of ViT (5.9), DINOv2 (5.18) and others, and PEFT does not
+    find renamed modules. This function identifies every module by its canonical id. It reads only JSON and
+    safetensors.
 
     Args:
         model: a vision transformer as in `find_components`, with a head of as many labels as the adapter's, or a
             PeftModel, which then gets one adapter more. It is changed in place.
         folder_or_repo: a folder with adapter_config.json and adapter_model.safetensors, or "user/repo" on the Hub.
         adapter_name: name of the adapter in the model.
-        is_trainable: whether it can be trained further.
-        backbone: path of the vision transformer in a model that holds several.
+        is_trainable: True to train the adapter further.
+        backbone: path of the vision transformer in a model that contains several.
         hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
     Raises:
         AdapterError: there is no such adapter, it is not LoRA, or it does not fit the model; the message names the
             module.
-        ReportError: plasticity.json beside the adapter is damaged, or was made for another architecture.
+        ReportError: the plasticity.json of the adapter is damaged, or is of another architecture.
         ModelError: see `find_components`.
 
     Examples:
@@ -88,23 +88,22 @@ def load_adapter(
     architecture = find_architecture(base, backbone)
     source = os.fspath(folder_or_repo)
     config = read_config(source, **hub)
-    described = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
+    record = AdapterRecord.find(source, **hub)
     report = adapter = None
-    if described is not None:
-        try:
-            report = PlasticityReport.from_dict(described)
-        except ReportError as error:
-            raise ReportError(f"Cannot read {REPORT_NAME} of {source}: {error}.") from error
+    if record is not None:
+        report = record.report
         report.check_matches(architecture.model_type, architecture.components)
-        adapter = AdapterDescription.from_file(described, REPORT_NAME)
+        with reading_record(source):
+            adapter = record.described()
     options = read_options(config, source)
     components = report.scores if report else ()
     path = _weights_file(source, hub)
-    # All that shapes can tell is told before any weight is read.
+    # Shapes are validated before any weight is read.
     fitting(read_shapes(path, source), options, base, architecture, components, source)
     renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
     if adapter is not None:
-        adapter = check_description(adapter, architecture, renamed)
+        with reading_record(source):
+            adapter = check_description(adapter, architecture, renamed)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
         Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
         save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
@@ -115,19 +114,19 @@ def load_adapter(
             loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
         if report is not None and adapter is not None:
             lora = loaded.peft_config[adapter_name]
-            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture)
+            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture, base)
     return loaded
 
 
 def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
-    """Raises AdapterError for a name under which PEFT or torch cannot hold an adapter, or a folder not keep it."""
+    """Raises AdapterError for a name that PEFT, torch or a folder cannot use for an adapter."""
     if adapter_name in taken:
-        raise AdapterError(f"The model has an adapter {adapter_name!r} already. Give another adapter_name.")
+        raise AdapterError(f"The model already has an adapter {adapter_name!r}. Give another adapter_name.")
     usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
     if not usable or not adapter_name.strip() or hasattr(nn.ModuleDict(), adapter_name) or adapter_name in "lora_":
         raise AdapterError(
-            "adapter_name must be a name without dots and slashes, that no attribute of torch.nn.ModuleDict and no "
-            f"part of 'lora_' has. Got {shown(adapter_name)}."
+            "adapter_name must not contain '.', '/' or '\\', be the name of an attribute of torch.nn.ModuleDict, or "
+            f"be a part of 'lora_'. Got {shown(adapter_name)}."
         )
 
 
@@ -140,7 +139,7 @@ def _check_subfolder(subfolder: object) -> None:
 
 @contextmanager
 def _named(source: str) -> Iterator[None]:
-    """Turns what PEFT says of an adapter that it cannot load into an error of ours."""
+    """Inside, an error of PEFT while it loads an adapter becomes an AdapterError."""
     try:
         yield
     except PlasticityError:
@@ -150,14 +149,14 @@ def _named(source: str) -> Iterator[None]:
 
 
 def read_config(source: str, **hub: Any) -> dict[str, Any]:
-    """Returns what adapter_config.json says.
+    """Returns the content of adapter_config.json.
 
     Raises:
-        AdapterError: there is none, or it is not that of a LoRA adapter.
+        AdapterError: there is no such file, or it is not that of a LoRA adapter.
     """
-    config = read_json(source, CONFIG_NAME, AdapterError, **hub)
+    config = find_json(source, CONFIG_NAME, AdapterError, **hub)
     if config is None:
-        raise AdapterError(f"{source} holds no {CONFIG_NAME}: it is no adapter.")
+        raise AdapterError(f"No {CONFIG_NAME} in {source}. It is not an adapter.")
     if config.get("peft_type") != "LORA":
         raise AdapterError(
             f"{source}: only adapters with peft_type LORA can be loaded. Got {config.get('peft_type')!r}."
@@ -168,14 +167,12 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
 def _weights_file(source: str, hub: Mapping[str, Any]) -> Path:
     path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
-        raise AdapterError(
-            f"{source} holds no {WEIGHTS_NAME}. Weights in other formats, such as pickles, are not read."
-        )
+        raise AdapterError(f"No {WEIGHTS_NAME} in {source}. Weights in other formats, such as pickles, are not read.")
     return path
 
 
 def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """Returns the LoRA config of an adapter under new names: every module is named in full."""
+    """Returns the LoRA config of an adapter under new names; it contains the full path of every module."""
     lora = {path: layer for path, layer in layers.items() if layer.lora}
     alphas = {
         path: layer.scaling * (layer.rank**0.5 if options.use_rslora else layer.rank) for path, layer in lora.items()
@@ -197,36 +194,41 @@ def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, A
 def check_description(
     description: AdapterDescription, architecture: Architecture, layers: Mapping[str, Layer]
 ) -> AdapterDescription:
-    """Returns the description with the module names of this model. Raises ReportError where it does not fit `layers`.
+    """Returns the description with the module names of this model.
 
     Args:
-        description: what plasticity.json says of the adapter.
+        description: the description in the plasticity.json of the adapter.
         architecture: the model that gets the adapter.
-        layers: what the adapter holds for each module of the model.
+        layers: what the adapter contains for each module of the model.
+
+    Raises:
+        ReportError: the description does not fit `architecture` or `layers`.
     """
-    selection = description.selection
-    here = {part.id: part.modules for part in architecture.components}
-    unknown = [name for name in selection.components if name not in here]
+    here = {component.id: component.modules for component in architecture.components}
+    unknown = [name for name in description.components if name not in here]
     if unknown:
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components names {unknown[0]}, which the model lacks.")
-    if not set(selection.units) <= set(here if selection.granularity == "component" else KINDS):
+        raise ReportError(f"adapter.components must be components of the model, got {shown(unknown[0])}")
+    if not set(description.units) <= set(here if description.granularity == "component" else KINDS):
         raise ReportError(
-            f"Cannot read {REPORT_NAME}: adapter.units {shown(selection.units)} are no units of granularity "
-            f"{selection.granularity!r}."
+            f"adapter.units must be of granularity {description.granularity!r}, got {shown(description.units)}"
         )
-    modules = tuple(path for name in selection.components for path in here[name])
+    modules = tuple(path for name in description.components for path in here[name])
     trained = {path for paths in here.values() for path in paths if path in layers}
     if trained != set(modules):
         other = min(trained ^ set(modules))
-        raise ReportError(f"Cannot read {REPORT_NAME}: adapter.components and the weights differ in {other}.")
-    return replace(description, selection=replace(selection, modules=modules))
+        raise ReportError(f"adapter.components must be the components in the weights, which differ in {other}")
+    return replace(description, modules=modules)
 
 
 def resolved_config(
-    lora: PeftConfig, report: PlasticityReport, adapter: AdapterDescription, architecture: Architecture
+    lora: PeftConfig,
+    report: PlasticityReport,
+    adapter: AdapterDescription,
+    architecture: Architecture,
+    model: nn.Module,
 ) -> PlasticityConfig:
-    """Returns the config of an adapter of ours as it was when it was saved, with the names of this model."""
-    here = {part.id: part for part in architecture.components}
+    """Returns the config that the adapter was saved with, under the module names of this model."""
+    here = {component.id: component for component in architecture.components}
     rows = tuple(
         replace(row, path=here[row.id].path, modules=here[row.id].modules, features=here[row.id].features)
         for row in report.scores
@@ -237,9 +239,9 @@ def resolved_config(
     config = PlasticityConfig(
         **{name: value for name, value in options.items() if name not in CHOSEN_FOR_THE_USER and name != "peft_type"},
         report=report,
-        granularity=adapter.selection.granularity,
+        granularity=adapter.granularity,
         training=adapter.training,
-        top_k=len(adapter.selection.units),
+        top_k=len(adapter.units),
     )
-    config.resolve(report, adapter.selection, **chosen, id2label=adapter.id2label)
+    config.resolve(model, report, adapter.selection, **chosen, id2label=adapter.id2label)
     return config

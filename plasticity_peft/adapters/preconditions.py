@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.checks import shown
 from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
@@ -57,6 +58,15 @@ def check_trainable(
                 'train its weights themselves. Use training="lora", load the model without quantisation, or choose '
                 'among others: candidates=("LN1", "LN2").'
             )
+
+
+def check_labels(labels: Mapping[int, str] | None) -> None:
+    """Raises ConfigError if labels are not numbered as the outputs of a head are: nobody could load the adapter."""
+    if labels is not None and sorted(labels) != list(range(len(labels))):
+        raise ConfigError(
+            f"The id2label of the model's config must number its {len(labels)} labels from 0 to {len(labels) - 1}, as "
+            f"the outputs of the head are numbered. Got {shown(sorted(labels))}. Change model.config.id2label."
+        )
 
 
 def check_not_in_other_mode(model: nn.Module, linears: Iterable[str], others: Iterable[str]) -> None:

@@ -1,4 +1,7 @@
-"""A published adapter as a model that is ready to use: base model, head, image processor and names of the labels."""
+"""`load_pretrained`: an adapter together with its base model, head, image processor and the names of its labels.
+
+`load_adapter`, in `loading.py`, puts an adapter on a base model that is given.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,12 @@ from transformers import (
 
 from plasticity_peft.adapters.loading import load_adapter, read_config
 from plasticity_peft.components.architecture import find_architecture
-from plasticity_peft.errors import AdapterError, ReportError
-from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME, find_file, read_json
-from plasticity_peft.saved.record import AdapterDescription
+from plasticity_peft.errors import AdapterError
+from plasticity_peft.hub import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_file
+from plasticity_peft.saved.record import AdapterRecord, reading_record
 
-PROCESSOR_NAME = "preprocessor_config.json"
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")
-"""Options of the Hub that hold for the base model too; `revision` and `subfolder` are those of the adapter."""
+"""Options of the Hub that apply to the base model too; `revision` and `subfolder` are those of the adapter."""
 
 
 class Pretrained(NamedTuple):
@@ -33,7 +35,7 @@ class Pretrained(NamedTuple):
     model: PeftModel
     """The base model with the adapter on it, in evaluation mode unless `is_trainable`."""
     image_processor: BaseImageProcessor
-    """What makes images into the tensors that the model takes."""
+    """Turns images into the tensors that the model takes."""
     id2label: dict[int, str]
     """Names of the labels, as in `model.config.id2label`; empty for a model without a head."""
 
@@ -52,23 +54,23 @@ def load_pretrained(
 ) -> Pretrained:
     """Returns (model, image_processor, id2label) of a saved or published adapter, ready for a pipeline.
 
-    The base model is the one that adapter_config.json names, with a head of the adapter's labels; the adapter goes on
-    it as in `load_adapter`. The image processor is the adapter's, or else the base model's.
+    The base model is the one that adapter_config.json names. It gets a head for the adapter's labels, and the adapter
+    as in `load_adapter`. The image processor is the adapter's, or the base model's if the adapter has none.
 
     Args:
         folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
-        base_model: folder or Hub name of the base model, where it has moved.
-        id2label: names of the labels, where the adapter does not say them (those of this package do).
-        dtype: type of the base model's weights, as in `from_pretrained`.
-        device_map: where its weights go, as in `from_pretrained`.
+        base_model: folder or Hub name of the base model, if it has moved.
+        id2label: names of the labels, if the adapter does not contain them. Adapters of this package do.
+        dtype: dtype of the base model's weights, as in `from_pretrained`.
+        device_map: devices of the base model's weights, as in `from_pretrained`.
         model_kwargs: other options of the base model's `from_pretrained`.
-        is_trainable: whether the adapter can be trained further.
-        backbone: path of the vision transformer in a model that holds several.
+        is_trainable: True to train the adapter further.
+        backbone: path of the vision transformer in a model that contains several.
         hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
     Raises:
         AdapterError: there is no such adapter, base model or image processor, or they do not fit together.
-        ReportError: plasticity.json beside the adapter is damaged, or was made for another architecture.
+        ReportError: the plasticity.json of the adapter is damaged, or is of another architecture.
 
     Examples:
         >>> import tempfile
@@ -111,7 +113,7 @@ def load_pretrained(
 def _base(
     base_class: Any, base: str, options: Mapping[str, Any], source: str, backbone: str | None
 ) -> PreTrainedModel:
-    """Returns the base model; none of its weights but those of its head may differ in shape from the pretrained."""
+    """Returns the base model. Only the weights of its head may differ in shape from the pretrained ones."""
     try:
         model, loading = base_class.from_pretrained(base, output_loading_info=True, **options)
     except (OSError, ValueError) as error:
@@ -127,18 +129,16 @@ def _base(
 
 
 def _labels(source: str, hub: Mapping[str, Any]) -> dict[int, str]:
-    """Returns the names of the labels in plasticity.json; empty where it says none."""
-    values = read_json(source, REPORT_NAME, ReportError, optional=True, **hub)
-    if values is None:
+    """Returns the names of the labels in plasticity.json; empty if there are none."""
+    record = AdapterRecord.find(source, **hub)
+    if record is None:
         return {}
-    named = AdapterDescription.from_file(values, f"{REPORT_NAME} of {source}").id2label or {}
-    if any(number < 0 for number in named):
-        raise ReportError(f"Cannot read {REPORT_NAME} of {source}: adapter.id2label must number the labels from 0 up.")
-    return named
+    with reading_record(source):
+        return record.described().labels()
 
 
 def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
-    """Returns the number of labels of the head that the adapter holds; 0 where it holds none."""
+    """Returns the number of labels of the adapter's head; 0 if it has no head."""
     path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
         return 0
@@ -147,7 +147,7 @@ def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
             shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"Cannot read {WEIGHTS_NAME} of {source}: {error}.") from error
-    # base_model.model.<head>.weight: heads are modules of the model itself, and what else trains lies deeper.
+    # base_model.model.<head>.weight: heads are direct children of the model; all else that trains is deeper.
     heads = [shape for key, shape in shapes.items() if key.count(".") == 3 and key.endswith(".weight")]
     widths = {int(shape[0]) for shape in heads if len(shape) == 2}
     return widths.pop() if len(widths) == 1 else 0
@@ -172,6 +172,6 @@ def _image_processor(source: str, base: str, hub: Mapping[str, Any]) -> BaseImag
             except (OSError, ValueError) as error:
                 raise AdapterError(f"Cannot read {PROCESSOR_NAME} of {place}: {error}") from error
     raise AdapterError(
-        f"Neither {source} nor its base model {base} holds {PROCESSOR_NAME}. Save the image processor beside the "
-        "adapter, or use load_adapter and an image processor of your own."
+        f"No {PROCESSOR_NAME} in {source} or its base model {base}. Save the image processor beside the adapter, or "
+        "use load_adapter and your own image processor."
     )

@@ -180,13 +180,13 @@ def check_named_are_not_chosen(training: Training) -> None:
         for name in training.named:
             if within(path, name) and (path != name or path in training.linears):
                 raise ConfigError(
-                    f"modules_to_save names {name}, and {path} of it was chosen. Name other modules, or leave its kind "
-                    "out of candidates."
+                    f"modules_to_save names {name}, and {path} of it was chosen. Name other modules, or leave its "
+                    "kind out of candidates."
                 )
 
 
 def check_has_head(model: nn.Module, architecture: Architecture, given: Iterable[str] | None) -> None:
-    """Raises ModelError for a class of transformers with a head that could not be found, unless the user names it."""
+    """Raises ModelError for a class of transformers whose head was not found, unless the user names what trains."""
     for path, owner in _owners(model, architecture):
         if not is_for_a_task(owner) or architecture.heads or given is not None:
             continue
@@ -239,13 +239,12 @@ def _beside(owner: nn.Module, path: str, architecture: Architecture) -> list[str
 
 
 def _fresh(model: nn.Module, architecture: Architecture, training: Training) -> Iterator[str]:
-    lost = [path for path in fresh_weights(model, architecture.blocks) if not training.holds(path)]
-    lost = [path for path in lost if not any(within(module, path) for module in training.full)]
+    lost = list(fresh_weights(model, blocks=architecture.blocks, saved=training.full))
     if lost:
         yield (
-            f"{', '.join(lost)}: made at random when the model was loaded, because its checkpoint has no such weights. "
-            "They stay frozen and are not saved with the adapter, so that another process makes others. If the "
-            f"model uses them, train and save them: modules_to_save={lost}."
+            f"{', '.join(lost)}: made at random when the model was loaded, because its checkpoint has no such "
+            "weights. They stay frozen and are not saved with the adapter, so that another process makes others. If "
+            f"the model uses them, train and save them: modules_to_save={lost}."
         )
 
 
@@ -268,8 +267,8 @@ def _left(model: nn.Module, architecture: Architecture, training: Training) -> I
     if whole:
         found = f"No head was found in {type(model).__name__}. " if not (training.heads or training.named) else ""
         yield (
-            f"{found}What lies beside its vision transformer stays frozen and is not saved: {', '.join(whole)}. Name in "
-            "modules_to_save what should train, or freeze it with requires_grad_(False)."
+            f"{found}What lies beside its vision transformer stays frozen and is not saved: {', '.join(whole)}. "
+            "Name in modules_to_save what should train, or freeze it with requires_grad_(False)."
         )
 
 

@@ -1,7 +1,10 @@
 """The command line, `plasticity-peft` or `python -m plasticity_peft`.
 
-Exit codes: 0 for success; 1 for an error, in one line on the standard error; 2 for wrong usage. What is not an error
-of this library, of the files or of the network is a defect, and keeps its traceback.
+Exit codes: 0 for success; 1 for an error, which is one line on the standard error; 2 for wrong usage. An exception
+that is not about this library, a file or the network is a defect, and keeps its traceback.
+
+Modules of commands import torch and what builds on it inside their functions, so that help and shell completion are
+quick.
 """
 
 from __future__ import annotations
@@ -12,20 +15,20 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-import plasticity_peft
+from plasticity_peft import __version__
 from plasticity_peft.cli import card, compare, measure, select, show
 from plasticity_peft.errors import PlasticityError
 
 
 class Commands(TyperGroup):
-    """The commands, with their errors in one line."""
+    """The commands, with errors in one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command that was asked for."""
+        """Runs the command that the user gave."""
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # typer ends without a word: whoever read has enough
+            raise  # the reader of the output has enough: typer ends without a message
         except (PlasticityError, OSError) as error:
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error
@@ -36,7 +39,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
-    # Options are spelled as in transformers; --batch-size is understood too.
+    # Options are spelled as in transformers; --batch-size is accepted too.
     context_settings={
         "help_option_names": ["-h", "--help"],
         "token_normalize_func": lambda name: name.replace("-", "_"),
@@ -55,7 +58,7 @@ for module, command in (
 
 def _print_version(asked: bool) -> None:
     if asked:
-        typer.echo(plasticity_peft.__version__)
+        typer.echo(__version__)
         raise typer.Exit
 
 

@@ -6,8 +6,6 @@ from typing import Annotated
 
 import typer
 
-from plasticity_peft.card import update_card
-
 EXAMPLES = """\b
 Examples:
   plasticity-peft card path/to/adapter
@@ -19,17 +17,17 @@ def card(
     adapter: Annotated[str, typer.Argument(help="The folder of an adapter that was trained with this package.")],
     metric: Annotated[
         list[str] | None,
-        typer.Option(
-            "--metric", help="What was measured, as name=value; may be given several times.", metavar="NAME=VALUE"
-        ),
+        typer.Option("--metric", help="A result, as name=value. May be given several times.", metavar="NAME=VALUE"),
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="Name of the dataset of the metrics.")] = None,
     split: Annotated[str | None, typer.Option("--split", help="Split of that dataset.")] = None,
 ) -> None:
-    """Writes the model card of an adapter anew, with what was measured, chosen and trained, and prints its path.
+    """Writes the model card of an adapter again and prints its path.
 
-    What PEFT, the Trainer or a person wrote beside that stays.
+    The card contains what was measured, selected and trained. Text of PEFT, of the Trainer or of a person stays.
     """
+    from plasticity_peft.card import update_card
+
     metrics = dict(map(_parsed, metric)) if metric else None
     typer.echo(update_card(adapter, metrics=metrics, dataset=dataset, split=split))
 

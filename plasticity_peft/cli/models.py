@@ -1,4 +1,4 @@
-"""Models by name, as they are measured and as their modules are named."""
+"""Loads models by name: with weights, to measure them, or without, to look at their modules."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelFor
 from plasticity_peft.errors import ModelError
 
 NOT_LOADED = (OSError, ValueError, KeyError, HFValidationError)
-"""What transformers raises for a name, a folder or a type that it cannot load."""
+"""The errors of transformers for a name, a folder or a type that it cannot load."""
 
 
 def load_model(name: str, labels: list[str] | None, *, revision: str | None = None) -> nn.Module:
-    """Returns the pretrained model `name`: with a head for images where its type has one, else as AutoModel has it.
+    """Returns the pretrained model `name`: with a head for images if its type has one, and else as AutoModel does.
 
-    Where `labels` are known the head is for them, as in finetuning; fresh weights depend on torch's random state.
+    If `labels` are known, the head is for them, as in finetuning. New weights depend on torch's random state.
 
     Raises:
         ModelError: there is no such model, or transformers cannot load it.
@@ -38,7 +38,7 @@ def load_model(name: str, labels: list[str] | None, *, revision: str | None = No
 
 
 def blank_model(name: str, revision: str | None = None) -> nn.Module:
-    """Returns the model `name` without weights: its modules have the names of this release of transformers.
+    """Returns the model `name` without weights. Its modules have the names of this release of transformers.
 
     Raises:
         ModelError: there is no such model, or transformers cannot build it.
@@ -54,12 +54,12 @@ def blank_model(name: str, revision: str | None = None) -> nn.Module:
 
 
 def has_head(config: Any) -> bool:
-    """Returns whether transformers has a model with a head for images for this config."""
+    """Returns whether transformers has a model with a head for images of this config."""
     return type(config) in WITH_HEAD
 
 
 def load_processor(name: str, image_size: int | None = None, revision: str | None = None) -> Any:
-    """Returns the image processor of the model, for square images of `image_size` pixels if that is given.
+    """Returns the image processor of the model, for square images of `image_size` pixels if it is given.
 
     Raises:
         ModelError: the model has none.

@@ -1,26 +1,41 @@
-"""Options that several commands share, each in the words of the field of `PlasticityConfig` that it stands for."""
+"""Options that several commands share. Their help texts are those of `plasticity_peft.arguments`."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import fields
+import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES
+from plasticity_peft.cli.plugins import load_plugins
 from plasticity_peft.components.component import KINDS
+from plasticity_peft.deprecation import warn_renamed
+from plasticity_peft.report.plotting import VIEWS
 
-HELP = {field.name: str(field.metadata.get("help")) for field in fields(PlasticityConfig)}
+HELP = {name: argument.help for name, argument in ARGUMENTS.items()}
+WIDEST_CHOICES = 40
+"""Characters that the choices of an option may take in the help. The help text must name the choices of the others."""
 
 
-def one_of(name: str, allowed: Iterable[str], help: str) -> Any:
-    """Returns an option whose value is one of `allowed`: another is wrong usage, and the shell completes it."""
-    allowed = tuple(allowed)
+def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, str] | None = None) -> Any:
+    """Returns an option with a fixed set of values, which the shell completes.
+
+    Args:
+        name: the option, such as "--view".
+        allowed: the values. They are looked up when the option is used: a plugin may add some.
+        help: what the option does.
+        former: new values by former ones, which are accepted with a warning.
+    """
 
     def check(value: str | None) -> str | None:
+        if value is not None and value in (former or {}):
+            new = (former or {})[value]
+            warn_renamed(f"{name} {value}", f"{name} {new}", stacklevel=2)
+            return new
         if value is not None and value not in allowed:
             raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}.")
         return value
@@ -28,12 +43,29 @@ def one_of(name: str, allowed: Iterable[str], help: str) -> Any:
     def complete(incomplete: str) -> list[str]:
         return [value for value in allowed if value.startswith(incomplete)]
 
-    metavar = "|".join(allowed) if len(allowed) < 4 else name.strip("-").upper()
+    choices = "|".join(allowed)
+    metavar = choices if len(choices) <= WIDEST_CHOICES else name.strip("-").upper()
     return typer.Option(name, callback=check, autocompletion=complete, metavar=metavar, help=help)
 
 
+def json_object(value: str) -> dict[str, Any]:
+    """Returns a JSON object; what is none is wrong usage.
+
+    Examples:
+        >>> json_object('{"interpolate_pos_encoding": true}')
+        {'interpolate_pos_encoding': True}
+    """
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{value!r} is not a JSON object, such as {{"interpolate_pos_encoding": true}}.')
+    return found
+
+
 def several(value: str | None) -> tuple[str, ...]:
-    """Returns the parts of a value with commas.
+    """Returns the parts of a comma-separated value.
 
     Examples:
         >>> several("MHA, FC1")
@@ -51,14 +83,33 @@ ModelRevision = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on the standard output.")]
 Picture = Annotated[
-    Path | None, typer.Option("--plot", help="Write a picture of the scores (.png, .pdf, .svg); needs matplotlib.")
+    Path | None, typer.Option("--plot", help="Write a picture of the scores (.png, .pdf, .svg). Needs matplotlib.")
+]
+View = Annotated[str, one_of("--view", VIEWS, "What the picture of --plot shows.")]
+Plugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        callback=load_plugins,
+        is_eager=True,
+        metavar="MODULE",
+        help="Name of an importable module, or path of a .py file, that calls register_criterion or "
+        "register_architecture. Its code is executed. May be given several times.",
+    ),
 ]
 TopK = Annotated[int | None, typer.Option("--top_k", help=HELP["top_k"])]
 Budget = Annotated[float | None, typer.Option("--budget", help=HELP["budget"])]
-Granularity = Annotated[str, one_of("--granularity", GRANULARITIES, HELP["granularity"])]
-Candidates = Annotated[str, typer.Option("--candidates", help=f"{HELP['candidates']} With commas between.")]
+FORMER_GRANULARITIES = {"block": "component"}
+Granularity = Annotated[str, one_of("--granularity", GRANULARITIES, HELP["granularity"], FORMER_GRANULARITIES)]
+Candidates = Annotated[str, typer.Option("--candidates", help=f"{HELP['candidates']} Separated by commas.")]
 Training = Annotated[str, one_of("--training", TRAINING_MODES, HELP["training"])]
-Rank = Annotated[int, typer.Option("--r", help="Rank of LoRA.", min=1)]
+Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
+Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
+Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]
+ForwardKwargs = Annotated[
+    dict[str, Any] | None,
+    typer.Option("--forward_kwargs", parser=json_object, metavar="JSON", help=f"{HELP['forward_kwargs']} As JSON."),
+]
 
 ALL_KINDS = ",".join(KINDS)
 """The default of `Candidates`."""

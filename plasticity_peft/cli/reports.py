@@ -1,4 +1,4 @@
-"""A report in and out: read from wherever it lies, printed, drawn."""
+"""What the commands do with a report: read it from a file, a folder or the Hub, print it, draw it."""
 
 from __future__ import annotations
 
@@ -9,17 +9,15 @@ from typing import Any
 import numpy as np
 import typer
 
-from plasticity_peft.errors import ConfigError, ReportError
+from plasticity_peft.errors import ConfigError
 from plasticity_peft.extras import require
-from plasticity_peft.files import read_json
-from plasticity_peft.hub import REPORT_NAME, find_file
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
-from plasticity_peft.saved.record import KEY, AdapterDescription
+from plasticity_peft.saved.record import AdapterRecord
 
 
 def read_report(source: str, revision: str | None = None) -> PlasticityReport:
-    """Returns the report in a file, in the folder of an adapter, or beside an adapter on the Hub.
+    """Returns the report in a file, in the folder of an adapter, or in an adapter on the Hub.
 
     Raises:
         ReportError: there is none, or it is damaged.
@@ -29,19 +27,11 @@ def read_report(source: str, revision: str | None = None) -> PlasticityReport:
     return PlasticityReport.from_pretrained(source, revision=revision)
 
 
-def read_description(source: str, revision: str | None = None) -> AdapterDescription | None:
-    """Returns what an adapter trains, and how; None for a report that belongs to no adapter.
-
-    Raises:
-        ReportError: it is damaged.
-    """
-    path: Path | None = Path(source)
-    if not _names_a_file(source):
-        path = find_file(source, REPORT_NAME, ReportError, revision=revision)
-    if path is None:
-        return None
-    values = read_json(path)
-    return AdapterDescription.from_file(values, path.name) if KEY in values else None
+def read_record(source: str, revision: str | None = None) -> AdapterRecord:
+    """Returns the report and, if `source` is an adapter, the description of the adapter; see `read_report`."""
+    if _names_a_file(source):
+        return AdapterRecord.load(source)
+    return AdapterRecord.read(source, revision=revision)
 
 
 def _names_a_file(source: str) -> bool:
@@ -54,13 +44,13 @@ def print_json(values: Any) -> None:
 
 
 def check_file(path: Path | None, option: str) -> None:
-    """Raises ConfigError where `path` cannot be written because its folder is missing: before, not after the work."""
+    """Raises ConfigError if `path` is a folder or the folder of `path` is missing. Called before the work begins."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
         raise ConfigError(f"{option} must be a file in a folder that exists. Got {path}.")
 
 
 def check_picture(path: Path | None, option: str = "--plot") -> None:
-    """Raises where a picture cannot be drawn to `path`: matplotlib is missing, or does not know the format."""
+    """Raises an error if a picture cannot be drawn to `path`: matplotlib is missing, or does not know the format."""
     if path is None:
         return
     check_file(path, option)

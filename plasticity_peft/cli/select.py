@@ -1,19 +1,12 @@
-"""`plasticity-peft select`: a report cut at some number or budget, as a LoraConfig for stock PEFT."""
+"""`plasticity-peft select`: what a report selects, as a LoraConfig for stock PEFT."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 import typer
-import yaml
 
-from plasticity_peft.adapters.model import lora_arguments
-from plasticity_peft.adapters.what_trains import peft_names
 from plasticity_peft.cli import options
-from plasticity_peft.cli.models import blank_model
-from plasticity_peft.cli.reports import print_json, read_report
-from plasticity_peft.components.architecture import find_architecture
-from plasticity_peft.components.component import Component
 
 EXAMPLES = """\b
 Examples:
@@ -34,49 +27,68 @@ def select(
     candidates: options.Candidates = options.ALL_KINDS,
     training: options.Training = "lora",
     r: options.Rank = 8,
+    lora_alpha: options.Alpha = 8,
     model: Annotated[
         str | None,
         typer.Option(
             "--model",
-            help="Hub name or folder of the model that is to train: modules and head are named as the installed "
-            "transformers names them. Without it, names are those of the model that was measured. Only its config "
-            "is read.",
+            help="Hub name or folder of the model to train. Modules and head then have the names of the installed "
+            "transformers; without it, those of the model that was measured. Only the config of the model is read.",
         ),
     ] = None,
-    backbone: Annotated[str | None, typer.Option("--backbone", help=options.HELP["backbone"])] = None,
+    backbone: options.Backbone = None,
     head: Annotated[
         str | None,
         typer.Option(
             "--head",
-            help="Modules that train in full beside the selected ones, such as classifier, with commas between. A "
-            "report does not name the head: give this or --model.",
+            help="Modules that train in full in addition to the selected ones, such as classifier, separated by "
+            "commas. A report does not name the head: give this or --model.",
         ),
     ] = None,
     format: Annotated[str, options.one_of("--format", ("yaml", "json"), "How the config is printed.")] = "yaml",
+    plugin: options.Plugin = None,
     model_revision: options.ModelRevision = None,
     revision: options.Revision = None,
 ) -> None:
     """Prints the LoraConfig of the best components of a report, for a script that needs only PEFT.
 
-    Norms in lora mode, all that is selected in full mode, and the head are in modules_to_save.
+    modules_to_save has the head, the selected norms in lora mode, and everything that is selected in full mode.
     """
+    from plasticity_peft.adapters.model import lora_arguments
+    from plasticity_peft.cli.reports import read_report
+
     found = read_report(report, revision)
     kinds = options.several(candidates)
     selection = found.select(top_k, budget, granularity=granularity, candidates=kinds, training=training, r=r)
-    components: tuple[Component, ...] = found.scores
+    components: Any = found.scores
     heads = options.several(head)
     if model is not None:
-        built = blank_model(model, model_revision)
-        architecture = find_architecture(built, backbone)
+        architecture, found_heads = _architecture(model, model_revision, backbone)
         found.check_matches(architecture.model_type, architecture.components)
-        components, heads = architecture.components, (*peft_names(built, architecture.heads), *heads)
+        components, heads = architecture.components, (*found_heads, *heads)
     if not heads:
         typer.echo("Warning: no head will train. Name it with --head, or give --model to find it.", err=True)
-    config = {"r": r, **lora_arguments(components, selection.components, training, heads=heads)}
+    modules = lora_arguments(components, selection.components, training, heads=heads)
+    config = {"r": r, "lora_alpha": lora_alpha, **modules}
     _print(config, format, ", ".join(selection.units), selection.parameters[training])
 
 
+def _architecture(model: str, revision: str | None, backbone: str | None) -> tuple[Any, list[str]]:
+    """Returns the architecture of a model, and the names by which PEFT finds its heads."""
+    from plasticity_peft.adapters.what_trains import peft_names
+    from plasticity_peft.cli.models import blank_model
+    from plasticity_peft.components.architecture import find_architecture
+
+    built = blank_model(model, revision)
+    architecture = find_architecture(built, backbone)
+    return architecture, peft_names(built, architecture.heads)
+
+
 def _print(config: dict[str, Any], format: str, units: str, parameters: int) -> None:
+    import yaml
+
+    from plasticity_peft.cli.reports import print_json
+
     if format == "json":
         print_json(config)
     else:

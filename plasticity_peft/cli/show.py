@@ -1,14 +1,10 @@
-"""`plasticity-peft show`: what was measured, as a table or a picture."""
+"""`plasticity-peft show`: the scores of a report, as a table, a picture or JSON."""
 
 from __future__ import annotations
-
-from typing import Annotated
 
 import typer
 
 from plasticity_peft.cli import options
-from plasticity_peft.cli.reports import check_picture, print_json, read_description, read_report, save_picture
-from plasticity_peft.report.plotting import VIEWS
 
 EXAMPLES = """\b
 Examples:
@@ -21,14 +17,16 @@ Examples:
 def show(
     report: options.Report,
     plot: options.Picture = None,
-    view: Annotated[str, options.one_of("--view", VIEWS, "What the picture shows.")] = "overview",
+    view: options.View = "overview",
     revision: options.Revision = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture or JSON."""
+    from plasticity_peft.cli.reports import check_picture, print_json, read_record, save_picture
+
     check_picture(plot)
-    found = read_report(report, revision)
-    adapter = read_description(report, revision)
+    record = read_record(report, revision)
+    found, adapter = record.report, record.adapter
     if plot is not None:
         save_picture(found, plot, view, adapter.selection if adapter else None)
     if as_json:
@@ -36,6 +34,5 @@ def show(
         return
     typer.echo(str(found))
     if adapter:
-        units = ", ".join(adapter.selection.units)
-        parameters = adapter.selection.parameters[adapter.training]
+        units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
         typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")

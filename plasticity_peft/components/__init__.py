@@ -1,1 +1,9 @@
-"""From a model to its components: which modules belong to which component, and how the model calls them."""
+"""From a model to its components: which modules belong to which component, and how the model calls them.
+
+`layouts` has the names of the layers of each architecture, `structure` validates them, and `architecture` combines the
+two. A new architecture is one `BlockLayout`, given to `register_architecture`.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,13 +6,16 @@ component: they are not measured and not trained.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from plasticity_peft.components.blocks import find_stack
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.computed import check_plain_weights
 from plasticity_peft.components.heads import find_entry, find_heads, within
 from plasticity_peft.components.layouts import BlockLayout
 from plasticity_peft.components.offloading import onloaded
@@ -47,6 +50,8 @@ class Architecture:
     """Number of weights and biases of the whole model, adapters not counted."""
     layout: BlockLayout
     """Names of the parts of a block."""
+    forward_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments that every forward pass gets beside the images."""
 
     @property
     def called_heads(self) -> tuple[str, ...]:
@@ -91,6 +96,7 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
     check_not_sharded(model)
     stack = find_stack(model, backbone)
     layout = stack.layout
+    check_plain_weights(model, stack.paths)
     names = [(path, _indices(path, layout)) for path in stack.paths]
     stages = sorted({indices[0] for _, indices in names}) if len(names[0][1]) == 2 else None
     components = []

@@ -127,7 +127,7 @@ def _nothing_found(model: nn.Module, backbone: str | None) -> str:
             lists += [(path, owner)] if owner else []
     there = "; ".join(f"{path}.*: {names}" for path, names in lists) or "none with as many as four layers"
     expected = ""
-    if model_type in LAYOUTS:
+    if isinstance(model_type, str) and model_type in LAYOUTS:
         rows = [", ".join(name for kind in KINDS for name in row.weights(kind)) for row in LAYOUTS[model_type]]
         expected = f" Its blocks were expected to hold the layers {' or '.join(rows)}."
     return (

@@ -1,11 +1,16 @@
 """The names that every stage shares: the five kinds of component, and one component of one block.
 
-Nothing here knows a model; a report read on a machine without torch uses these names too.
+Nothing here needs a model or torch. The annotations are validated when a component is read from a file.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Len
+
+from plasticity_peft.constraints import Count, PositiveCount, Text, one_of
 
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 """The paper's five kinds, in the order in which a pre-norm block calls them."""
@@ -18,19 +23,19 @@ MATRIX_KINDS = ("MHA", "FC1", "FC2")
 class Component:
     """One component of one block: what the paper measures, and what is trained or left alone as a whole."""
 
-    stage: int | None = None
+    stage: Count | None = None
     """Index of the stage that holds the block, in a hierarchical model; None in all others."""
-    block: int
+    block: Count
     """Index of the block, 0 next to the embeddings; in a hierarchical model, 0 at the start of each stage."""
-    kind: str
+    kind: Annotated[str, one_of(KINDS)]
     """One of `KINDS`."""
-    path: str
+    path: Text
     """Path of the module that maps the component's input to its output; of a gated FC1, which has two, the first."""
-    modules: tuple[str, ...]
+    modules: Annotated[tuple[Text, ...], Len(1)]
     """Paths of the linear layers or the norm that hold its weights, in the model that was looked at."""
-    parameters: int
+    parameters: PositiveCount
     """Weights and biases in `modules`: what `training="full"` trains."""
-    features: tuple[tuple[int, int], ...] = ()
+    features: tuple[tuple[PositiveCount, PositiveCount], ...] = ()
     """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot take."""
 
     @property

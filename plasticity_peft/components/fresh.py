@@ -21,12 +21,13 @@ LOADED = "_is_hf_initialized"
 """Attribute of a parameter that transformers loaded from a checkpoint."""
 
 
-def fresh_weights(model: nn.Module, blocks: tuple[str, ...] = ()) -> tuple[str, ...]:
+def fresh_weights(model: nn.Module, *, blocks: tuple[str, ...] = (), saved: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Returns the paths of modules, and of parameters, that hold random weights in a model that is else pretrained.
 
     Args:
         model: any model; the models of transformers in it are looked at.
-        blocks: paths of modules in which only marks count, because layers without a bias are common in them.
+        blocks: paths of modules in which only marks count, because biases of zeros are common in them.
+        saved: paths of modules that are left out, because their weights are saved with an adapter.
 
     Examples:
         >>> fresh_weights(nn.Linear(2, 2))
@@ -39,6 +40,7 @@ def fresh_weights(model: nn.Module, blocks: tuple[str, ...] = ()) -> tuple[str, 
         missing = {name for name, parameter in parameters.items() if not getattr(parameter, LOADED, False)}
         if len(missing) == len(parameters):
             missing = set(_by_look(models[path], path, blocks))
+        missing = {name for name in missing if not any(within(name, module) for module in saved)}
         random = {name for name in missing if _is_random(parameters[name])}
         found += _grouped([name for name, _ in walk(models[path], path)], set(parameters), missing, random)
     return tuple(found)

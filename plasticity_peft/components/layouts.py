@@ -1,22 +1,24 @@
-"""Where the architectures of transformers keep their components: names, one row of data each.
+"""The names of the components in each architecture of transformers, as rows of data.
 
-A family that was renamed has one row per naming; what exists in a model decides between them, not a version number.
-`architectures.py` believes a row only where the structure of the model agrees.
+A family whose modules were renamed has one row per naming. The modules of a model decide which row applies, not a
+version number. `structure.py` validates a row against the structure of the model.
 """
 
 from __future__ import annotations
 
 import re
+from collections import ChainMap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+from plasticity_peft.checks import shown
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
 class BlockLayout:
-    """Names of a block of a vision transformer, and of its parts: paths relative to the block.
+    """The names of the layers in a block of a vision transformer, as paths relative to the block.
 
     Examples:
         >>> layout = BlockLayout(
@@ -28,35 +30,35 @@ class BlockLayout:
     """
 
     blocks: str
-    """How the path of a block ends, with `*` for an index: "encoder.layers.*". With two `*` the first is a stage
-    (hierarchical models: "encoder.stages.*.layers.*"), and block ids are "stage.block"."""
+    """The end of the path of a block, with `*` for an index: `encoder.layers.*`. In a hierarchical model there are two
+    `*`, and the first is the stage: `encoder.stages.*.layers.*`. Block ids are then "stage.block"."""
     LN1: str
-    """The norm that belongs to attention: before it, or after it if `post_norm`."""
+    """The norm that belongs to the attention: before it, or after it if `post_norm`."""
     MHA: str
-    """The attention module: what maps tokens to tokens, projections included."""
+    """The attention module, which maps tokens to tokens and contains the projections."""
     projections: tuple[str, ...]
-    """Its linear layers: query, key, value and output, or the fused query-key-value and output."""
+    """The linear layers of the attention: query, key, value and output, or the fused query-key-value and output."""
     LN2: str
     """The norm that belongs to the MLP."""
     FC1: str | tuple[str, ...]
-    """The input layer of the MLP; both input layers of a gated one (SwiGLU), the gate first."""
+    """The input layer of the MLP. In a gated MLP (SwiGLU), both input layers, the gate first."""
     FC2: str
     """The output layer of the MLP."""
     post_norm: bool = False
-    """True where the norms follow attention and MLP (Swin V2)."""
+    """True if the norms come after the attention and the MLP (Swin V2)."""
     others: tuple[str, ...] = ()
-    """Linear layers and norms that a block may have beside these. They belong to no component: not measured, not
+    """Further linear layers and norms of a block. They belong to no component, and are neither measured nor
     trained."""
     random_masking: bool = False
-    """True where a forward pass hides patches by random numbers, `noise` (ViTMAE). The probe hides the same ones in
-    all images."""
+    """True if a forward pass hides patches by random numbers, `noise` (ViTMAE). While measuring, the same patches are
+    hidden in all images."""
 
     def path(self, kind: str) -> str:
-        """Returns the path of the module that computes the component of this kind; of a gated FC1, the first."""
+        """Returns the path of the module that computes the component of this kind. A gated FC1 has two: the first."""
         return self.MHA if kind == "MHA" else self.weights(kind)[0]
 
     def weights(self, kind: str) -> tuple[str, ...]:
-        """Returns the paths of the modules that hold the weights of the component of this kind."""
+        """Returns the paths of the modules with the weights of the component of this kind."""
         if kind == "MHA":
             return self.projections
         names: str | tuple[str, ...] = getattr(self, kind)
@@ -69,7 +71,7 @@ class BlockLayout:
 
     @property
     def pattern(self) -> re.Pattern[str]:
-        """Matches the path of a block in a model: group 1 is what stands before, the others are the indices."""
+        """Matches the path of a block in a model. Group 1 is the path before `blocks`; the others are the indices."""
         return re.compile(r"((?:.+\.)?)" + re.escape(self.blocks).replace(r"\*", r"(\d+)"))
 
 
@@ -166,7 +168,7 @@ _CVT = replace(
     ),
 )
 
-LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
+_BUILT_IN: dict[str, tuple[BlockLayout, ...]] = {
     **dict.fromkeys(("beit", "deit", "ijepa", "pixio", "vit", "vit_msn", "vivit"), (_VIT, _VIT_UNTIL_5_8)),
     "vit_mae": (replace(_VIT, random_masking=True), replace(_VIT_UNTIL_5_8, random_masking=True)),
     **dict.fromkeys(("data2vec-vision", "dpt", "flava_image_model", "videomae", "yolos"), (_VIT_UNTIL_5_8,)),
@@ -233,19 +235,27 @@ LAYOUTS: dict[str, tuple[BlockLayout, ...]] = {
     "cvt": (_CVT,),
     "mobilevit": (replace(_VIT_UNTIL_5_8, blocks="encoder.layer.*.transformer.layer.*"),),
 }
-"""The supported values of `config.model_type`, each with the namings of its block, newest first."""
+
+LAYOUTS: ChainMap[str, tuple[BlockLayout, ...]] = ChainMap({}, _BUILT_IN)
+"""The namings of the blocks of each supported `config.model_type`, newest first. `del LAYOUTS[model_type]` removes
+registered namings and restores the built-in ones."""
 
 
-def register_architecture(model_type: str, *layouts: BlockLayout) -> None:
-    """Makes a vision transformer known whose names plasticity_peft does not have.
+def register_architecture(model_type: str, *layouts: BlockLayout, replace: bool = False) -> None:
+    """Adds the names of the components of a vision transformer that plasticity_peft does not know.
+
+    The names are validated against each model. All linear layers and norms of a block must be named, their widths must
+    fit, and a forward pass must call each layer once in the usual order. Every process of a distributed run must
+    register them.
 
     Args:
-        model_type: `config.model_type` of the model, or of the part of it that holds the blocks.
-        layouts: one for each naming of its blocks. A model is checked against them: all linear layers and norms of
-            a block must be named, widths must fit, and a forward pass must call each layer once in the usual order.
+        model_type: `config.model_type` of the model, or of the part of it that contains the blocks.
+        layouts: one for each naming of the blocks. Several calls for one `model_type` add up: a model may have any of
+            the namings, and a built-in model type keeps its own.
+        replace: whether `layouts` replace the known namings of `model_type` instead, for example to correct a mistake.
 
     Raises:
-        ConfigError: the model type is known already, or a layout is not one.
+        ConfigError: `model_type` is not a name, or a layout is missing or not valid.
 
     Examples:
         >>> register_architecture("my_vit", BlockLayout(
@@ -254,24 +264,26 @@ def register_architecture(model_type: str, *layouts: BlockLayout) -> None:
         ... ))
         >>> "my_vit" in LAYOUTS
         True
+        >>> del LAYOUTS["my_vit"]
     """
-    if model_type in LAYOUTS and LAYOUTS[model_type] != layouts:
-        raise ConfigError(f"model_type {model_type!r} is known already. Give another, or leave it as it is.")
+    if not isinstance(model_type, str) or not model_type:
+        raise ConfigError(f"model_type must be a name, as in config.model_type. Got {shown(model_type)}.")
     if not layouts:
         raise ConfigError("Give at least one BlockLayout.")
     for layout in layouts:
         _check_layout(layout)
-    LAYOUTS[model_type] = layouts
+    known = () if replace else LAYOUTS.get(model_type, ())
+    LAYOUTS[model_type] = tuple(dict.fromkeys((*known, *layouts)))
 
 
 def _check_layout(layout: BlockLayout) -> None:
     if not isinstance(layout, BlockLayout):
-        raise ConfigError(f"A layout must be a BlockLayout. Got {type(layout).__name__}.")
+        raise ConfigError(f"A layout must be a BlockLayout. Got {shown(layout)}.")
     stars = layout.blocks.split(".").count("*")
     if stars not in (1, 2) or not layout.blocks.endswith("*"):
         raise ConfigError(
-            "blocks must be the end of the path of a block, with * for its index and, before it, for its stage if "
-            f'there are stages: "encoder.layers.*", "stages.*.blocks.*". Got {layout.blocks!r}.'
+            "blocks must be the end of the path of a block, with * for its index and, if there are stages, another * "
+            f'before it for the stage: "encoder.layers.*", "stages.*.blocks.*". Got {layout.blocks!r}.'
         )
     if not isinstance(layout.projections, tuple) or len(layout.projections) not in (2, 4):
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""Models whose weights are elsewhere: spread over devices by a `device_map`, or kept in CPU memory or on disk.
+"""Models whose weights are not on one device: spread by a `device_map`, or kept in CPU memory or on disk.
 
-Accelerate's hooks bring weights and inputs to where a module is computed. What looks at weights by itself, or ends a
-forward pass early, has to go by these hooks.
+Accelerate's hooks bring weights and inputs to the device that computes a module. Code that reads weights itself, or
+ends a forward pass early, has to respect these hooks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def execution_device(model: nn.Module) -> torch.device:
 
 
 def offloaded(model: nn.Module) -> bool:
-    """Returns whether weights of the model are brought to their device only while they are needed."""
+    """Returns whether weights of the model are on their device only while they are needed."""
     return any(getattr(getattr(module, "_hf_hook", None), "offload", False) for module in model.modules())
 
 

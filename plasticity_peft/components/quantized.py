@@ -1,7 +1,7 @@
 """Layers whose weights are stored in fewer bits: bitsandbytes, torchao and others that PEFT puts LoRA on.
 
-Each library stores them in its own way: in bytes, in another shape, in a subclass of a tensor. What all have in common
-is used here: a layer that computes the product with a matrix, and says how wide it is.
+Each library stores them in its own way: in bytes, in another shape, in a subclass of a tensor. This module uses what
+they have in common: a layer computes the product with a matrix, and has attributes for its widths.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def holds_plain_weights(module: nn.Module) -> bool:
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """Returns the weight of a layer as numbers: (outputs, inputs) of a linear layer, (features,) of a norm.
 
-    That of a quantised layer is what it makes of the identity, in float32: the very matrix that it multiplies with.
+    The weight of a quantized layer is its output for the identity, in float32: the matrix that it multiplies by.
     """
     if holds_plain_weights(module) or not isinstance(module, nn.Linear):
         return module.get_parameter("weight")
@@ -43,7 +43,7 @@ def matrix_of(module: nn.Module) -> torch.Tensor:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Returns the number of the module's own weights and biases, whatever the number of bytes that hold them.
+    """Returns the number of the module's own weights and biases, however they are stored.
 
     Examples:
         >>> parameter_count(nn.Linear(3, 2))
@@ -57,13 +57,13 @@ def parameter_count(module: nn.Module) -> int:
 
 @contextmanager
 def trainable_after(model: nn.Module) -> Iterator[None]:
-    """Inside, bitsandbytes leaves its 4-bit weights as they are.
+    """Inside, bitsandbytes does not change its 4-bit weights.
 
-    On a CPU with AVX512-BF16 it packs them anew in the first pass of an evaluation, into a form whose product has no
-    gradient: what was measured could not be trained.
+    On a CPU with AVX512-BF16 it packs them again in the first pass of an evaluation, into a form whose product has no
+    gradient, so a model that was measured could not be trained.
 
     Raises:
-        ModelError: that has happened already.
+        ModelError: they have been packed already.
     """
     packing = {path: m for path, m in model.named_modules() if "support_avx512bf16_for_cpu" in vars(m)}
     for path, module in packing.items():

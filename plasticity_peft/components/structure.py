@@ -1,8 +1,8 @@
-"""Whether a block is what the names of its layers promise.
+"""Checks that a block has the structure that the names of its layers promise.
 
-A row of `layouts.py` is believed only if the structure agrees: the named modules are all the linear layers and norms
-that a block has, no block is left over, and the widths fit together. Whether they are called, and in which order,
-shows only in a forward pass: `calls.py` checks that.
+A row of `layouts.py` is used only if the structure agrees with it: the named modules are all the linear layers and
+norms of a block, every block is covered, and the widths fit together. Only a forward pass shows whether the layers are
+called, and in which order; `calls.py` checks that.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from plasticity_peft.errors import ModelError
 
 
 def check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
-    """Raises ModelError unless the structure of the block is what the names of the layout promise."""
+    """Raises ModelError unless the block has the structure that the names of the layout promise."""
     layers = dict(leaves(block))
     named = {name for kind in KINDS for name in layout.weights(kind)}
     if set(layers) - set(layout.others) != named:
         raise ModelError(
             f"Block {path}: its linear layers and norms are {sorted(layers)}, but the names of this architecture "
-            f"account for {sorted({*named, *layout.others})}. A layer that belongs to no component would be passed "
-            "over."
+            f"account for {sorted({*named, *layout.others})}. A layer that belongs to no component would be "
+            "ignored."
         )
     owner = layout.projections[0].rpartition(".")[0]
     if hasattr(block.get_submodule(owner), "q_bias"):
-        # VideoMAE until transformers 5: biases of their own tell that only the weights of these layers are read.
+        # VideoMAE before transformers 5: separate biases mean that only the weights of these layers are read.
         raise ModelError(
-            f"Block {path}: its attention holds biases beside its query, key and value layers and uses their weights "
+            f"Block {path}: its attention has biases beside its query, key and value layers and uses their weights "
             "without calling them. LoRA on them would do nothing. Use a release of transformers that calls them (for "
             "VideoMAE, 5.0 or later)."
         )
     *inputs, output = (_linear(layers[name]) for name in layout.projections)
     hidden, fc2 = [_linear(layers[name]) for name in layout.weights("FC1")], _linear(layers[layout.FC2])
-    # What enters the block may be narrower than what leaves it (Hiera). A norm after its layer has the layer's width.
+    # The input of a block may be narrower than its output (Hiera). A norm after its layer has the layer's width.
     entering, leaving = inputs[0].in_features, output.out_features
     query, key, value = (layer.out_features for layer in (inputs if len(inputs) == 3 else inputs * 3))
     if len(inputs) == 1:
@@ -71,5 +71,5 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 
 def norm_width(module: nn.Module) -> int:
-    """Returns how many features a norm scales."""
+    """Returns the number of features that a norm scales."""
     return sum(parameter.numel() for name, parameter in unwrap(module).named_parameters() if name == "weight")

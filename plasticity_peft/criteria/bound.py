@@ -4,10 +4,11 @@
     linear     ||W||, the spectral norm
     attention  sum over heads of ||O_h|| ||V_h|| sqrt(3 n + (12 n + 3) r^4 ||A_h||^2)
 
-A_h = W_Q,h^T W_K,h / sqrt(d_h); n is the number of tokens, r the root mean square of their norms, and the std that of
-the features of a token, mean over tokens: of the tokens of a blank image (zeros, the mean of what an image processor
-makes), so that no data are needed. A head is d_h *rows* of the query, key and value weights, for heads split the
-output features of these layers, and d_h columns of the output projection. (The authors' script slices columns of all.)
+A_h = W_Q,h^T W_K,h / sqrt(d_h). n is the number of tokens, and r is the root mean square of their norms. The std is
+that of the features of a token, mean over tokens. The tokens are those of a blank image (zeros, the mean of what an
+image processor makes), so no data are needed. A head is d_h *rows* of the query, key and value weights, because heads
+split the output features of these layers, and d_h columns of the output projection. The authors' script slices columns
+of all four.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class Bound(WeightCriterion):
         reason = why_unlike(model, architecture, image)
         if reason:
             raise ModelError(
-                f"criterion='bound' takes the tokens that enter the first block for the input of every component, and "
+                f"criterion='bound' uses the tokens that enter the first block as the input of every component, and "
                 f"{reason} ({type(model).__name__}). Use another criterion."
             )
         tokens = block_input(model, architecture, image).tokens[0].double()
@@ -49,7 +50,7 @@ def _bound(model: nn.Module, part: Component, tokens: torch.Tensor, heads: int) 
         query, key, value, output = weights if len(weights) == 4 else (*weights[0].chunk(3), weights[1])
         if len(key) != len(query):
             raise ModelError(
-                f"{part.id}: the bound is for attention whose heads have keys of their own. Here they share."
+                f"{part.id}: the bound holds for attention in which each head has its own keys. Here heads share them."
             )
         r = float(tokens.square().sum(dim=1).mean().sqrt())
         return attention_bound(query, key, value, output, heads=heads, tokens=len(tokens), r=r)

@@ -1,4 +1,4 @@
-"""Scores by the seed alone: what a criterion has to beat."""
+"""Random scores, which depend only on the seed. Every other criterion has to beat them."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """KappaTune's criterion: the condition number of the weights, lowest first.
 
-The rule as PEFT has it (`peft.helpers.KappaTuneSelector`): kappa = s_max / (s_min + 1e-8) of each linear
-layer's weight in float32. It needs no images. Attention takes the mean over its projections. KappaTune knows linear
-layers only; a layer norm is taken here as the diagonal matrix of its gains.
+This is the definition in PEFT (`peft.helpers.KappaTuneSelector`): kappa = s_max / (s_min + 1e-8) of the weight of each
+linear layer, in float32. It needs no images. The value of attention is the mean over its projections. KappaTune is
+defined for linear layers only; here a layer norm counts as the diagonal matrix of its gains.
 """
 
 from __future__ import annotations

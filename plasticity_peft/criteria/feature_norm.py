@@ -1,12 +1,13 @@
-"""PLoP's criterion: how well the weights are aligned with what they get, lowest first.
+"""PLoP's criterion: how well the weights are aligned with their inputs, lowest first.
 
-The normalised feature norm (NFN) of a linear layer W with inputs z_i is
+The normalized feature norm (NFN) of a linear layer W with inputs z_i is
 
     mean_i ||W z_i|| / mean_i ||W g_i||,   z_i and the Gaussian g_i scaled to norm 1
 
 as in PLoP's `calculate_nfn_scores` (its division of W by the root mean square of its entries cancels). A low value
-says that the layer has not adapted to its input. Averaged over batches, over the layers of a component and over
-blocks. PLoP leaves norms out; here a layer norm is the diagonal matrix of its gains, and z the standardised tokens.
+means that the layer has not adapted to its input. The value is averaged over batches, over the layers of a component
+and over blocks. PLoP is defined for linear layers only; here a layer norm counts as the diagonal matrix of its gains,
+and z is the standardized tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from plasticity_peft.images.sampler import Batches, ImageBatch
 
 
 class FeatureNorm(Criterion):
-    """1 / normalised feature norm."""
+    """1 / normalized feature norm."""
 
     name = "feature_norm"
     title = "1 / feature norm"
@@ -36,7 +37,7 @@ class FeatureNorm(Criterion):
     def prepare(
         self, model: nn.Module, architecture: Architecture, sampler: Batches
     ) -> Callable[[ImageBatch], Observations]:
-        """Returns the function from a batch of images to the normalised feature norm of each component."""
+        """Returns the function from a batch of images to the normalized feature norm of each component."""
         parts = [matrices(model, part) for part in architecture.components]
         weights = dict(matrix for part in parts for matrix in part)
         numbers = {path: number for number, path in enumerate(weights)}
@@ -45,7 +46,8 @@ class FeatureNorm(Criterion):
             found: dict[str, torch.Tensor] = {}
 
             def keep(name: str, call: Call, output: Any) -> None:
-                # A generator each: in which order a model calls its projections changes between releases.
+                # One generator per layer, because the order in which a model calls its projections changes between
+                # releases.
                 generator = sampler.generator(batch.numbers[0], numbers[name])
                 found[name] = feature_norm(weights[name], call.tokens, generator)
 
@@ -58,15 +60,15 @@ class FeatureNorm(Criterion):
 
 
 def feature_norm(weight: torch.Tensor, tokens: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Returns the normalised feature norm of a matrix, or of the diagonal matrix of a vector, for its input tokens.
+    """Returns the normalized feature norm of a matrix, or of the diagonal matrix of a vector, for its input tokens.
 
     Args:
         weight: (outputs, inputs), or (inputs,) for the gains of a norm.
         tokens: (..., inputs).
-        generator: of the Gaussian inputs to compare with, on the CPU.
+        generator: generator on the CPU of the Gaussian inputs that the tokens are compared with.
     """
     tokens = tokens.flatten(0, -2).float()
-    gaussian = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+    gaussian = torch.randn(tokens.shape, generator=generator, device="cpu", dtype=torch.float32).to(tokens.device)
     if weight.ndim == 1:
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
 

@@ -1,6 +1,7 @@
-"""The paper's ranking turned round: what it trains should finetune worst, if the paper's measure tells anything.
+"""The paper's ranking reversed. If the paper's measure is informative, this ranking should select the worst
+components.
 
-The score is 1 / mean(rate of change). A criterion is judged beside its inverse, as PLoP's authors did with theirs.
+The score is 1 / mean(rate of change). PLoP's authors judge their criterion beside its inverse in the same way.
 """
 
 from __future__ import annotations

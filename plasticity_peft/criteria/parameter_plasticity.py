@@ -1,15 +1,15 @@
-"""How far the features of the model move when the *parameters* of a component do. No labels are needed.
+"""How far the features of the model move when the *parameters* of a component move. No labels are needed.
 
     sqrt( E_x ||J(x)||_F^2 ),   J(x) = d features(x) / d parameters of the component
 
-The paper argues (section 4) that components with high plasticity finetune better because they get larger gradients.
-This measures that where it acts: whatever the loss, its gradient by the parameters is J^T times its gradient by the
-features. J itself is never formed: for v ~ N(0, I), E ||J^T v||^2 = ||J||_F^2 (Hutchinson's estimator), with a v for
-each image. One backward pass gives the norms of all images of a batch.
+The paper argues (section 4) that components with high plasticity finetune better because their gradients are larger.
+This criterion measures the gradients themselves: for any loss, the gradient with respect to the parameters is J^T
+times the gradient with respect to the features. J is never formed. For v ~ N(0, I), E ||J^T v||^2 = ||J||_F^2
+(Hutchinson's estimator), with one v per image. One backward pass gives the norms of all images of a batch.
 
-The features are what the head receives, or the last hidden states of a model without a head; a fresh head does not
-enter. The score does not depend on how large the tokens are at the input of a component, but on what is done with its
-output: so norms are not favoured in models with small tokens.
+The features are what the head receives, or the last hidden states of a model without a head. A freshly initialized
+head has no influence. The score depends on what the model does with the output of a component, and not on how large
+the tokens at its input are, so layer norms are not favored in models with small tokens.
 """
 
 from __future__ import annotations
@@ -40,25 +40,29 @@ class ParameterPlasticity(Criterion):
         self, model: nn.Module, architecture: Architecture, sampler: SingleImages
     ) -> Callable[[ImageBatch], Observations]:
         """Returns the function from images to an estimate of the squared norm of J for each."""
-        # torch 2.13 on the CPU computes the gradient of a BatchNorm in evaluation mode wrongly for a single image
-        # whose gradient is not contiguous, as in CvT: there an image goes in company.
-        normalises_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+        # torch 2.13 on the CPU computes a wrong gradient of a BatchNorm in evaluation mode for a single image whose
+        # gradient is not contiguous, as in CvT. So a single image is passed twice.
+        normalizes_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
         gradients = GradientsByImage(model, architecture, sampler.example())
 
         def observe(batch: ImageBatch) -> Observations:
             images, count = batch.images, len(batch.numbers)
-            if count == 1 and normalises_batches:
+            if count == 1 and normalizes_batches:
                 images = {name: torch.cat([value, value]) for name, value in images.items()}
 
             def projected() -> torch.Tensor:
                 moved = features(model, architecture, images).float()
-                directions = [torch.randn(moved.shape[1:], generator=sampler.generator(i)) for i in batch.numbers]
+                directions = [_gaussian(moved.shape[1:], sampler.generator(number)) for number in batch.numbers]
                 return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
 
-            # Who measures image by image has little memory.
+            # Passes of one image mean that memory is short.
             return Observations(gradients(len(next(iter(images.values()))), projected, recompute=count == 1)[:count])
 
         return observe
+
+
+def _gaussian(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def features(model: nn.Module, architecture: Architecture, images: Inputs) -> torch.Tensor:
@@ -82,7 +86,10 @@ def features(model: nn.Module, architecture: Architecture, images: Inputs) -> to
         found = list(_tensors([getattr(output, "last_hidden_state", output)]))
     count = len(next(iter(images.values())))
     if not found or any(len(tensor) % count for tensor in found):
-        raise ModelError(f"{type(model).__name__} gives no features of {count} images: {[f.shape for f in found]}.")
+        raise ModelError(
+            f"{type(model).__name__}: {count} images must have features of shape ({count}, ...). "
+            f"Got {[tuple(each.shape) for each in found]}."
+        )
     return torch.cat([tensor.reshape(count, -1) for tensor in found], dim=1)
 
 

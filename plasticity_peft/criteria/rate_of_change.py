@@ -1,12 +1,12 @@
-"""The paper's measure: how far a component moves its outputs apart, against how far apart its inputs were.
+"""The paper's measure: how far apart the outputs of a component are, relative to how far apart its inputs are.
 
     P(f) = E_(x,y) [ ||f(x) - f(y)||_F / ||x - y||_F ]        (arXiv 2602.06883)
 
-x and y are the token sequences of two images, seen as matrices. A protocol says what the components are fed: with
-"embedding", the paper's, all get the tokens that enter block 0 (`embedding.py`); with "activation", what they receive
-in the running network (`activation.py`).
+x and y are the token sequences of two images, as matrices. A protocol decides what the components are fed. With
+"embedding", the paper's protocol, all get the tokens that enter block 0 (`protocols/embedding.py`). With "activation",
+each gets what it receives in the running network (`protocols/activation.py`).
 
-A pair of identical inputs has no rate of change: it is left out and counted.
+A pair of identical inputs has no rate of change. It is left out and counted.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class RateOfChange(Criterion):
 
 
 def ratios(architecture: Architecture, distances: Distances) -> Observations:
-    """Returns outputs / inputs of the pairs whose inputs differ, and how many others there are.
+    """Returns outputs / inputs of the pairs whose inputs differ, and the number of the other pairs.
 
     Raises:
         NonFiniteError: a distance is NaN or infinite; the message names the component.
@@ -66,7 +66,7 @@ def ratios(architecture: Architecture, distances: Distances) -> Observations:
         if columns:
             component = architecture.components[columns[0]]
             raise NonFiniteError(
-                f"The {what} of {component.id} ({component.path}) hold NaN or infinity. In half precision this is "
+                f"The {what} of {component.id} ({component.path}) contain NaN or infinity. In half precision this is "
                 "often overflow: measure the model in float32 or bfloat16."
             )
     apart = (distances.inputs > 0).all(dim=1)

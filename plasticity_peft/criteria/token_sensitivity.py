@@ -3,9 +3,9 @@
     E_x [ ||f(x) - f(x + n)||_F / ||n||_F ],   n: Gaussian noise on one random token
 
 *Transformers Learn Low Sensitivity Functions* (arXiv 2403.06925) disturbs the patches of an image one at a time and
-looks at the model's predictions; here the tokens that enter block 0 are disturbed, and the components are looked at,
-by the machinery and the protocols of `rate_of_change`. The noise is as large as the tokens are: its standard deviation
-is the root mean square of the features of the image's tokens.
+observes the model's predictions. Here the tokens that enter block 0 are disturbed, and the components are observed
+with the protocols of `rate_of_change`. The noise is as large as the tokens: its standard deviation is the root mean
+square of the features of the image's tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, block_input
+from plasticity_peft.components.hooks import before_calls
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.rate_of_change import protocol_of, ratios
 from plasticity_peft.errors import ModelError
@@ -41,7 +42,7 @@ class TokenSensitivity(Criterion):
         tokens = block_input(model, architecture, sampler.example()).tokens
         if tokens.shape[-1] != architecture.hidden_size:
             raise ModelError(
-                f"{type(model).__name__}: its blocks take {tuple(tokens.shape[1:])} an image, not tokens of "
+                f"{type(model).__name__}: its blocks take {tuple(tokens.shape[1:])} per image, not tokens of "
                 f"{architecture.hidden_size} features. Use another criterion."
             )
         distances = protocol_of(sampler)(model, architecture)
@@ -56,26 +57,24 @@ class TokenSensitivity(Criterion):
 
 @contextmanager
 def _second_half_disturbed(block: nn.Module, generators: Sequence[torch.Generator]) -> Iterator[None]:
-    """Inside, the second half of a batch of tokens enters the block with noise, a generator an image."""
+    """Inside, noise is added to the second half of a batch of tokens that enters the block, one generator per
+    image."""
 
     def disturb(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         call = Call(args, kwargs)
         first, second = call.tokens.chunk(2)
         return call.with_tokens(torch.cat([first, disturbed(second, generators)]))
 
-    handle = block.register_forward_pre_hook(disturb, with_kwargs=True)
-    try:
+    with before_calls(block, disturb):
         yield
-    finally:
-        handle.remove()
 
 
 def disturbed(tokens: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
     """Returns the tokens (images, tokens, features) with noise on one token of each image."""
     tokens = tokens.clone(memory_format=torch.contiguous_format)
-    # Windows or patches of an image may be rows of their own.
+    # The windows or patches of an image may be separate rows.
     for image, generator in zip(tokens.view(len(generators), -1, tokens.shape[-1]), generators, strict=True):
-        place = int(torch.randint(len(image), (), generator=generator))
-        noise = torch.randn(image.shape[-1], generator=generator).to(image.device)
+        place = int(torch.randint(len(image), (), generator=generator, device="cpu"))
+        noise = torch.randn(image.shape[-1], generator=generator, device="cpu", dtype=torch.float32).to(image.device)
         image[place] += (noise * image.float().square().mean().sqrt()).to(image.dtype)
     return tokens

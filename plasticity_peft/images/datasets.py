@@ -1,6 +1,6 @@
 """Image datasets by name: from the Hub, a folder or a parquet file, with a model's image processor.
 
-datasets and pillow are the extra `datasets`, and imported where they are used.
+datasets and pillow belong to the extra `datasets`, and are imported when they are used.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ def load_image_dataset(name: str, config_name: str | None = None) -> Any:
 
 
 def choose_split(splits: Any, split: str, name: str) -> Any:
-    """Returns one split of the dataset that the message calls `name`. Raises DataError where there is no such one."""
+    """Returns one split of the dataset that the message calls `name`. Raises DataError if there is no such split."""
     if split not in splits:
         raise DataError(f"The dataset {name} has no split {split!r}. It has: {', '.join(map(repr, splits))}.")
     return splits[split]
 
 
 def label_names(dataset: Any, label_column: str = "label") -> list[str] | None:
-    """Returns the names of the labels of a dataset; None where it has no column of named labels."""
+    """Returns the names of the labels of a dataset; None if it has no column of named labels."""
     return getattr(dataset.features.get(label_column), "names", None)
 
 
 def with_pixel_values(
     dataset: Any, processor: Any, *, name: str, image_column: str = "image", label_column: str = "label"
 ) -> Any:
-    """Returns the dataset with what `processor` makes of its images, and with labels where it has some.
+    """Returns the dataset with `pixel_values`, which `processor` makes of its images, and with its labels, if any.
 
     Raises:
         DataError: the dataset, which the message calls `name`, has no such column of images.

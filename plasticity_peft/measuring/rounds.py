@@ -113,7 +113,7 @@ def observe_until_settled(
     """
     worker = _Worker(observe, columns, sampler)
     moments, skipped, settled, start = Moments.of(np.empty((0, columns.count))), 0, False, 0
-    with _Progress(sampler, share) as progress:
+    with Progress(sampler, share) as progress:
         for stop in looks(sampler.planned(), sampler.first_look):
             with failing_together(share):
                 reached = sampler.available(stop)
@@ -136,11 +136,12 @@ class _Worker:
         self._observe, self._columns, self._sampler = observe, columns, sampler
         self._per_pass = sampler.per_pass
 
-    def look_at(self, numbers: range, progress: _Progress) -> tuple[Moments, int]:
+    def look_at(self, numbers: Sequence[int], progress: Progress) -> tuple[Moments, int]:
         """Returns the moments of the samples with these numbers, and how many samples were skipped."""
+        numbers = self._sampler.arranged(numbers)
         moments, skipped, done = Moments.of(np.empty((0, self._columns.count))), 0, 0
         while done < len(numbers):
-            batch = numbers[done : done + self._per_pass]
+            batch = self._sampler.alike(numbers[done : done + self._per_pass])
             # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
             # which takes longer than a round of a small model.
             try:
@@ -172,19 +173,19 @@ class _Worker:
         logger.warning("Out of memory: measuring goes on with %s %s in a pass.", smaller, sampler.plural)
 
 
-class _Progress:
+class Progress:
     """A progress bar in the first process, for all; off if those of transformers or huggingface_hub are off."""
 
-    def __init__(self, sampler: Sampler, share: Share) -> None:
+    def __init__(self, sampler: Sampler, share: Share, description: str = "Measuring plasticity") -> None:
         self._shown, self._share = 0, share
         self._bar = logging.tqdm(
             total=sampler.planned(),
-            desc="Measuring plasticity",
+            desc=description,
             unit=sampler.singular,
             disable=share.rank > 0 or are_progress_bars_disabled(),
         )
 
-    def __enter__(self) -> _Progress:
+    def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,1 +1,5 @@
-"""From scores to a ranking, a selection, a table and a picture."""
+"""From scores to a ranking, a selection, a table and a picture. It needs no model and no torch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

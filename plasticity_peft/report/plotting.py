@@ -1,7 +1,7 @@
-"""Pictures of a measurement: over depth, as a ranking, as a heat map.
+"""Pictures of a report: the scores over depth, as a ranking, or as a heat map.
 
-matplotlib is the extra `plot`, and imported where it is used. Figures are made without pyplot, whose state is its
-user's, so that none stays behind.
+matplotlib is in the extra `plot`, and is imported on use. Figures are made without pyplot, so that they do not remain
+in the state of pyplot, which belongs to the user.
 """
 
 from __future__ import annotations
@@ -14,40 +14,40 @@ from typing import Any
 from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.report.scores import Measurement
+from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.report.text import heading
 
-# From Okabe & Ito's palette, told apart by the colour-blind, three of them darker so that they show on white; markers
-# and line styles tell the kinds apart in grey.
-COLOURS = ("#0072B2", "#C24F00", "#008A63", "#A8467C", "#8A6A00", "#56B4E9", "#000000")
+# From Okabe & Ito's palette, which is safe for the color-blind; three colors are darker, for contrast with white.
+# Markers and line styles distinguish the kinds in grayscale.
+COLORS = ("#0072B2", "#C24F00", "#008A63", "#A8467C", "#8A6A00", "#56B4E9", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
 NORMAL = 1.96
-"""Standard errors on both sides of a mean that hold 95 % of a normal distribution."""
+"""Number of standard errors on both sides of a mean that contain 95 % of a normal distribution."""
 MOST_UNITS = 20
-"""Units of a ranking that are shown, unless more are chosen."""
+"""Number of units of a ranking that are shown, unless more are selected."""
 MOST_TICKS = 12
 
 
-def draw(measured: Measurement, view: str, *, selection: Selection | None = None, ax: Any = None) -> Any:
+def draw(report: BaseReport, view: str, *, selection: Selection | None = None, ax: Any = None) -> Any:
     """Returns the matplotlib axes of a picture; see `PlasticityReport.plot`."""
     check_choice("view", view, VIEWS)
     if view == "overview":
-        return _draw_overview(measured, selection, ax)
+        return _draw_overview(report, selection, ax)
     if ax is None:
         ax = _figure((7, 4)).subplots()
     elif not hasattr(ax, "plot"):
         raise ConfigError(f'ax of the view "{view}" must be matplotlib axes. Got {type(ax).__name__}.')
-    DRAWN[view](ax, measured, selection)
-    ax.set_title(f"{fill(heading(measured), 60)}\n{ax.get_title()}", fontsize="medium")
+    DRAWN[view](ax, report, selection)
+    ax.set_title(f"{fill(heading(report), 60)}\n{ax.get_title()}", fontsize="medium")
     return ax
 
 
-def png(measured: Measurement, selection: Selection | None = None) -> bytes:
+def png(report: BaseReport, selection: Selection | None = None) -> bytes:
     """Returns the overview as a PNG file."""
     file = BytesIO()
-    draw(measured, "overview", selection=selection)[0].figure.savefig(file, format="png", dpi=120)
+    draw(report, "overview", selection=selection)[0].figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
 
 
@@ -57,14 +57,14 @@ def _figure(size: tuple[float, float]) -> Any:
     return Figure(figsize=size, layout="constrained")
 
 
-def _draw_overview(measured: Measurement, selection: Selection | None, axes: Any) -> Any:
+def _draw_overview(report: BaseReport, selection: Selection | None, axes: Any) -> Any:
     import numpy as np
 
     if axes is None:
-        height = max(4.4, 1.8 + 0.21 * len(_shown(measured, selection)))
+        height = max(4.4, 1.8 + 0.21 * len(_shown(report, selection)))
         figure = _figure((11, height))
         axes = figure.subplots(1, 2, width_ratios=(3, 2))
-        figure.suptitle(heading(measured))
+        figure.suptitle(heading(report))
     axes = np.ravel(np.asarray(axes, dtype=object))
     if len(axes) != 2 or not all(hasattr(ax, "plot") for ax in axes):
         raise ConfigError(
@@ -72,38 +72,38 @@ def _draw_overview(measured: Measurement, selection: Selection | None, axes: Any
             f"for one. Got {len(axes)}."
         )
     for ax, view in zip(axes, ("depth", "ranking"), strict=True):
-        DRAWN[view](ax, measured, selection)
+        DRAWN[view](ax, report, selection)
         ax.set_title(ax.get_title(), fontsize="medium")
     return axes
 
 
-def _draw_depth(ax: Any, measured: Measurement, selection: Selection | None) -> None:
-    """Draws a line a kind over the blocks; the kinds that were chosen are said so in the legend."""
+def _draw_depth(ax: Any, report: BaseReport, selection: Selection | None) -> None:
+    """Draws one line per kind over the blocks. The legend marks the selected kinds."""
     chosen = set(selection.components) if selection else set()
-    blocks = [row.block_id for row in measured.rows_of(KINDS[0])]
+    blocks = [row.block_id for row in report.rows_of(KINDS[0])]
     ringed: list[tuple[int, float]] = []
     for index, kind in enumerate(KINDS):
-        rows = measured.rows_of(kind)
+        rows = report.rows_of(kind)
         means, errors = [row.mean for row in rows], [NORMAL * row.standard_error for row in rows]
-        look = {"color": COLOURS[index], "linestyle": STYLES[index], "marker": MARKERS[index], "markersize": 4.5}
+        look = {"color": COLORS[index], "linestyle": STYLES[index], "marker": MARKERS[index], "markersize": 4.5}
         label = f"{kind} (selected)" if chosen and {row.id for row in rows} <= chosen else kind
         ax.plot(range(len(rows)), means, label=label, markevery=max(1, len(rows) // MOST_TICKS), **look)
         lower = [max(mean - error, mean / 10) for mean, error in zip(means, errors, strict=True)]
         upper = [mean + error for mean, error in zip(means, errors, strict=True)]
-        ax.fill_between(range(len(rows)), lower, upper, color=COLOURS[index], alpha=0.25, linewidth=0)
+        ax.fill_between(range(len(rows)), lower, upper, color=COLORS[index], alpha=0.25, linewidth=0)
         if not {row.id for row in rows} <= chosen:
             ringed += [(place, row.mean) for place, row in enumerate(rows) if row.id in chosen]
     if ringed:
         ax.plot(*zip(*ringed, strict=True), "o", color="black", markersize=10, fillstyle="none", label="selected")
-    _label_blocks(ax, measured, blocks)
-    ax.set(ylabel=_unit(measured), title=f"over depth\n{_certainty(measured, 'bands')}")
-    _scale(ax.yaxis, [row.mean for row in measured.scores])
+    _label_blocks(ax, report, blocks)
+    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}")
+    _scale(ax.yaxis, [row.mean for row in report.scores])
     ax.grid(alpha=0.3)
     _add_legend(ax)
 
 
 def _add_legend(ax: Any) -> None:
-    """Puts the legend below the labels of the axis, where it hides no line."""
+    """Puts the legend below the labels of the axis, so that it does not hide a line."""
     from matplotlib.transforms import ScaledTranslation
 
     below = ax.transAxes + ScaledTranslation(0, -32 / 72, ax.figure.dpi_scale_trans)
@@ -111,21 +111,21 @@ def _add_legend(ax: Any) -> None:
     ax.legend(fontsize="small", ncols=6, columnspacing=1.2, **place)
 
 
-def _draw_ranking(ax: Any, measured: Measurement, selection: Selection | None) -> None:
-    """Draws the units, best on top; what was chosen is filled and named in bold, the rest hollow."""
-    units = _shown(measured, selection)
-    total = len(measured.ranking(_granularity(selection)))
+def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> None:
+    """Draws the units, the best one on top. Selected units are filled and their names bold; others are hollow."""
+    units = _shown(report, selection)
+    total = len(report.ranking(_granularity(selection)))
     chosen = selection.units if selection else ()
     for place, row in enumerate(units):
         index = KINDS.index(row.unit.split(".")[-1])
-        fill_colour = "white" if chosen and row.unit not in chosen else COLOURS[index]
+        fill_color = "white" if chosen and row.unit not in chosen else COLORS[index]
         ax.errorbar(
             row.score,
             place,
             xerr=[[min(NORMAL * row.standard_error, 0.9 * row.score)], [NORMAL * row.standard_error]],
             fmt=MARKERS[index],
-            color=COLOURS[index],
-            markerfacecolor=fill_colour,
+            color=COLORS[index],
+            markerfacecolor=fill_color,
             markersize=7,
             capsize=3,
         )
@@ -136,40 +136,40 @@ def _draw_ranking(ax: Any, measured: Measurement, selection: Selection | None) -
     _scale(ax.xaxis, [row.score for row in units])
     what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
     marked = "; selected: filled, bold" if chosen else ""
-    ax.set(xlabel=_unit(measured), title=f"{what}\n{_certainty(measured, 'intervals')}{marked}")
+    ax.set(xlabel=_unit(report), title=f"{what}\n{_certainty(report, 'intervals')}{marked}")
     ax.grid(alpha=0.3)
 
 
-def _draw_heatmap(ax: Any, measured: Measurement, selection: Selection | None) -> None:
-    """Draws every kind and block as a cell, darkest where lowest; what was chosen is framed."""
+def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> None:
+    """Draws every kind and block as a cell; low scores are dark. Selected components are framed."""
     from matplotlib.colors import LogNorm, Normalize
     from matplotlib.patches import Rectangle
 
-    rows = [[row.mean for row in measured.rows_of(kind)] for kind in KINDS]
+    rows = [[row.mean for row in report.rows_of(kind)] for kind in KINDS]
     values = [value for row in rows for value in row]
     norm = (LogNorm if _is_wide(values) else Normalize)(min(values), max(values))
     image = ax.imshow(rows, cmap="cividis", norm=norm, aspect="auto")
-    bar = ax.figure.colorbar(image, ax=ax, label=_unit(measured))
+    bar = ax.figure.colorbar(image, ax=ax, label=_unit(report))
     _scale(bar.ax.yaxis, values)
     ax.set_yticks(range(len(KINDS)), KINDS)
     if len(rows[0]) <= MOST_TICKS:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
-                colour = "white" if norm(value) < 0.5 else "black"
-                ax.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize="x-small", color=colour)
-    blocks = [row.block_id for row in measured.rows_of(KINDS[0])]
-    _label_blocks(ax, measured, blocks)
+                color = "white" if norm(value) < 0.5 else "black"
+                ax.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize="x-small", color=color)
+    blocks = [row.block_id for row in report.rows_of(KINDS[0])]
+    _label_blocks(ax, report, blocks)
     chosen = selection.components if selection else ()
     for name in chosen:
         block, kind = name.rsplit(".", 1)
         corner = (blocks.index(block) - 0.44, KINDS.index(kind) - 0.44)
-        for colour, width in (("white", 3.5), ("black", 1.5)):
+        for color, width in (("white", 3.5), ("black", 1.5)):
             width *= 1 if len(blocks) <= MOST_TICKS else 0.6
-            ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=colour, linewidth=width))
+            ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=color, linewidth=width))
     ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}")
 
 
-DRAWN: dict[str, Callable[[Any, Measurement, Selection | None], None]] = {
+DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
     "depth": _draw_depth,
     "ranking": _draw_ranking,
     "heatmap": _draw_heatmap,
@@ -181,41 +181,41 @@ def _granularity(selection: Selection | None) -> str:
     return selection.granularity if selection else "kind"
 
 
-def _shown(measured: Measurement, selection: Selection | None) -> list[Any]:
-    """Returns the best units, those that were chosen among them as far as twice as many go."""
-    ranking = measured.ranking(_granularity(selection))
+def _shown(report: BaseReport, selection: Selection | None) -> list[Any]:
+    """Returns the best units: `MOST_UNITS`, or up to twice as many to include the selected ones."""
+    ranking = report.ranking(_granularity(selection))
     chosen = selection.units if selection else ()
     last = max((place for place, row in enumerate(ranking, start=1) if row.unit in chosen), default=0)
     return ranking[: min(max(MOST_UNITS, last + 1), 2 * MOST_UNITS)]
 
 
-def _label_blocks(ax: Any, measured: Measurement, blocks: Sequence[str]) -> None:
-    """Labels the blocks by their ids, some of them where there are many; lines part the stages."""
+def _label_blocks(ax: Any, report: BaseReport, blocks: Sequence[str]) -> None:
+    """Labels the blocks, or some of many, by their ids, and draws lines between the stages."""
     step = -(-len(blocks) // MOST_TICKS)
     ax.set_xticks(range(0, len(blocks), step), blocks[::step])
-    stages = [row.stage for row in measured.rows_of(KINDS[0])]
+    stages = [row.stage for row in report.rows_of(KINDS[0])]
     for place in range(1, len(stages)):
         if stages[place] != stages[place - 1]:
             ax.axvline(place - 0.5, color="0.4", linewidth=0.8)
     ax.set_xlabel("block" if stages[0] is None else "stage.block")
 
 
-def _unit(measured: Measurement) -> str:
-    """Returns what an axis of scores is called. They are ratios of like things: no unit."""
-    return f"{measured.title} (no unit)"
+def _unit(report: BaseReport) -> str:
+    """Returns the label of an axis of scores. Scores are ratios of like quantities and have no unit."""
+    return f"{report.title} (no unit)"
 
 
-def _certainty(measured: Measurement, shown_as: str) -> str:
-    return "exact" if measured.observed == "weights" else f"95 % confidence {shown_as}"
+def _certainty(report: BaseReport, shown_as: str) -> str:
+    return "exact" if report.observed == "weights" else f"95 % confidence {shown_as}"
 
 
 def _is_wide(values: Sequence[float]) -> bool:
-    """Returns whether values are told apart on a logarithmic scale only: positive, the highest 5 times the lowest."""
+    """Returns whether values need a logarithmic scale: they are positive, and the highest is 5 times the lowest."""
     return min(values) > 0 and max(values) > 5 * min(values)
 
 
 def _scale(axis: Any, values: Sequence[float]) -> None:
-    """Makes an axis logarithmic where the values ask for it, with ticks at 1, 2, 5, 10, ... in plain numbers."""
+    """Makes an axis logarithmic if the values need it, with ticks at 1, 2, 5, 10, ... in plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
     if not _is_wide(values):

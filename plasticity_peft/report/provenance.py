@@ -5,38 +5,28 @@ from __future__ import annotations
 import re
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
-from plasticity_peft.errors import ReportError
+from plasticity_peft.constraints import Name, PositiveCount, allowed
 
 REPO_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+RepoId = Annotated[Name, allowed("must be the id of a dataset on the Hub", REPO_ID.fullmatch)]
 
 
 @dataclass(frozen=True)
 class Provenance:
     """What images were measured on."""
 
-    form: str
+    form: Name
     """How they were given: "Dataset", "Tensor", ...: the name of a class."""
-    images: int | None = None
+    images: PositiveCount | None = None
     """How many there were to draw from; None for a stream, which has no length."""
-    name: str | None = None
+    name: Name | None = None
     """Name of the dataset, where it has one."""
-    split: str | None = None
+    split: Name | None = None
     """Split of the dataset, such as "train"."""
-    repo_id: str | None = None
+    repo_id: RepoId | None = None
     """Id of the dataset on the Hub, where it came from there."""
-
-    def check(self, place: str) -> None:
-        """Raises ReportError, which names `place`, where a value is not a short name or number of images."""
-        if self.images is not None and self.images < 1:
-            raise ReportError(f"{place}.images: expected at least 1, got {self.images}")
-        for key in ("form", "name", "split", "repo_id"):
-            text = getattr(self, key)
-            if text is not None and not (0 < len(text) <= 100 and text.isprintable()):
-                raise ReportError(f"{place}.{key}: expected a short name, got {text[:100]!r}")
-        if self.repo_id is not None and not REPO_ID.fullmatch(self.repo_id):
-            raise ReportError(f"{place}.repo_id: expected the id of a dataset on the Hub, got {self.repo_id!r}")
 
     def __str__(self) -> str:
         count = "a stream of images" if self.images is None else f"{self.images:,} images"

@@ -1,7 +1,7 @@
-"""What was measured, to choose from, to show and to keep. No model and no torch.
+"""`PlasticityReport`: the scores of a model, to select from, to show and to save. It needs neither a model nor torch.
 
-A report is measured once and selected from many times: changing `top_k`, `budget`, `candidates` or `granularity`
-touches no model. It keeps canonical ids, which survive the renaming of modules between releases of transformers.
+A model is measured once, and its report is selected from any number of times. A report contains canonical ids, which
+stay the same if transformers renames modules.
 """
 
 from __future__ import annotations
@@ -11,30 +11,51 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from typing import Any
 
-from plasticity_peft.checks import TRAINING_MODES, shown
+from plasticity_peft.arguments import check_candidates
+from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
-from plasticity_peft.hub import REPORT_NAME, find_file
+from plasticity_peft.hub import REPORT_NAME, find_file, without_report
+from plasticity_peft.report.format import FORMAT, VERSION, current, reading
 from plasticity_peft.report.plotting import draw
-from plasticity_peft.report.scores import Measurement
-from plasticity_peft.report.selection import Selection, SelectionRule, check_candidates
+from plasticity_peft.report.scores import BaseReport
+from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
-from plasticity_peft.report.validation import check_believable
-
-FORMAT = "plasticity_peft"
-FORMAT_VERSION = 1
 
 
 @dataclass(frozen=True)
-class PlasticityReport(Measurement):
-    """Scores of all components of a model, with what is needed to read, compare and reuse them.
+class PlasticityReport(BaseReport):
+    """Scores of all components of a model, and how they were measured.
 
-    Made by `measure_plasticity`; `print(report)` shows the table, `report.plot()` the pictures. What it holds is
-    described at `plasticity_peft.report.measurement.Measurement`.
+    `measure_plasticity` returns one. `print(report)` prints the ranking of the kinds, `report.plot()` draws the
+    scores, and `report.select(...)` selects the best units.
+
+    Attributes:
+        scores: one row per component, block by block, in the order LN1, MHA, LN2, FC1, FC2. A row has `id` ("3.MHA"),
+            `kind`, `block`, `mean`, `std`, `samples`, `standard_error`, `parameters` and the paths `modules`.
+        kinds: one row per kind, in the same order: `kind`, `mean`, `std`, `samples` and `standard_error`.
+        model_type: `config.model_type` of the measured model.
+        model_parameters: number of parameters of the measured model, including its head.
+        inputs: protocol of the criterion, "embedding" (the paper's) or "activation"; None for a criterion without
+            protocols.
+        samples: number of samples that each score is the mean of; 0 if `observed` is "weights".
+        skipped: number of pairs that were left out because a component got the same input for both images.
+        seed: seed of the drawing of images and of the criterion's random numbers.
+        uses_source: True if a pair is one source and one target image, False if it is two target images.
+        versions: releases of the packages that measured, by name.
+        criterion: name of the criterion; components with higher scores should train.
+        title: name of the scores, in words.
+        observed: what a sample is: "pairs" or "images" or "batches" of images; or "weights", for a criterion that
+            reads only weights, whose scores are exact.
+        input_std: standard deviation over the features of a token that enters block 0, mean over the tokens of one
+            image; None for a criterion without protocols.
+        ending: how the measurement ended; None if all samples were measured regardless of the ranking.
+        target_provenance: where the target images came from; None if there were none, or if this is unknown.
+        source_provenance: where the source images came from; None if there were none, or if this is unknown.
     """
 
     def select(
@@ -50,17 +71,17 @@ class PlasticityReport(Measurement):
         use_dora: bool = False,
         lora_bias: bool = False,
     ) -> Selection:
-        """Returns the best units, by number or by budget; with neither, the best one.
+        """Returns the best units, by number or by budget. Without `top_k` and `budget` it is the best one.
 
         Args:
-            top_k: how many units, from 1 to as many as there are.
-            budget: a share of the model's parameters, above 0 and at most 1: the best units are taken in order while
-                they fit. They count as they are trained in the mode `training`; the head always trains and is not
-                counted.
+            top_k: number of units.
+            budget: share of the model's parameters, above 0 and at most 1. The best units are selected in order while
+                their parameters fit. The parameters that train in the mode `training` count, without the head.
             granularity: "kind" or "component", as in `ranking`.
-            candidates: kinds that may be chosen; all five by default.
-            training: "lora" or "full": how the budget counts. A norm, which LoRA cannot take, counts in full.
-            r: rank of LoRA, as in `peft.LoraConfig`, for the number of LoRA parameters; so are the next three.
+            candidates: kinds that may be selected; all five by default.
+            training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it.
+            r: rank of LoRA, as in `peft.LoraConfig`. It determines the number of LoRA parameters; so do the next
+                three.
             rank_pattern: see `r`.
             use_dora: see `r`.
             lora_bias: see `r`.
@@ -83,7 +104,7 @@ class PlasticityReport(Measurement):
         return self.select_by(rule)
 
     def select_by(self, rule: SelectionRule) -> Selection:
-        """Returns what a rule selects; see `select`."""
+        """Returns the selection that `rule` makes; see `select`."""
         choice = rule.choice(self.scores, self.model_parameters)
         ranking = self.ranking(rule.granularity, rule.candidates)
         names = [row.unit for row in ranking]
@@ -116,58 +137,35 @@ class PlasticityReport(Measurement):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns the report as values that JSON knows."""
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        """Returns the report as values that JSON can represent."""
+        return {"format": FORMAT, "format_version": VERSION, **asdict(self)}
 
     @classmethod
     def from_dict(cls, values: Any) -> PlasticityReport:
-        """Returns the report that `to_dict` described; keys that it doesn't know are left alone.
+        """Returns the report that `to_dict` described, also in the older versions of the format.
+
+        Unknown keys are ignored.
 
         Raises:
-            ReportError: a value is missing, of the wrong type, not finite, or contradicts another.
+            ReportError: a value is missing, is not allowed, or contradicts another.
         """
-        from pydantic import ValidationError
-
-        if not isinstance(values, Mapping) or values.get("format") != FORMAT:
-            raise ReportError(f'it is no plasticity report: "format" must be "{FORMAT}"')
-        found = values.get("format_version")
-        if type(found) is not int or found != FORMAT_VERSION:
-            raise ReportError(
-                f"it has format version {shown(found)}, and this release of plasticity_peft reads "
-                f"version {FORMAT_VERSION}"
-            )
-        try:
-            text = json.dumps(dict(values), allow_nan=False)
-        except (TypeError, ValueError, RecursionError) as error:
-            raise ReportError(f"it holds what JSON cannot say: {error}") from error
-        try:
-            report: PlasticityReport = _reader().validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"])) or "it cannot be read"
-            raise ReportError(f"{place}: {first['msg']} ({error.error_count()} in all)") from None
+        report: PlasticityReport = read_as(cls, current(values), ReportError)
         report.check()
-        check_believable(report)
         return report
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report as JSON to `path`, whole or not at all."""
+        """Writes the report as JSON to `path` in one step."""
         write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PlasticityReport:
-        """Reads a report that `save` wrote, or the plasticity.json of an adapter.
+        """Returns the report in a file that `save` wrote, or in the plasticity.json of an adapter.
 
         Raises:
-            ReportError: there is no such file, or it is no whole report; the message names the file.
+            ReportError: there is no such file, or it is not a whole report; the message contains the path.
         """
-        try:
+        with reading(f"the report {os.fspath(path)}"):
             return cls.from_dict(read_json(path))
-        except OSError as error:
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {error.strerror}.") from error
-        except (ValueError, RecursionError) as error:
-            reason = str(error) if isinstance(error, ReportError) else f"it is no whole JSON file ({error})"
-            raise ReportError(f"Cannot read the report {os.fspath(path)}: {reason}.") from error
 
     @classmethod
     def from_pretrained(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> PlasticityReport:
@@ -178,32 +176,30 @@ class PlasticityReport(Measurement):
             hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ReportError: there is no plasticity.json, it cannot be fetched, or it is no whole report.
+            ReportError: there is no plasticity.json, it cannot be fetched, or it is not a whole report.
         """
         path = find_file(folder_or_repo, REPORT_NAME, ReportError, **hub)
         if path is None:
-            raise ReportError(
-                f"{os.fspath(folder_or_repo)} holds no {REPORT_NAME}: what it holds was not trained with this package."
-            )
+            raise ReportError(without_report(folder_or_repo))
         return cls.load(path)
 
     def plot(self, view: str = "overview", *, selection: Selection | None = None, ax: Any = None) -> Any:
         """Returns the matplotlib axes of a picture of the scores, with 95 % confidence intervals.
 
-        A figure is made without pyplot: nothing of it stays behind, and in a notebook `axes.figure` as the last line
-        of a cell shows it. Needs the extra `plot`.
+        The figure is made without pyplot. In a notebook, `axes.figure` as the last line of a cell shows it. Needs the
+        extra `plot`.
 
         Args:
-            view: "overview" is the two next ones side by side. "depth": the scores over the blocks, a line a kind.
-                "ranking": the units, best first. "heatmap": every block and kind.
-            selection: what was chosen, to be marked; its granularity is that of the ranking.
-            ax: axes to draw on, two for the overview; without them a figure is made.
+            view: "depth" draws the scores over the blocks, one line per kind; "ranking" the units, best first;
+                "heatmap" every block and kind; "overview" draws "depth" and "ranking" side by side.
+            selection: selection to mark. The ranking has its granularity.
+            ax: axes to draw on, two for the overview. Without them a figure is made.
 
         Returns:
-            Axes; an array of two, shape (2,), for the overview.
+            Axes; for the overview an array of two, shape (2,).
 
         Raises:
-            ConfigError: there is no such view, or `ax` are not as many axes as it needs.
+            ConfigError: there is no such view, or `ax` is not the number of axes that the view needs.
 
         Examples:
             >>> from plasticity_peft import measure_plasticity
@@ -222,11 +218,3 @@ class PlasticityReport(Measurement):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
-
-
-@cache
-def _reader() -> Any:
-    """Returns what checks the types of a report's values; to make it takes longer than to use it."""
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(PlasticityReport)

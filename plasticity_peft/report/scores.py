@@ -1,122 +1,122 @@
-"""A score, of one component or of one kind: mean and spread over what a criterion observed."""
+"""The scores in a report: of components and of kinds, each a mean over samples with its standard error."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
-from plasticity_peft.checks import OBSERVED, PROTOCOLS, canonical_granularity
+from annotated_types import Len
+
+from plasticity_peft.arguments import check_candidates
+from plasticity_peft.checks import GRANULARITIES, OBSERVED, PROTOCOLS, canonical_granularity, shown
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, PositiveCount, Seed, Text, one_of
+from plasticity_peft.deprecation import renamed_attribute
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.provenance import Provenance
-from plasticity_peft.report.selection import RankedUnit, check_candidates
+from plasticity_peft.report.selection import RankedUnit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A score, which has no unit, and how well what was observed determines it.
+    """A score and its uncertainty. It is the mean over samples, see `PlasticityReport.samples`, and has no unit."""
 
-    It is the mean over pairs of images, for a criterion that looks at pairs; `PlasticityReport.observed` tells.
-    """
+    mean: NonNegative
+    std: NonNegative
+    """Sample standard deviation over samples."""
+    samples: Count
+    """Number of samples; 0 for a criterion that reads only weights, whose scores are exact."""
 
-    mean: float
-    std: float
-    """Sample standard deviation over pairs."""
-    pairs: int
-    """How many pairs; 0 for a criterion that reads only weights, whose scores are exact."""
+    pairs = renamed_attribute("Score", "pairs", "samples")
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `mean`: std / sqrt(pairs)."""
-        return float(self.std / self.pairs**0.5) if self.pairs else 0.0
+        """Standard error of `mean`: std / sqrt(samples)."""
+        return float(self.std / self.samples**0.5) if self.samples else 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Score(Estimate, Component):
-    """The plasticity of one component."""
+    """The score of one component."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class KindScore(Estimate):
-    """The plasticity of a kind: the mean over its blocks. `std` is over pairs of the per-pair mean over blocks.
+    """The score of a kind: the mean over its blocks. `std` is over samples of the mean over blocks of one sample.
 
-    Blocks share their pairs, so that the standard error is not that of independent blocks.
+    All blocks see the same samples, so the standard error is not that of independent blocks.
     """
 
-    kind: str
+    kind: Annotated[str, one_of(KINDS)]
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a measurement ended that was to end as soon as a choice was settled."""
+    """How a measurement ended that was to stop once the selection is settled."""
 
     settled: bool
-    """False where the chosen units do not differ from the rest, for all that was observed."""
-    units: tuple[str, ...]
-    """What was chosen, best first."""
-    granularity: str
-    confidence: float
-    """Chance, at least, that no wrong choice is ever called settled."""
-    most: int
-    """How many observations there would have been at most."""
+    """True if the selected units are statistically separated from the others."""
+    units: Annotated[tuple[Text, ...], Len(1)]
+    """The selected units, best first."""
+    granularity: Annotated[str, one_of(GRANULARITIES)]
+    confidence: Confidence
+    """Lower bound of the probability that no wrong selection is called settled."""
+    planned: Count
+    """Number of samples without early stopping."""
+
+    most = renamed_attribute("Ending", "most", "planned")
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """Scores of all components of a model, with what is needed to read and compare them."""
+class BaseReport:
+    """The fields of a `PlasticityReport`, whose docstring describes them, and its ranking.
+
+    Text and pictures are made of this class, so that the report can import them.
+    """
 
     scores: tuple[Score, ...]
-    """One row per block and kind, block by block, in the order LN1, MHA, LN2, FC1, FC2."""
     kinds: tuple[KindScore, ...]
-    """One row per kind, in the same order."""
-    model_type: str
-    """`config.model_type` of the measured model."""
-    model_parameters: int
-    """Parameters of the measured model, head included."""
-    inputs: str | None
-    """Protocol: "embedding" (the paper's) or "activation"; None for a criterion without protocols."""
-    pairs: int
-    """What was averaged: the number of pairs of images, or of what `observed` says; 0 where that is weights."""
-    skipped: int
-    """Pairs left out because two inputs of a component were identical."""
-    seed: int
-    source: bool
-    """True where each pair is one source and one target image, False where it is two target images."""
-    versions: dict[str, str]
-    """Releases of the packages that measured."""
-    criterion: str = "rate_of_change"
-    """Name of the rule that scored; higher means train. "rate_of_change" is the paper's."""
-    title: str = "rate of change"
-    """What the scores are, in words."""
-    observed: str = "pairs"
-    """What was observed: "pairs", "images", "batches" of images, or "weights", which have no standard error."""
-    input_std: float | None = None
-    """Spread of the features of a token at the input of block 0, mean over the tokens of one image; None for a
-    criterion without protocols."""
+    model_type: Text
+    model_parameters: PositiveCount
+    inputs: Annotated[str, one_of(PROTOCOLS)] | None
+    samples: Count
+    skipped: Count
+    seed: Seed
+    uses_source: bool
+    versions: dict[Text, Text] = field(hash=False)
+    criterion: Text = "rate_of_change"
+    title: Text = "rate of change"
+    observed: Annotated[str, one_of(OBSERVED)] = "pairs"
+    input_std: NonNegative | None = None
     ending: Ending | None = None
-    """How measuring ended; None where all was looked at that there was to look at, whatever was settled."""
-    target_data: Provenance | None = None
-    """Where the target images came from; None where there were none, or where that was not noted."""
-    source_data: Provenance | None = None
-    """The same of the source images."""
+    target_provenance: Provenance | None = None
+    source_provenance: Provenance | None = None
 
-    __pydantic_config__: ClassVar[dict[str, bool]] = {"strict": True, "allow_inf_nan": False}
+    pairs = renamed_attribute("PlasticityReport", "pairs", "samples")
+    source = renamed_attribute("PlasticityReport", "source", "uses_source")
+    target_data = renamed_attribute("PlasticityReport", "target_data", "target_provenance")
+    source_data = renamed_attribute("PlasticityReport", "source_data", "source_provenance")
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
     def ranking(self, granularity: str = "kind", candidates: Iterable[str] | None = None) -> list[RankedUnit]:
         """Returns (unit, score, standard_error) of every unit, best first.
 
+        Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
+
         Args:
             granularity: "kind" ranks the kinds over all blocks, as the paper does; "component" ranks the components.
-            candidates: kinds to rank; all five when None.
+            candidates: kinds to rank; None for all five.
 
-        Equal scores keep the order of the blocks and, within a block, LN1, MHA, LN2, FC1, FC2.
+        Returns:
+            Named tuples, one per unit: a kind ("MHA") or the canonical id of a component ("3.MHA").
 
         Raises:
             ConfigError: `granularity` or a kind is unknown.
         """
-        granularity = canonical_granularity(granularity)
+        granularity = canonical_granularity(granularity, stacklevel=3)
         kinds = check_candidates(KINDS if candidates is None else candidates)
         if granularity == "kind":
             units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]
@@ -129,39 +129,47 @@ class Measurement:
         return [row for row in self.scores if row.kind == kind]
 
     def check(self) -> None:
-        """Raises ReportError unless there is one row per block and kind, in order, with possible numbers."""
-        if self.inputs not in (*PROTOCOLS, None):
-            raise ReportError(f"inputs: expected one of {', '.join(PROTOCOLS)} or null, got {self.inputs!r}")
-        ending = self.ending
-        if ending and not (0 < ending.confidence < 1 and self.pairs <= ending.most and len(set(ending.units))):
-            raise ReportError(f"ending: contradicts itself, or pairs, which is {self.pairs}: {ending}")
-        if self.observed not in OBSERVED:
-            raise ReportError(f"observed: expected one of {', '.join(OBSERVED)}, got {self.observed!r}")
-        for place in ("target_data", "source_data"):
-            provenance = getattr(self, place)
-            if provenance is not None:
-                provenance.check(place)
+        """Raises ReportError if fields contradict each other: the order of rows, counts and sums."""
+        self._check_rows()
+        fewest = 0 if self.observed == "weights" else 2
+        rows: list[Estimate] = [*self.scores, *self.kinds]
+        wrong = next((row for row in rows if row.samples != self.samples), None)
+        if wrong is not None:
+            raise ReportError(f"samples must be {self.samples} in every row of scores and kinds, got {wrong.samples}")
+        if self.samples < fewest:
+            raise ReportError(f"samples must be at least {fewest}, got {self.samples}")
+        trainable = sum(row.parameters for row in self.scores)
+        if self.model_parameters < trainable:
+            raise ReportError(
+                f"model_parameters must be at least {trainable}, the sum over scores, got {self.model_parameters}"
+            )
+        if self.ending:
+            self._check_ending(self.ending)
+
+    def _check_rows(self) -> None:
         blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
         expected = [(stage, block, kind) for stage, block in blocks for kind in KINDS]
         if not blocks or not _consecutive(blocks):
-            raise ReportError("scores: expected blocks (in stages, if the model has stages) numbered from 0, in order")
+            raise ReportError(
+                "scores must contain blocks (in stages, if the model has stages) numbered from 0, in order"
+            )
         if [(row.stage, row.block, row.kind) for row in self.scores] != expected:
-            raise ReportError(f"scores: expected one row per block and kind, in the order {', '.join(KINDS)}")
+            raise ReportError(f"scores must contain one row per block and kind, in the order {', '.join(KINDS)}")
         if [row.kind for row in self.kinds] != list(KINDS):
-            raise ReportError(f"kinds: expected one row per kind, in the order {', '.join(KINDS)}")
-        self._check_numbers()
-
-    def _check_numbers(self) -> None:
-        fewest = 0 if self.observed == "weights" else 2
-        rows: list[Estimate] = [*self.scores, *self.kinds]
-        for row in rows:
-            if row.mean < 0 or row.std < 0 or row.pairs != self.pairs or self.pairs < fewest:
+            raise ReportError(f"kinds must contain one row per kind, in the order {', '.join(KINDS)}")
+        for number, row in enumerate(self.scores):
+            if len(row.features) not in (0, len(row.modules)):
                 raise ReportError(
-                    f"{row}: a mean and a std are at least 0, and pairs is {self.pairs}, at least {fewest}"
+                    f"scores.{number}.features must be empty or have one entry per module, got {shown(row.features)}"
                 )
-        for score in self.scores:
-            if len(score.features) not in (0, len(score.modules)):
-                raise ReportError(f"{score.id}: features must be given for all of its modules or for none")
+
+    def _check_ending(self, ending: Ending) -> None:
+        if ending.planned < self.samples:
+            raise ReportError(f"ending.planned must be at least {self.samples}, the samples, got {ending.planned}")
+        ids = KINDS if ending.granularity == "kind" else tuple(row.id for row in self.scores)
+        unknown = [unit for unit in ending.units if unit not in ids]
+        if unknown:
+            raise ReportError(f"ending.units must be of granularity {ending.granularity!r}, got {shown(unknown[0])}")
 
 
 def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:

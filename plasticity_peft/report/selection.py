@@ -6,20 +6,20 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, islice
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Annotated, NamedTuple
 
-from plasticity_peft.checks import (
-    TRAINING_MODES,
-    canonical_granularity,
-    check_amount,
-    check_choice,
-    check_count,
-    check_lora,
-    shown,
-)
+from annotated_types import Len
+
+from plasticity_peft.arguments import check_arguments
+from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.constraints import Count, PositiveCount, Text, allowed, one_of
 from plasticity_peft.errors import ConfigError
+
+BY_MODE = allowed(
+    f"must have the keys {' and '.join(map(repr, TRAINING_MODES))}", lambda values: set(values) == set(TRAINING_MODES)
+)
 
 
 class RankedUnit(NamedTuple):
@@ -34,17 +34,17 @@ class RankedUnit(NamedTuple):
 class Selection:
     """What is trained: the best units of a ranking, in that order."""
 
-    granularity: str
+    granularity: Annotated[str, one_of(GRANULARITIES)]
     """"kind" or "component"."""
-    units: tuple[str, ...]
+    units: Annotated[tuple[Text, ...], Len(1)]
     """Canonical ids of the chosen units, best first: kinds, or components if `granularity` is "component"."""
-    components: tuple[str, ...]
+    components: tuple[Text, ...]
     """Canonical ids of all components in these units, in the order of the blocks."""
-    modules: tuple[str, ...]
+    modules: tuple[Text, ...]
     """Paths of their linear layers and norms, in the model that was measured."""
-    parameters: Mapping[str, int]
+    parameters: Annotated[Mapping[str, Count], BY_MODE]
     """How many parameters train, the head not counted, in each mode: {"lora": ..., "full": ...}."""
-    model_parameters: int
+    model_parameters: PositiveCount
     """Parameters of the whole model that was measured: what a budget is a share of."""
 
 
@@ -73,18 +73,6 @@ def lora_parameters(
     return total
 
 
-def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
-    """Returns the kinds as a tuple. Raises ConfigError where there is none, or one is unknown or named twice."""
-    if isinstance(candidates, (set, frozenset)):  # whose order means nothing, and differs from run to run
-        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
-    names = (candidates,) if isinstance(candidates, str) else candidates
-    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
-    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
-    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
-        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
-    return kinds
-
-
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
     """What is to be selected from the scores of a model: how many units of which sort, and how they train.
@@ -111,11 +99,8 @@ class SelectionRule:
     lora_bias: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "granularity", canonical_granularity(self.granularity))
-        object.__setattr__(self, "candidates", check_candidates(self.candidates))
-        check_choice("training", self.training, TRAINING_MODES)
-        check_amount(self.top_k, self.budget)
-        check_lora(self.r, self.rank_pattern, self.use_dora, self.lora_bias)
+        for name, value in check_arguments(vars(self)).items():
+            object.__setattr__(self, name, value)
 
     def unit_of(self, component: Component) -> str:
         """Returns the unit that a component belongs to: its kind or its canonical id."""

@@ -1,95 +1,92 @@
-"""A measurement in words: the heading, the table that `print(report)` shows, and the same for a notebook."""
+"""A report in words: its heading, the table that `print(report)` prints, and the same table for a notebook."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from io import StringIO
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.scores import Measurement, Score
+from plasticity_peft.report.scores import BaseReport, Score
 from plasticity_peft.report.selection import RankedUnit
 
 
-def heading(measured: Measurement) -> str:
-    """Returns what was measured, in a line."""
-    criterion = "Plasticity" if measured.criterion == "rate_of_change" else measured.title.capitalize()
-    protocol = "" if measured.inputs is None else f", {measured.inputs} inputs"
-    return f"{criterion} of {measured.model_type}{protocol}, {observed(measured)}"
+def heading(report: BaseReport) -> str:
+    """Returns one line that says what was measured."""
+    criterion = "Plasticity" if report.criterion == "rate_of_change" else report.title.capitalize()
+    protocol = "" if report.inputs is None else f", {report.inputs} inputs"
+    return f"{criterion} of {report.model_type}{protocol}, {observed(report)}"
 
 
-def observed(measured: Measurement) -> str:
-    """Returns what the scores were averaged over: "1024 pairs", or "weights"."""
-    return "weights" if measured.observed == "weights" else f"{measured.pairs} {measured.observed}"
+def observed(report: BaseReport) -> str:
+    """Returns the samples that the scores are means of, such as "1024 pairs", or "weights"."""
+    return "weights" if report.observed == "weights" else f"{report.samples} {report.observed}"
 
 
-def as_text(measured: Measurement) -> str:
-    """Returns the ranking of the kinds as a table of text, with how measuring ended."""
-    text = table(_title(measured), _columns(measured), _rows(measured))
-    return "\n".join(filter(None, [text, how_it_ended(measured), why_norms_lead(measured, measured.ranking()[:1])]))
+def as_text(report: BaseReport) -> str:
+    """Returns the ranking of the kinds as a table of text, and how the measurement ended."""
+    text = table(_title(report), _columns(report), _rows(report))
+    return "\n".join(filter(None, [text, how_it_ended(report), why_norms_lead(report, report.ranking()[:1])]))
 
 
-def as_html(measured: Measurement) -> str:
-    """Returns the same as HTML: text of others is escaped, and there is neither script nor style sheet in it."""
-    names = "".join(f"<th>{escape(name)}</th>" for name in _columns(measured))
-    rows = "".join(
-        f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for values in _rows(measured)
-    )
-    notes = [where_from(measured), how_it_ended(measured), why_norms_lead(measured, measured.ranking()[:1])]
+def as_html(report: BaseReport) -> str:
+    """Returns the same as HTML without scripts and style sheets. All text is escaped."""
+    names = "".join(f"<th>{escape(name)}</th>" for name in _columns(report))
+    rows = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for values in _rows(report))
+    notes = [where_from(report), how_it_ended(report), why_norms_lead(report, report.ranking()[:1])]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     return (
-        f"<table><caption>{escape(_title(measured))}</caption><thead><tr>{names}</tr></thead>"
+        f"<table><caption>{escape(_title(report))}</caption><thead><tr>{names}</tr></thead>"
         f"<tbody>{rows}</tbody></table>{paragraphs}"
     )
 
 
-def where_from(measured: Measurement) -> str:
-    """Returns where the images came from; "" where that was not noted."""
-    named = {"Target": measured.target_data, "Source": measured.source_data}
+def where_from(report: BaseReport) -> str:
+    """Returns where the images came from; "" if this is unknown."""
+    named = {"Target": report.target_provenance, "Source": report.source_provenance}
     return " ".join(f"{name} images: {value}." for name, value in named.items() if value is not None)
 
 
-def how_it_ended(measured: Measurement) -> str:
-    """Returns whether the choice was settled; "" where all was looked at in any case."""
-    ending = measured.ending
+def how_it_ended(report: BaseReport) -> str:
+    """Returns whether the selection was settled; "" if all samples were measured regardless of the ranking."""
+    ending = report.ending
     if ending is None:
         return ""
     units, confidence = ", ".join(ending.units), f"{ending.confidence:.0%} confidence"
     if ending.settled:
-        return f"Settled after {measured.pairs} of {ending.most} {measured.observed}: {units} ({confidence})."
+        return f"Settled after {report.samples} of {ending.planned} {report.observed}: {units} ({confidence})."
     return f"Not settled: {units} does not stand out from the rest ({confidence})."
 
 
-def why_norms_lead(measured: Measurement, units: Iterable[RankedUnit]) -> str:
-    """Returns an explanation where norms are among `units`, the best, because the tokens are small; else ""."""
+def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
+    """Returns an explanation if layer norms are among the best `units` because the tokens are small; else ""."""
     norms = [row.unit for row in units if row.unit.split(".")[-1] not in MATRIX_KINDS]
-    if measured.criterion != "rate_of_change" or measured.input_std is None or measured.input_std >= 1 or not norms:
+    if report.criterion != "rate_of_change" or report.input_std is None or report.input_std >= 1 or not norms:
         return ""
     return (
-        f"{norms[0]} ranks high because a layer norm divides by the spread of its input, which is "
-        f"{measured.input_std:.2g} in the tokens that enter block 0: its rate of change is its gain over that, and "
-        "says little about how well it trains. In four of the five experiments of examples/results norms gained "
-        'less than attention. criterion="parameter_plasticity" does not depend on this scale, and '
-        'candidates=("MHA", "FC1", "FC2") leaves the norms out.'
+        f"{norms[0]} ranks high because a layer norm divides by the standard deviation of its input, which is "
+        f"{report.input_std:.2g} in the tokens that enter block 0. Its rate of change is its gain divided by that "
+        "number, and does not show how well it trains. In four of the five experiments of examples/results norms "
+        'gained less than attention. criterion="parameter_plasticity" does not depend on this scale, and '
+        'candidates=("MHA", "FC1", "FC2") excludes the norms.'
     )
 
 
-def _title(measured: Measurement) -> str:
-    pairs = measured.observed == "pairs" and measured.criterion != "token_sensitivity"
-    of = f" of {'a source and a target image' if measured.source else 'two target images'}" if pairs else ""
-    skipped = f" ({measured.skipped} skipped)" if measured.skipped else ""
-    return f"{heading(measured)}{skipped}{of}, seed {measured.seed}"
+def _title(report: BaseReport) -> str:
+    pairs = report.observed == "pairs" and report.criterion != "token_sensitivity"
+    of = f" of {'a source and a target image' if report.uses_source else 'two target images'}" if pairs else ""
+    skipped = f" ({report.skipped} skipped)" if report.skipped else ""
+    return f"{heading(report)}{skipped}{of}, seed {report.seed}"
 
 
-def _columns(measured: Measurement) -> tuple[str, ...]:
-    return ("rank", "kind", measured.title, "std. error", "lowest block", "highest block", "parameters")
+def _columns(report: BaseReport) -> tuple[str, ...]:
+    return ("rank", "kind", report.title, "std. error", "lowest block", "highest block", "parameters")
 
 
-def _rows(measured: Measurement) -> list[tuple[str, ...]]:
+def _rows(report: BaseReport) -> list[tuple[str, ...]]:
     rows: list[tuple[str, ...]] = []
-    for rank, (kind, score, error) in enumerate(measured.ranking(), start=1):
-        blocks = sorted(measured.rows_of(kind), key=lambda row: row.mean)
-        lowest, highest = blocks[0], max(blocks, key=lambda row: row.mean)  # both the first of equals
+    for rank, (kind, score, error) in enumerate(report.ranking(), start=1):
+        blocks = sorted(report.rows_of(kind), key=lambda row: row.mean)
+        lowest, highest = blocks[0], max(blocks, key=lambda row: row.mean)  # the first one of equals
         parameters = sum(row.parameters for row in blocks)
         numbers = (f"{score:.4f}", f"{error:.4f}", _with_block(lowest), _with_block(highest), f"{parameters:,}")
         rows.append((str(rank), kind, *numbers))
@@ -100,14 +97,8 @@ def _with_block(row: Score) -> str:
     return f"{row.mean:.4f} (block {row.block_id})"
 
 
-WIDTH = 119
-"""Columns that a table may take: the same wherever it is printed, so that it can be compared with a stored text."""
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], width: int = WIDTH) -> str:
-    """Returns the rows as a Markdown table below its title: numbers to the right, words to the left.
-
-    What does not fit into `width` columns is cut off.
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns rows as a Markdown table below a title, with numbers to the right and words to the left.
 
     Examples:
         >>> print(table("Fruit", ("name", "count"), [("apple", "12"), ("fig", "7")]))
@@ -117,27 +108,20 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], wid
         | apple |    12 |
         | fig   |     7 |
     """
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    cells = [tuple(columns), *map(tuple, rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    numeric = [all(map(_is_number, filter(None, column[1:]))) for column in zip(*cells, strict=True)]
 
-    rows = [tuple(row) for row in rows]
-    grid = Table(box=box.MARKDOWN)
-    for index, name in enumerate(columns):
-        numeric = all(row[index].lstrip("+-")[:1].isdigit() for row in rows if row[index])
-        grid.add_column(name, justify="right" if numeric else "left", no_wrap=True)
-    for row in rows:
-        grid.add_row(*row)
-    text = StringIO()
-    # In a notebook rich would display the table by itself, and leave `text` empty.
-    console = Console(
-        file=text,
-        width=width,
-        color_system=None,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        force_jupyter=False,
-    )
-    console.print(grid)
-    return "\n".join([title, *(line.rstrip() for line in text.getvalue().splitlines() if line.strip())])
+    def line(row: Sequence[str]) -> str:
+        fitted = [
+            text.rjust(width) if right else text.ljust(width)
+            for text, width, right in zip(row, widths, numeric, strict=True)
+        ]
+        return f"| {' | '.join(fitted)} |"
+
+    rule = "|".join("-" * (width + 2) for width in widths)
+    return "\n".join([title, line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
+
+
+def _is_number(text: str) -> bool:
+    return text.lstrip("+-")[:1].isdigit()

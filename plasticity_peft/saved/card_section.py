@@ -14,7 +14,7 @@ from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
 from plasticity_peft.report.text import heading, how_it_ended, observed
 from plasticity_peft.saved.options import readable
-from plasticity_peft.saved.results import Results
+from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
 from plasticity_peft.saved.trained import TrainedAdapter
 
@@ -79,7 +79,7 @@ def eval_results_of(results: Results) -> list[EvalResult]:
 
 
 def _metadata(adapter: TrainedAdapter) -> ModelCardData:
-    datasets = [adapter.report.target_data, *(one.dataset for one in adapter.results)]
+    datasets = [adapter.report.target_provenance, *(one.dataset for one in adapter.results)]
     ids = sorted({one.repo_id for one in datasets if one is not None and one.repo_id})
     results = [result for one in adapter.results for result in eval_results_of(one)]
     return ModelCardData(
@@ -139,10 +139,10 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
     yield "inputs (protocol)", report.inputs or ""
     pairs = f", {report.skipped} skipped" if report.skipped else ""
     sources = {True: ", each of a source and a target image", False: ", each of two target images"}
-    yield "observed", observed(report) + (sources[report.source] if report.observed == "pairs" else "") + pairs
+    yield "observed", observed(report) + (sources[report.uses_source] if report.observed == "pairs" else "") + pairs
     yield "settled", how_it_ended(report) or "looked at all there was to look at"
-    yield "target images", str(report.target_data or "")
-    yield "source images", str(report.source_data or "")
+    yield "target images", str(report.target_provenance or "")
+    yield "source images", str(report.source_provenance or "")
     yield "seed", str(report.seed)
     yield "ranked by", "kind, over all blocks" if adapter.selection.granularity == "kind" else "component"
     yield "versions", ", ".join(f"{name} {release}" for name, release in report.versions.items())

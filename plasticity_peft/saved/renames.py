@@ -26,6 +26,8 @@ PREFIX = "base_model.model."
 LONGEST_KEY = 1000
 HIGHEST_RANK = 4
 """Times the width of a layer; above the width itself, LoRA holds more numbers than the layer."""
+MOST_RANKS = 2**14
+"""Of a layer of any width. A file with holes could ask for any amount of memory."""
 PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _LORA = re.compile(r"(?P<path>.+)\.(?P<part>lora_[A-Za-z_]+)(?:\.(?P<leaf>weight|bias))?")
 
@@ -98,13 +100,13 @@ def read(weights: Mapping[str, torch.Tensor]) -> dict[str, Layer]:
 def _check_shapes(path: str, lora: Mapping[str, torch.Tensor]) -> None:
     """Raises AdapterError unless the weights of LoRA on one layer fit together."""
     a, b = lora["lora_A.weight"].shape, lora["lora_B.weight"].shape
-    fit = len(a) == len(b) == 2 and a[0] == b[1] and 1 <= a[0] <= HIGHEST_RANK * max(a[1], b[0])
+    fit = len(a) == len(b) == 2 and a[0] == b[1] and 1 <= a[0] <= max(HIGHEST_RANK * max(a[1], b[0]), MOST_RANKS)
     if not fit or any(lora[name].shape != b[:1] for name in set(lora) - {"lora_A.weight", "lora_B.weight"}):
         shapes = {name: tuple(value.shape) for name, value in lora.items()}
         raise AdapterError(
             f"The LoRA weights of {path} do not fit together: {shapes}. "
             f"lora_A is (r, inputs) and lora_B is (outputs, r), with r from 1 to {HIGHEST_RANK} times the larger of "
-            "the two; biases and magnitudes are (outputs,)."
+            f"the two, or {MOST_RANKS}; biases and magnitudes are (outputs,)."
         )
     for name, value in lora.items():
         if value.dtype not in PRECISIONS:

@@ -13,12 +13,10 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from plasticity_peft.errors import AdapterError
-from plasticity_peft.files import read_json
-from plasticity_peft.hub import CONFIG_NAME, REPORT_NAME, WEIGHTS_NAME
+from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME, find_json
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
-from plasticity_peft.saved.record import AdapterDescription
-from plasticity_peft.saved.results import Results, results_for
+from plasticity_peft.saved.record import AdapterRecord, Results, present_results, reading_record
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,18 @@ class TrainedAdapter:
             AdapterError: there is no adapter.
             ReportError: plasticity.json is missing or damaged.
         """
-        path = Path(folder, REPORT_NAME)
-        report = PlasticityReport.load(path)
-        described = AdapterDescription.from_file(read_json(path), path.name)
-        config = _json(Path(folder, CONFIG_NAME))
+        if not os.path.isdir(folder):
+            raise AdapterError(f"There is no folder {os.fspath(folder)}.")
+        record = AdapterRecord.read(folder)
+        with reading_record(folder):
+            described = record.described()
+        config = find_json(folder, CONFIG_NAME, AdapterError)
+        if config is None:
+            raise AdapterError(f"No {CONFIG_NAME} in {os.fspath(folder)}. A folder without it is not an adapter.")
         mapping = config.get("auto_mapping") or {}
         library = str(mapping.get("parent_library"))
         return cls(
-            report=report,
+            report=record.report,
             selection=described.selection,
             training=described.training,
             saved_parameters=_parameters(Path(folder, WEIGHTS_NAME)),
@@ -77,7 +79,7 @@ class TrainedAdapter:
             base_class=mapping.get("base_model_class") if library.startswith("transformers.") else None,
             id2label=described.id2label,
             options=config,
-            results=tuple(results_for(folder)),
+            results=present_results(folder),
         )
 
 
@@ -95,16 +97,6 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = read_json(path)
-    except (OSError, ValueError, RecursionError) as error:
-        raise AdapterError(f"Cannot read {path.name} of the adapter: {error}.") from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"Cannot read {path.name} of the adapter: it holds no object.")
-    return values
 
 
 def _parameters(path: Path) -> int:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +16,9 @@ from transformers import PreTrainedModel, Trainer, ViTConfig, ViTForImageClassif
 
 from plasticity_peft import PlasticityCallback, PlasticityConfig, PlasticityError, measure_plasticity
 from plasticity_peft.components.component import KINDS
-from tests.adapters.test_trainer import IMAGES, trainer_of, weights
-from tests.conftest import REPOSITORY, tiny_model
+from tests.support.models import tiny_model
+from tests.support.processes import launch
+from tests.support.training import IMAGES, trained_weights, trainer_of
 
 NUMBERS = [f"plasticity/{part}{kind}" for part in ("", "rank/", "standard_error/") for kind in KINDS]
 
@@ -47,7 +45,7 @@ def adapted(how: str, base: PreTrainedModel | None = None, **options: Any) -> to
     base = dropping() if base is None else base
     if how == "everything":
         return base
-    settings = {"target_data": IMAGES, "pairs": 8, "training": "full" if how == "full" else "lora", "top_k": 4}
+    settings = {"target_data": IMAGES, "max_samples": 8, "training": "full" if how == "full" else "lora", "top_k": 4}
     config = PlasticityConfig(**{**settings, "lora_dropout": 0.2, **options})
     torch.manual_seed(1)
     if how == "add_adapter":
@@ -88,10 +86,10 @@ def losses(trainer: Trainer) -> list[dict[str, float]]:
 @pytest.mark.parametrize("how", ["lora", "full", "add_adapter", "everything"])
 def test_training_is_what_it_is_without_it(how: str, tmp_path: Path) -> None:
     found = []
-    for callback in (None, {"every": 1, "pairs": 8, "settle": None}):
+    for callback in (None, {"every": 1, "max_samples": 8, "settle": None}):
         model = adapted(how)
         trainer, made = trained(model, tmp_path, IMAGES if callback else None, callback=callback)
-        found.append((weights(model), random_states(), losses(trainer)))
+        found.append((trained_weights(model), random_states(), losses(trainer)))
     assert set(made.reports) == {0.0, 1.0, 2.0}
     scores = [[row.mean for row in report.kinds] for report in made.reports.values()]
     assert scores[1] != scores[2]
@@ -115,7 +113,9 @@ def test_what_is_measured_again_is_the_model_as_published(how: str, criterion: s
     assert set(callback.reports) == {0.0, 2.0}
     model.save_pretrained(tmp_path / "adapter")
     published = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
-    expected = measure_plasticity(published.merge_and_unload(), IMAGES, pairs=8, settle=None, criterion=criterion)
+    expected = measure_plasticity(
+        published.merge_and_unload(), IMAGES, max_samples=8, settle=None, criterion=criterion
+    )
     for row, own in zip(callback.reports[2.0].scores, expected.scores, strict=True):
         assert (row.id, row.modules) == (own.id, own.modules)
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
@@ -151,7 +151,7 @@ def test_tensorboard_gets_ranking_and_selection(tmp_path: Path) -> None:
 
 
 def test_given_nothing_it_reports_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = adapted("lora", granularity="block", top_k=3)
+    model = adapted("lora", granularity="component", top_k=3)
     monkeypatch.setattr(
         "plasticity_peft.adapters.callback.measure_plasticity", lambda *_, **__: pytest.fail("measured")
     )
@@ -174,10 +174,10 @@ def test_given_nothing_it_reports_what_was_chosen(tmp_path: Path, monkeypatch: p
 def test_what_is_not_given_is_as_the_config_says(tmp_path: Path) -> None:
     paper = {"criterion": "rate_of_change", "inputs": "activation", "candidates": ("MHA", "FC1", "FC2")}
     model = adapted("lora", **paper, seed=3, settle=None, top_k=1)
-    _, callback = trained(model, tmp_path, IMAGES, callback={"every": 2, "pairs": 6})
+    _, callback = trained(model, tmp_path, IMAGES, callback={"every": 2, "max_samples": 6})
     first, last = callback.reports.values()
-    assert (last.criterion, last.inputs, last.seed, last.pairs) == ("rate_of_change", "activation", 3, 6)
-    assert first.pairs == 8
+    assert (last.criterion, last.inputs, last.seed, last.samples) == ("rate_of_change", "activation", 3, 6)
+    assert first.samples == 8
     _, callback = trained(
         adapted("lora"), tmp_path, IMAGES, callback={"every": 2, "criterion": "bound", "budget": 0.9}
     )
@@ -188,7 +188,9 @@ def test_resumed_training_goes_on_measuring(tmp_path: Path) -> None:
     folder = tmp_path / "whole"
     model = adapted("lora")
     _, whole = trained(model, folder, IMAGES, callback={"every": 1}, save_strategy="epoch")
-    config = PlasticityConfig(report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, pairs=8)
+    config = PlasticityConfig(
+        report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, max_samples=8
+    )
     resumed = get_peft_model(dropping(), config)
     trainer = trainer_of(resumed, tmp_path / "resumed", logging_strategy="epoch", save_strategy="no", **SHORT)
     callback = PlasticityCallback(trainer, IMAGES, every=1)
@@ -209,7 +211,7 @@ def test_training_that_ends_within_an_epoch(tmp_path: Path) -> None:
     [
         ((), {"every": 1}, "give target_data, the images, and every.* Got every=1 and no target_data"),
         ((IMAGES,), {}, "Got every=None and target_data"),
-        ((), {"pairs": 3}, "Got every=None and no target_data"),
+        ((), {"max_samples": 3}, "Got every=None and no target_data"),
         ((IMAGES,), {"every": 0}, "every must be a whole number of at least 1. Got 0"),
         ((IMAGES,), {"every": 1.5}, "every must be a whole number"),
         ((IMAGES,), {"every": 1, "pair": 3}, "Measuring takes criterion, .*pairs, .*r, .* Got pair"),
@@ -239,7 +241,8 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from tests.adapters.test_callback import IMAGES, adapted, losses, trained, weights
+from tests.adapters.test_callback import adapted, losses, trained
+from tests.support.training import IMAGES, trained_weights
 
 folder = Path(sys.argv[1])
 for callback in (None, {"every": 1}):
@@ -248,7 +251,7 @@ for callback in (None, {"every": 1}):
     trainer, made = trained(model, folder, IMAGES if callback else None, **options)
     assert trainer.args.world_size == 2
     name = f"{callback is not None}-{PartialState().process_index}.pt"
-    torch.save((weights(model), losses(trainer)), folder / name)
+    torch.save((trained_weights(model), losses(trainer)), folder / name)
 assert set(made.reports) == {0.0, 1.0, 2.0}
 made.reports[2.0].save(folder / f"report-{PartialState().process_index}.json")
 PartialState().wait_for_everyone()
@@ -260,16 +263,7 @@ PartialState().destroy_process_group()
 def test_two_processes_measure_together(tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, *rest, str(script), str(tmp_path)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    (result,) = launch(script, tmp_path)
     assert result.returncode == 0, result.stderr
     first, second = ((tmp_path / f"report-{rank}.json").read_text() for rank in range(2))
     assert first == second

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,9 +12,10 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from tests.conftest import REPOSITORY, backbone
 from tests.support.hub_client import Client, Result, environment, machine
 from tests.support.hub_server import TOKEN, HubServer, Repository, serving
+from tests.support.models import REPOSITORY, backbone
+from tests.support.processes import python
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 RETRIES = not huggingface_hub.__version__.startswith("0.")
@@ -330,10 +329,9 @@ SHORT = [
 
 def test_the_example_publishes_all_and_the_merged_model(world: World) -> None:
     output = world.folder / "outputs"
-    command = [sys.executable, str(TRAIN), *SHORT, "--output_dir", str(output), "--push_merged", "true"]
-    command += ["--hub_model_id", "user/trained", "--hub_token", TOKEN]
+    options = ["--push_merged", "true", "--hub_model_id", "user/trained", "--hub_token", TOKEN]
     place = environment(world.hub, world.folder / "train-home", token="")
-    result = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, env=place)
+    result = python(TRAIN, *SHORT, "--output_dir", output, *options, env=place)
     assert result.returncode == 0, result.stderr
     assert "Published https://huggingface.co/user/trained\n" in result.stderr
     files = world.files("user/trained")

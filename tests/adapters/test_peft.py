@@ -16,7 +16,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, ViTFo
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.errors import ConfigError
-from tests.conftest import ARCHITECTURES, backbone, random_images, tiny_model
+from tests.support.models import ARCHITECTURES, backbone, logits, moved, random_images, saved_base, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 from tests.support.stock import run_stock
 
@@ -26,29 +26,8 @@ IMAGES = random_images()
 
 def config(**options: object) -> PlasticityConfig:
     """Returns a config that measures on few images, unless it is given a report."""
-    data = {} if "report" in options else {"target_data": IMAGES, "pairs": 8}
+    data = {} if "report" in options else {"target_data": IMAGES, "max_samples": 8}
     return PlasticityConfig(**{"r": 2, "lora_alpha": 4, **data, **options})
-
-
-def disturb(model: nn.Module, seed: int = 3) -> nn.Module:
-    """Moves all that trains, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(pixel_values=IMAGES).logits
-
-
-def saved_base(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Returns the model read back from `folder`, so that adapters know where their base is."""
-    model.save_pretrained(folder)
-    return type(model).from_pretrained(folder)
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -68,7 +47,7 @@ def training(request: pytest.FixtureRequest) -> str:
 
 def test_exactly_the_selected_components_and_the_head_train(model: PreTrainedModel, training: str) -> None:
     paths = {part.id: part.modules for part in find_components(model)}
-    chosen = config(training=training, granularity="block", top_k=3)
+    chosen = config(training=training, granularity="component", top_k=3)
     expected = {"classifier.weight", "classifier.bias"}
     parameters = dict(model.named_parameters())
 
@@ -97,7 +76,7 @@ def test_parameter_counts_are_those_that_were_promised(
 def test_options_of_lora_pass_through_and_are_counted(vit: PreTrainedModel, options: dict[str, object]) -> None:
     chosen = config(**options)
     model = get_peft_model(vit, chosen)
-    path = chosen.target_modules[0]
+    path = min(chosen.target_modules)
     layer = model.get_base_model().get_submodule(path)
     stock = get_peft_model(tiny_model(), LoraConfig(**{"r": 2, "lora_alpha": 4, **options}, target_modules=[path]))
     twin = stock.get_base_model().get_submodule(path)
@@ -130,7 +109,7 @@ def test_a_bare_backbone_has_no_head_to_train(training: str) -> None:
 
 def test_disabled_the_adapter_leaves_the_base_model(model: PreTrainedModel, training: str) -> None:
     before = logits(model)
-    adapted = disturb(get_peft_model(model, config(training=training)))
+    adapted = moved(get_peft_model(model, config(training=training)))
     assert not torch.allclose(logits(adapted), before, atol=1e-3)
     with adapted.disable_adapter():
         assert torch.equal(logits(adapted), before)
@@ -138,7 +117,7 @@ def test_disabled_the_adapter_leaves_the_base_model(model: PreTrainedModel, trai
 
 def test_merged_the_adapter_leaves_a_plain_model(model: PreTrainedModel, training: str) -> None:
     plain = type(model)
-    adapted = disturb(get_peft_model(model, config(training=training)))
+    adapted = moved(get_peft_model(model, config(training=training)))
     before = logits(adapted)
     merged = adapted.merge_and_unload()
     assert type(merged) is plain
@@ -147,8 +126,8 @@ def test_merged_the_adapter_leaves_a_plain_model(model: PreTrainedModel, trainin
 
 
 def test_round_trip_into_a_fresh_base(model: PreTrainedModel, training: str, tmp_path: Path) -> None:
-    base = saved_base(model, tmp_path / "base")
-    adapted = disturb(get_peft_model(base, config(training=training)))
+    base = saved_base(tmp_path / "base", model)
+    adapted = moved(get_peft_model(base, config(training=training)))
     adapted.save_pretrained(tmp_path / "adapter")
     fresh = type(model).from_pretrained(tmp_path / "base")
     loaded = PeftModel.from_pretrained(fresh, tmp_path / "adapter")
@@ -173,7 +152,7 @@ def stock_and_ours(
         (backbone() if name == "headless" else tiny_model(name)).save_pretrained(folder / case / "base")
         options = {} if num_labels is None else {"num_labels": num_labels}
         base = AutoModelForImageClassification.from_pretrained(folder / case / "base", **options)
-        adapted = disturb(get_peft_model(base, config(training=mode)))
+        adapted = moved(get_peft_model(base, config(training=mode)))
         adapted.save_pretrained(folder / case / "adapter")
         ours[case] = logits(adapted)
     return run_stock(folder, CASES, IMAGES), ours
@@ -189,11 +168,11 @@ def test_loads_where_this_package_is_not_installed(
 
 
 def test_once_saved_adapters_stand_beside_each_other_and_beside_lora(training: str, tmp_path: Path) -> None:
-    saved_base(tiny_model(), tmp_path / "base")
+    saved_base(tmp_path / "base", tiny_model())
     outputs = {}
     for seed, kind in enumerate(("FC1", "MHA")):
         base = ViTForImageClassification.from_pretrained(tmp_path / "base")
-        adapted = disturb(get_peft_model(base, config(training=training, candidates=kind)), seed)
+        adapted = moved(get_peft_model(base, config(training=training, candidates=kind)), seed=seed)
         adapted.save_pretrained(tmp_path / kind)
         outputs[kind] = logits(adapted)
     fresh = ViTForImageClassification.from_pretrained(tmp_path / "base")
@@ -208,9 +187,9 @@ def test_once_saved_adapters_stand_beside_each_other_and_beside_lora(training: s
 def test_two_adapters_live_side_by_side(model: PreTrainedModel, training: str) -> None:
     base = logits(model)
     first = config(training=training)
-    adapted = disturb(get_peft_model(model, first))
+    adapted = moved(get_peft_model(model, first))
     with_first = logits(adapted)
-    second = config(training=training, granularity="block", top_k=2, seed=1)
+    second = config(training=training, granularity="component", top_k=2, seed=1)
     trained = trained_names(adapted)
 
     adapted.add_adapter("second", second)
@@ -218,10 +197,10 @@ def test_two_adapters_live_side_by_side(model: PreTrainedModel, training: str) -
     assert trained_names(adapted) == trained
     torch.testing.assert_close(logits(adapted), with_first)
     # The base model is measured, not what the first adapter made of it.
-    on_base = measure_plasticity(tiny_model(model.config.model_type), IMAGES, pairs=8, seed=1)
+    on_base = measure_plasticity(tiny_model(model.config.model_type), IMAGES, max_samples=8, seed=1)
     assert [row.mean for row in second.report.scores] == pytest.approx([row.mean for row in on_base.scores])
     adapted.set_adapter("second")
-    disturb(adapted, seed=4)
+    moved(adapted, seed=4)
     with_second = logits(adapted)
     assert not torch.allclose(with_second, with_first, atol=1e-3)
     adapted.set_adapter("default")
@@ -251,11 +230,11 @@ def test_an_adapter_name_in_use_is_refused_before_anything_is_measured(vit: PreT
 
 
 def test_transformers_add_adapter(model: PreTrainedModel, training: str, tmp_path: Path) -> None:
-    base = saved_base(model, tmp_path / "base")
+    base = saved_base(tmp_path / "base", model)
     before = logits(base)
     chosen = config(training=training)
     base.add_adapter(chosen)
-    disturb(base)
+    moved(base)
     adapted = logits(base)
     assert chosen.selection is not None
     assert not torch.allclose(adapted, before, atol=1e-3)
@@ -279,7 +258,7 @@ def test_transformers_switches_between_two_adapters(vit: PreTrainedModel, traini
         for parameter_name, parameter in vit.named_parameters():
             # Stock LoRA leaves the modules_to_save of the first adapter trainable too.
             parameter.requires_grad_(f".{name}." in parameter_name)
-        outputs[name] = logits(disturb(vit, seed))
+        outputs[name] = logits(moved(vit, seed=seed))
     for name in ("first", "second"):
         vit.set_adapter(name)
         assert vit.active_adapters() in (name, [name])
@@ -305,11 +284,11 @@ def test_a_failing_add_adapter_leaves_a_model_that_takes_one(vit: PreTrainedMode
 
 def test_gradient_checkpointing_gives_the_same_gradients(model: PreTrainedModel, training: str) -> None:
     torch.manual_seed(0)
-    plain = disturb(get_peft_model(copy.deepcopy(model), config(training=training))).train()
+    plain = moved(get_peft_model(copy.deepcopy(model), config(training=training))).train()
     # transformers 5.23 renamed it and deprecates the old name.
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     torch.manual_seed(0)
-    checkpointed = disturb(get_peft_model(model, config(training=training))).train()
+    checkpointed = moved(get_peft_model(model, config(training=training))).train()
     for adapted in (plain, checkpointed):
         adapted(pixel_values=IMAGES, labels=torch.arange(len(IMAGES)) % 3).loss.backward()
     expected = {name: p.grad for name, p in plain.named_parameters() if p.requires_grad}
@@ -330,7 +309,7 @@ def test_the_data_are_let_go_and_never_written(vit: PreTrainedModel) -> None:
 
 
 def test_an_open_config_round_trips_without_its_data(tmp_path: Path) -> None:
-    report = measure_plasticity(tiny_model(), IMAGES, pairs=4)
+    report = measure_plasticity(tiny_model(), IMAGES, max_samples=4)
     report.save(tmp_path / "plasticity.json")
     for given in (report, report.to_dict(), str(tmp_path / "plasticity.json"), tmp_path / "plasticity.json"):
         first = config(report=given, top_k=2, candidates=("FC1", "LN2"), training="full")
@@ -342,12 +321,12 @@ def test_an_open_config_round_trips_without_its_data(tmp_path: Path) -> None:
 
 
 def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel, tmp_path: Path) -> None:
-    base = saved_base(vit, tmp_path / "base")
+    base = saved_base(tmp_path / "base", vit)
     base.config.id2label = {0: "cat", 1: "dog", 2: "owl"}
     chosen = config(training="full", top_k=2, seed=5, inputs="embedding", candidates=("MHA", "FC1", "FC2"))
     get_peft_model(base, chosen).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "plasticity.json").read_text())
-    expected = {"criterion": "rate_of_change", "inputs": "embedding", "pairs": 8, "seed": 5}
+    expected = {"criterion": "rate_of_change", "inputs": "embedding", "samples": 8, "seed": 5}
     assert {key: written[key] for key in expected} == expected
     assert written["versions"]["torch"] == version("torch")
     assert len(written["scores"]) == 10
@@ -362,7 +341,7 @@ def test_plasticity_json_tells_what_was_measured_and_chosen(vit: PreTrainedModel
 def test_a_report_replaces_data_and_probing(
     model: PreTrainedModel, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    report = measure_plasticity(model, IMAGES, pairs=8)
+    report = measure_plasticity(model, IMAGES, max_samples=8)
     monkeypatch.setattr(
         "plasticity_peft.adapters.model.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured")
     )
@@ -388,18 +367,18 @@ def test_a_choice_above_the_units_is_refused_before_anything_is_measured(
         "plasticity_peft.measuring.measure.check_calls", lambda *args, **kwargs: pytest.fail("measured")
     )
     with pytest.raises(ValueError, match="from 1 to 10"):
-        get_peft_model(vit, config(top_k=11, granularity="block"))
+        get_peft_model(vit, config(top_k=11, granularity="component"))
 
 
 def test_more_targets_than_peft_lists_one_by_one(training: str, tmp_path: Path) -> None:
     """From 20 on, PEFT shortens the names of its targets: the same modules must be meant, now and when loaded."""
-    base = saved_base(tiny_model(num_hidden_layers=12), tmp_path / "base")
+    base = saved_base(tmp_path / "base", tiny_model(num_hidden_layers=12))
     parts = {part.id: part.modules for part in find_components(base)}
-    adapted = get_peft_model(base, config(training=training, granularity="block", top_k=11))
+    adapted = get_peft_model(base, config(training=training, granularity="component", top_k=11))
     chosen = adapted.peft_config["default"].selection.components
     expected = {f"{path}.weight" for unit in chosen for path in parts[unit]} | {"classifier.weight"}
     assert {name for name in trained_names(adapted) if name.endswith("weight")} == expected
-    disturb(adapted).save_pretrained(tmp_path / "adapter")
+    moved(adapted).save_pretrained(tmp_path / "adapter")
     loaded = PeftModel.from_pretrained(type(base).from_pretrained(tmp_path / "base"), tmp_path / "adapter")
     torch.testing.assert_close(logits(loaded), logits(adapted))
 
@@ -412,7 +391,7 @@ def test_the_users_modules_to_save_are_kept(vit: PreTrainedModel) -> None:
 def test_no_warning_is_ours(model: PreTrainedModel, training: str, tmp_path: Path) -> None:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        adapted = get_peft_model(saved_base(model, tmp_path / "base"), config(training=training))
+        adapted = get_peft_model(saved_base(tmp_path / "base", model), config(training=training))
         adapted.save_pretrained(tmp_path / "adapter")
     assert [str(w.message) for w in caught if "is_gradient_checkpointing" not in str(w.message)] == []
 

@@ -31,7 +31,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from tests.conftest import random_images, tiny_model
+from tests.support.models import logits, moved, tiny_model
 
 TABLES = {
     "PEFT_TYPE_TO_CONFIG_MAPPING": PEFT_TYPE_TO_CONFIG_MAPPING,
@@ -82,20 +82,6 @@ def linear(model: nn.Module) -> str:
 
 def norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(pixel_values=random_images(3)).logits
-
-
-def disturb(model: nn.Module) -> nn.Module:
-    """Moves all that trains, so that an adapter that is on can be told from one that is off."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.3)
-    return model
 
 
 @pytest.fixture
@@ -289,7 +275,7 @@ def test_targets_match_at_a_dot_and_modules_to_save_match_any_end() -> None:
 def both(model: PreTrainedModel) -> PeftModel:
     """Returns the model with LoRA on one layer, and a norm trained in full."""
     config = LoraConfig(target_modules=[linear(model)], modules_to_save=[norms(model)[0]], init_lora_weights=False)
-    return disturb(get_peft_model(model, config)).eval()
+    return moved(get_peft_model(model, config)).eval()
 
 
 def test_one_flag_hides_an_adapter_and_touches_no_gradient() -> None:

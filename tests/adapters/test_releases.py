@@ -20,8 +20,8 @@ from plasticity_peft import PlasticityConfig, find_components, load_adapter, mea
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.renames import Layer, join, split
-from tests.conftest import REPOSITORY, tiny_model
-from tests.support.releases.make import IMAGES, LAYERS, MEASURES
+from tests.support.models import REPOSITORY, logits, moved, tiny_model
+from tests.support.releases.make import IMAGES, LAYERS, WRITTEN
 
 ADAPTERS = REPOSITORY / "tests" / "support" / "releases"
 RELEASES = sorted(path.name for path in ADAPTERS.glob("transformers-*"))
@@ -30,11 +30,6 @@ CASES = ("lora", "full", "plain", "dora")
 
 def base(name: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(ADAPTERS / name).eval()
-
-
-def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model.eval()(pixel_values=IMAGES).logits
 
 
 def expected(folder: Path) -> torch.Tensor:
@@ -52,7 +47,7 @@ def test_an_adapter_gives_the_logits_it_was_saved_with(release: str, name: str, 
     folder = ADAPTERS / release / name / case
     plain = logits(base(name))
     loaded = load_adapter(base(name), folder)
-    torch.testing.assert_close(logits(loaded), expected(folder), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(logits(loaded), expected(folder), rtol=1e-4, atol=1e-4)
     assert not torch.allclose(plain, expected(folder), atol=1e-2)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     with loaded.disable_adapter():
@@ -89,7 +84,7 @@ def test_an_adapter_can_join_others_and_be_trained_on(release: str) -> None:
     torch.testing.assert_close(logits(model), expected(folder / "lora"), rtol=1e-4, atol=1e-5)
     model.set_adapter("second")
     torch.testing.assert_close(logits(model), expected(folder / "plain"), rtol=1e-4, atol=1e-5)
-    with pytest.raises(AdapterError, match="has an adapter 'second' already"):
+    with pytest.raises(AdapterError, match="already has an adapter 'second'"):
         load_adapter(model, folder / "plain", "second")
 
 
@@ -112,12 +107,12 @@ def test_stock_peft_cannot_load_what_was_renamed(name: str, case: str) -> None:
         assert not torch.allclose(logits(loaded), expected(folder), atol=1e-2)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize("measure", WRITTEN)
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_every_release_measures_the_same(attention: str, name: str, measure: str) -> None:
     model = AutoModelForImageClassification.from_pretrained(ADAPTERS / name, attn_implementation=attention)
-    report = measure_plasticity(model, IMAGES, pairs=8, **MEASURES[measure])
+    report = measure_plasticity(model, IMAGES, max_samples=8, **WRITTEN[measure])
     for release in RELEASES:
         other = PlasticityReport.load(ADAPTERS / release / name / "reports" / f"{measure}.json")
         assert [row.id for row in report.scores] == [row.id for row in other.scores]
@@ -160,8 +155,8 @@ def with_weights(change: Any) -> Any:
 @pytest.mark.parametrize(
     ("source", "change", "error", "text"),
     [
-        (PLAIN, without("adapter_config.json"), AdapterError, "holds no adapter_config.json: it is no adapter"),
-        (PLAIN, pickled, AdapterError, "holds no adapter_model.safetensors. Weights in other formats"),
+        (PLAIN, without("adapter_config.json"), AdapterError, "No adapter_config.json in .* It is not an adapter"),
+        (PLAIN, pickled, AdapterError, "No adapter_model.safetensors in .* Weights in other formats"),
         (PLAIN, cut("adapter_config.json"), AdapterError, "Cannot read adapter_config.json of"),
         (PLAIN, cut("adapter_model.safetensors"), AdapterError, "Cannot read adapter_model.safetensors of"),
         (OURS, cut("plasticity.json"), ReportError, "Cannot read plasticity.json of"),
@@ -236,7 +231,7 @@ def test_an_adapter_of_another_model_is_refused() -> None:
 
 
 def test_what_is_no_folder_is_looked_for_on_the_hub() -> None:
-    with pytest.raises(AdapterError, match=r"no folder, and the Hub cannot be reached for adapter_config.json"):
+    with pytest.raises(AdapterError, match=r"not a folder, and the Hub cannot be reached for adapter_config.json"):
         load_adapter(base("vit"), "somebody/adapter")
     with pytest.raises(AdapterError, match="neither a folder nor a repository on the Hub"):
         load_adapter(base("vit"), "not/a/repository")
@@ -250,11 +245,7 @@ def test_options_of_lora_survive(options: dict[str, bool], tmp_path: Path) -> No
         r=2, lora_alpha=3, target_modules=paths, modules_to_save=["classifier"], rank_pattern={paths[0]: 4},
         alpha_pattern={paths[1]: 7}, **options,
     )  # fmt: skip
-    adapted = get_peft_model(model, config)
-    with torch.no_grad():
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
+    adapted = moved(get_peft_model(model, config))
     adapted.save_pretrained(tmp_path)
     torch.testing.assert_close(logits(load_adapter(tiny_model(), tmp_path)), logits(adapted))
 

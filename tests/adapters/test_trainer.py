@@ -3,92 +3,36 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from plasticity_peft import PlasticityConfig
-from tests.conftest import REPOSITORY, random_images, tiny_model
-
-IMAGES = random_images(24)
-
-
-class Labelled(torch.utils.data.Dataset):
-    """Images whose label can be learnt: which third of the brightness range their mean is in."""
-
-    def __init__(self) -> None:
-        means = IMAGES.mean(dim=(1, 2, 3))
-        self.labels = (means.argsort().argsort() * 3 // len(IMAGES)).tolist()
-
-    def __len__(self) -> int:
-        return len(IMAGES)
-
-    def __getitem__(self, index: int) -> dict[str, object]:
-        return {"pixel_values": IMAGES[index], "labels": self.labels[index]}
-
-
-def saved_base(folder: Path) -> PreTrainedModel:
-    tiny_model().save_pretrained(folder)
-    return type(tiny_model()).from_pretrained(folder)
-
-
-def trainer_of(model: torch.nn.Module, folder: Path, **options: object) -> Trainer:
-    """Returns a Trainer over four epochs of six steps, with the settings that the README names."""
-    arguments = TrainingArguments(
-        **{
-            "output_dir": str(folder),
-            "num_train_epochs": 4,
-            "per_device_train_batch_size": 4,
-            "learning_rate": 1e-2,
-            "eval_strategy": "epoch",
-            "save_strategy": "epoch",
-            "load_best_model_at_end": True,
-            "metric_for_best_model": "accuracy",
-            "report_to": "none",
-            "dataloader_pin_memory": False,
-            "use_cpu": True,
-            "disable_tqdm": True,
-            **options,
-        }
-    )
-    return Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=Labelled(),
-        eval_dataset=Labelled(),
-        compute_metrics=lambda found: {"accuracy": float((found.predictions.argmax(1) == found.label_ids).mean())},
-    )
-
-
-def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+from tests.support.models import logits, saved_base, tiny_model
+from tests.support.processes import launch
+from tests.support.training import IMAGES, trained_weights, trainer_of
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_trains_evaluates_and_ends_with_the_best_checkpoint(training: str, tmp_path: Path) -> None:
     model = get_peft_model(
-        saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, pairs=4, training=training)
+        saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, max_samples=4, training=training)
     )
     frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
-    before = weights(model)
+    before = trained_weights(model)
     trainer = trainer_of(model, tmp_path / "out")
     trainer.train()
 
     best = Path(trainer.state.best_model_checkpoint)
     assert trainer.evaluate()["eval_accuracy"] == trainer.state.best_metric
-    moved = [name for name, value in weights(model).items() if not torch.equal(value, before[name])]
+    moved = [name for name, value in trained_weights(model).items() if not torch.equal(value, before[name])]
     assert len(moved) == len(before)
     assert all(torch.equal(value, dict(model.named_parameters())[name]) for name, value in frozen.items())
     assert json.loads((best / "plasticity.json").read_text())["adapter"]["training"] == training
     loaded = PeftModel.from_pretrained(type(tiny_model()).from_pretrained(tmp_path / "base"), best).eval()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(pixel_values=IMAGES).logits, model.eval()(pixel_values=IMAGES).logits)
+    torch.testing.assert_close(logits(loaded, IMAGES), logits(model, IMAGES))
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
@@ -97,7 +41,7 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
 ) -> None:
     options = {"load_best_model_at_end": False}
     torch.manual_seed(0)
-    config = PlasticityConfig(target_data=IMAGES, pairs=4, training=training)
+    config = PlasticityConfig(target_data=IMAGES, max_samples=4, training=training)
     whole = get_peft_model(saved_base(tmp_path / "base"), config)
     trainer_of(whole, tmp_path / "out", **options).train()
     checkpoint = tmp_path / "out" / "checkpoint-12"
@@ -112,14 +56,14 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
     trainer.train(resume_from_checkpoint=str(checkpoint))
 
     assert trainer.state.global_step == 24
-    expected = weights(whole)
-    for name, value in weights(resumed).items():
+    expected = trained_weights(whole)
+    for name, value in trained_weights(resumed).items():
         torch.testing.assert_close(value, expected[name])
 
 
 def test_loggers_that_write_down_configs_take_ours(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    model = get_peft_model(saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, pairs=4))
+    model = get_peft_model(saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, max_samples=4))
     trainer_of(model, tmp_path / "out", report_to="tensorboard", num_train_epochs=1).train()
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
@@ -136,12 +80,14 @@ from accelerate import PartialState
 from peft import get_peft_model
 from transformers import TrainingArguments
 from plasticity_peft import PlasticityConfig
-from tests.adapters.test_trainer import CHOICE, IMAGES, saved_base, trainer_of, weights
+from tests.adapters.test_trainer import CHOICE
+from tests.support.models import saved_base
+from tests.support.training import IMAGES, trained_weights, trainer_of
 
 folder, training, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
 base = saved_base(folder / f"base-{rank}")
 torch.manual_seed(0)
-config = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, training=training, **CHOICE[training])
+config = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, training=training, **CHOICE[training])
 model = get_peft_model(base, config)
 assert PartialState().num_processes == 2, PartialState()
 config.report.save(folder / f"report-{rank}.json")
@@ -151,7 +97,7 @@ options = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if training =
 trainer = trainer_of(model, folder / "out", ddp_find_unused_parameters=False, num_train_epochs=2, **options)
 assert trainer.args.world_size == 2
 trainer.train()
-torch.save(weights(model), folder / f"weights-{rank}.pt")
+torch.save(trained_weights(model), folder / f"weights-{rank}.pt")
 PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
@@ -161,22 +107,13 @@ PartialState().destroy_process_group()
 def test_two_processes_choose_the_same_and_train_together(training: str, tmp_path: Path) -> None:
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, *rest, str(script), str(tmp_path), training],
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
+    (result,) = launch(script, tmp_path, training)
     assert result.returncode == 0, result.stderr
     first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    alone = PlasticityConfig(target_data=IMAGES, pairs=7, batch_size=2, **CHOICE[training])
+    alone = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, **CHOICE[training])
     get_peft_model(tiny_model(), alone)
-    assert first["pairs"] == 7
+    assert first["samples"] == 7
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):
         assert row["mean"] == pytest.approx(expected.mean, rel=1e-6)
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)

@@ -20,12 +20,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, ViTForImageClassification, ViTModel
 
-from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
+from plasticity_peft import PlasticityConfig, find_components
 from plasticity_peft.adapters.what_trains import peft_names
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
 from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
-from tests.support.families import PLAIN, disturbed
+from tests.support.families import PLAIN
 
 IMAGES = random_images()
 LOGGER = "transformers.plasticity_peft.adapters.what_trains"
@@ -417,74 +417,17 @@ def test_a_model_compiled_in_place_is_adapted() -> None:
     assert saved(quietly(model)) == ["classifier"]
 
 
-def measuring(**options: object) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, **options})
+@pytest.mark.parametrize("labels", [{1: "cat", 2: "dog", 3: "owl"}, {0: "cat", 2: "owl"}, {-1: "cat"}])
+def test_labels_that_are_not_numbered_as_the_outputs_are_refused_before_measuring(
+    labels: dict[int, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    model.config.id2label = labels
+    monkeypatch.setattr("plasticity_peft.adapters.model._measure", lambda *_: pytest.fail("measured"))
+    with pytest.raises(ConfigError, match=r"must number its \d labels from 0 to \d.*model\.config\.id2label"):
+        adapt(model)
 
 
-def other_weights() -> PreTrainedModel:
-    return disturbed(tiny_model(num_labels=5))
-
-
-def test_a_config_that_was_used_does_not_choose_for_another_model() -> None:
-    used = measuring(top_k=2)
-    first = get_peft_model(tiny_model(), used)
-    choice = first.peft_config["default"].selection
-    for other in (other_weights(), tiny_model(num_hidden_layers=4), tiny_model("dinov2")):
-        with pytest.raises(ConfigError, match="used before, for a model with other weights"):
-            get_peft_model(other, used)
-    assert first.peft_config["default"].selection is choice
-    assert first.peft_config["default"].modules_to_save[-1] == "classifier"
-
-
-def test_a_config_that_gets_images_again_measures_again() -> None:
-    used = measuring()
-    first = get_peft_model(tiny_model(), used)
-    report = first.peft_config["default"].report
-    used.target_data, used.top_k, used.criterion, used.inputs = IMAGES, 3, "rate_of_change", "embedding"
-    second = get_peft_model(other_weights(), used)
-    expected = measure_plasticity(other_weights(), IMAGES, max_samples=8, criterion="rate_of_change", top_k=3)
-    assert used.report.scores == expected.scores
-    assert len(second.peft_config["default"].selection.units) == 3
-    assert second.peft_config["default"].id2label == {number: f"LABEL_{number}" for number in range(5)}
-    assert first.peft_config["default"].report is report
-    assert len(first.peft_config["default"].id2label) == 3
-
-
-def test_a_config_chooses_again_for_the_same_weights_as_it_is_then() -> None:
-    used = measuring()
-    get_peft_model(tiny_model(), used)
-    used.top_k = 2
-    again = tiny_model()
-    again.config.id2label = {0: "a", 1: "b", 2: "c"}
-    adapted = get_peft_model(again, used)
-    assert len(adapted.peft_config["default"].selection.units) == 2
-    assert adapted.peft_config["default"].id2label == {0: "a", 1: "b", 2: "c"}
-    used.max_samples = 6
-    with pytest.raises(ConfigError, match="how to measure was changed since"):
-        get_peft_model(tiny_model(), used)
-
-
-def test_one_config_serves_two_adapters_of_a_model() -> None:
-    used = measuring(modules_to_save=["layernorm"])
-    model = get_peft_model(tiny_model(), used)
-    model.add_adapter("second", used)
-    first, second = (model.peft_config[name] for name in ("default", "second"))
-    assert first is not second
-    assert first.selection == second.selection
-    assert first.modules_to_save == second.modules_to_save
-
-
-def test_a_config_with_a_given_report_or_a_criterion_of_weights_serves_any_model() -> None:
-    report = measure_plasticity(tiny_model(), IMAGES, max_samples=8)
-    for used in (PlasticityConfig(report=report, r=2), config()):
-        get_peft_model(tiny_model(), used)
-        adapted = get_peft_model(other_weights(), used)
-        assert len(adapted.peft_config["default"].id2label) == 5
-    assert used.report.scores == measure_plasticity(other_weights(), criterion="bound").scores
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_a_config_is_used_again_after_its_adapter_was_unloaded() -> None:
-    used = measuring()
-    model = get_peft_model(tiny_model(), used).unload()
-    assert get_peft_model(model, used).peft_config["default"].selection == used.selection
+def test_a_wrapped_model_has_the_labels_of_its_own() -> None:
+    for build in (lambda: nn.DataParallel(tiny_model()), Around):
+        assert adapt(build()).peft_config["default"].id2label == {index: f"LABEL_{index}" for index in range(3)}

@@ -29,7 +29,8 @@ from plasticity_peft import PlasticityConfig, PlasticityReport, find_components,
 from plasticity_peft.cli import card, compare, measure, select, show
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import STRICT, launch, python
 
 COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
@@ -50,7 +51,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(values).save(place / f"{index}.png")
     load_dataset("imagefolder", data_dir=str(folder / "images"))["train"].to_parquet(folder / "images.parquet")
     for name, seed in (("first", 0), ("second", 1)):
-        report = measure_plasticity(tiny_model(), random_images(seed=seed), pairs=8, criterion="parameter_plasticity")
+        report = measure_plasticity(
+            tiny_model(), random_images(seed=seed), max_samples=8, criterion="parameter_plasticity"
+        )
         report.save(folder / f"{name}.json")
     return folder
 
@@ -83,13 +86,24 @@ def by_hand(data: str, **options: Any) -> PlasticityReport:
 CASES: dict[str, tuple[list[object], dict[str, Any]]] = {
     "the default": ([], {}),
     "the paper's": (
-        ["--criterion", "rate_of_change", "--inputs", "activation", "--pairs", 9, "--batch_size", 4, "--settle", 0],
-        {"criterion": "rate_of_change", "inputs": "activation", "pairs": 9, "batch_size": 4, "settle": None},
+        [
+            "--criterion",
+            "rate_of_change",
+            "--inputs",
+            "activation",
+            "--max_samples",
+            9,
+            "--batch_size",
+            4,
+            "--settle",
+            0,
+        ],
+        {"criterion": "rate_of_change", "inputs": "activation", "max_samples": 9, "batch_size": 4, "settle": None},
     ),
     "source": (["--source", "images", "--inputs", "embedding", "--seed", 3], {"inputs": "embedding", "seed": 3}),
-    "a choice by blocks": (
-        ["--granularity", "block", "--candidates", "MHA,FC1", "--top_k", 2, "--training", "full", "--settle", 0.5],
-        {"granularity": "block", "candidates": ("MHA", "FC1"), "top_k": 2, "training": "full", "settle": 0.5},
+    "a choice by components": (
+        ["--granularity", "component", "--candidates", "MHA,FC1", "--top_k", 2, "--training", "full", "--settle", 0.5],
+        {"granularity": "component", "candidates": ("MHA", "FC1"), "top_k": 2, "training": "full", "settle": 0.5},
     ),
     "half precision and a budget": (
         ["--dtype", "bfloat16", "--budget", 0.2, "--r", 2, "--backbone", "vit"],
@@ -104,11 +118,11 @@ def test_measures_as_the_library_does(case: str, data: str) -> None:
     result = run("measure", "model", data, *arguments, "--json")
     found = PlasticityReport.from_dict(json.loads(result.stdout))
     expected = by_hand(data, source=case == "source", **options)
-    assert (found.ending, found.pairs, found.seed, found.source) == (
+    assert (found.ending, found.samples, found.seed, found.uses_source) == (
         expected.ending,
-        expected.pairs,
+        expected.samples,
         expected.seed,
-        expected.source,
+        expected.uses_source,
     )
     for row, own in zip([*found.scores, *found.kinds], [*expected.scores, *expected.kinds], strict=True):
         assert row.mean == pytest.approx(own.mean, rel=1e-5)
@@ -117,7 +131,8 @@ def test_measures_as_the_library_does(case: str, data: str) -> None:
 def test_every_argument_of_measuring_is_an_option() -> None:
     import inspect
 
-    arguments = set(inspect.signature(measure_plasticity).parameters) - {"target", "lora"}
+    others = {"target_data", "source_data", "rank_pattern", "use_dora", "lora_bias"}  # two have other names
+    arguments = set(inspect.signature(measure_plasticity).parameters) - others
     assert arguments <= set(inspect.signature(measure.measure).parameters)
 
 
@@ -140,7 +155,7 @@ def test_labels_of_the_dataset_reach_criteria_that_need_them() -> None:
 
 def test_weights_are_measured_without_images() -> None:
     found = json.loads(run("measure", "model", "--criterion", "bound", "--json").stdout)
-    assert (found["observed"], found["pairs"]) == ("weights", 0)
+    assert (found["observed"], found["samples"]) == ("weights", 0)
 
 
 def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
@@ -173,7 +188,7 @@ def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
     assert run("show", "user/repo", "--revision", "v1").stdout == run("show", tmp_path).stdout
-    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})] * 2
+    assert asked == [("user/repo", "plasticity.json", {"revision": "v1"})]
 
 
 def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
@@ -182,7 +197,7 @@ def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
     values = json.loads(path.read_text())
     values["adapter"]["training"] = ["lora"]
     path.write_text(json.dumps(values))
-    assert "Cannot read plasticity.json: adapter.training must be one of" in run("show", tmp_path, code=1).stderr
+    assert "adapter.training must be a valid string, got ['lora']" in run("show", tmp_path, code=1).stderr
 
 
 def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
@@ -215,6 +230,7 @@ for name, text in json.load(sys.stdin).items():
         "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
         "target_modules": sorted(config.target_modules) if not isinstance(config.target_modules, str) else None,
         "modules_to_save": config.modules_to_save,
+        "lora_alpha": config.lora_alpha,
         "parameters": model.get_nb_trainable_parameters()[0],
     }
 json.dump(found, sys.stdout)
@@ -224,11 +240,11 @@ json.dump(found, sys.stdout)
 def test_stock_peft_trains_what_was_selected() -> None:
     texts, expected = {}, {}
     for training, granularity, top_k, naming in product(
-        ("lora", "full"), ("kind", "block"), (1, 4), (["--model", "model"], ["--head", "classifier"])
+        ("lora", "full"), ("kind", "component"), (1, 4), (["--model", "model"], ["--head", "classifier"])
     ):
         form = "json" if top_k == 1 else "yaml"
         name = " ".join([form, training, granularity, *naming])
-        chosen = {"training": training, "granularity": granularity, "top_k": top_k, "r": 3}
+        chosen = {"training": training, "granularity": granularity, "top_k": top_k, "r": 3, "lora_alpha": 5}
         options = [part for key, value in chosen.items() for part in (f"--{key}", value)]
         result = run("select", "first.json", *options, *naming, "--format", form)
         assert not result.stderr
@@ -240,14 +256,10 @@ def test_stock_peft_trains_what_was_selected() -> None:
             "trained": sorted(name for name, parameter in model.named_parameters() if parameter.requires_grad),
             "target_modules": None if isinstance(linears, str) else sorted(linears),
             "modules_to_save": config.modules_to_save,
+            "lora_alpha": 5,
             "parameters": model.get_nb_trainable_parameters()[0],
         }
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    ours = "ignore:`is_gradient_checkpointing`:FutureWarning"
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", ours, "-c", STOCK],
-        input=json.dumps(texts), capture_output=True, text=True, env=environment, timeout=240, check=False,
-    )  # fmt: skip
+    result = python(*STRICT, "-c", STOCK, input=json.dumps(texts))
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == expected
     assert any(row["target_modules"] is None for row in expected.values())
@@ -305,27 +317,27 @@ def test_compare_tells_how_rankings_agree(
         )
 
 
-def test_compare_by_kind_and_by_block() -> None:
+def test_compare_by_kind_and_by_component() -> None:
     ranks = []
     for name in ("first.json", "second.json"):
         scores = np.array([row.mean for row in PlasticityReport.load(name).scores])
         ranks.append(scores.argsort().argsort())
     result = run("compare", "first.json", "second.json", "--json")
-    kind, block = json.loads(result.stdout)["agreement"]
+    kind, component = json.loads(result.stdout)["agreement"]
     assert (kind["granularity"], kind["units"], kind["top_k"]) == ("kind", 5, 1)
-    assert (block["granularity"], block["units"], block["top_k"]) == ("block", 10, 2)
-    assert block["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
+    assert (component["granularity"], component["units"], component["top_k"]) == ("component", 10, 2)
+    assert component["spearman"] == pytest.approx(np.corrcoef(*ranks)[0, 1])
     signs = [np.sign(np.subtract.outer(own, own))[np.triu_indices(10, 1)] for own in ranks]
-    assert block["kendall"] == pytest.approx(np.mean(signs[0] * signs[1]))
+    assert component["kendall"] == pytest.approx(np.mean(signs[0] * signs[1]))
     table = run("compare", "first.json", "second.json").stdout
-    assert re.search(rf"\| block \| +10 \| +{block['spearman']:.4f} \| +{block['kendall']:.4f} \|", table)
+    assert re.search(rf"\| component \| +10 \| +{component['spearman']:.4f} \| +{component['kendall']:.4f} \|", table)
 
 
 def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
-    yield "show model/config.json", 1, 'it is no plasticity report: "format" must be'
-    yield "show images", 1, "images holds no plasticity.json"
+    yield "show model/config.json", 1, 'it is not a plasticity report: "format" must be'
+    yield "show images", 1, "No plasticity.json in images. This adapter was not trained with plasticity_peft"
     yield "show first.json --plot a.txt", 1, r"--plot must end with one of .*\.png.* Got a.txt"
     yield "show first.json --plot missing/a.png", 1, "--plot must be a file in a folder that exists"
     yield "measure nobody/nothing images", 1, "Cannot load the model nobody/nothing"
@@ -336,7 +348,7 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "measure model images --image_column x", 1, "no column 'x'. It has: 'image', 'label'"
     yield "measure model", 1, "criterion='parameter_plasticity' has nothing to rank by"
     yield "measure model images --output missing/a.json", 1, "--output must be a file in a folder that exists"
-    yield "measure model images --pairs 1", 1, "pairs must be a whole number .* Got 1"
+    yield "measure model images --max_samples 1", 1, "max_samples must be a whole number .* Got 1"
     yield "measure model images --top_k 9", 1, "top_k must be a whole number from 1 to 5"
     yield "measure model images --candidates MHA,XY", 1, "candidates must be one or more of LN1"
     yield "measure model images --backbone nowhere", 1, "nowhere"
@@ -346,8 +358,12 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "compare first.json second.json --top_k 6", 1, "from 1 to 5, the number of units by kind"
     yield "card images", 1, "plasticity.json"
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
+    yield "measure model images --plugin missing.py", 1, "--plugin must be the path of a .py file.*missing.py"
+    yield "measure model images --plugin no.such.module", 1, "--plugin must be the name of a module.*no.such.module"
+    yield "measure model images --view sideways", 2, "'sideways' is not one of overview, depth, ranking, heatmap"
+    yield "select first.json --lora_alpha 0", 2, "Invalid value for '--lora_alpha'"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
-    yield "measure model images --pairs many", 2, "Invalid value for '--pairs'"
+    yield "measure model images --max_samples many", 2, "Invalid value for '--max_samples'"
     yield "select first.json --r 0", 2, "Invalid value for '--r'"
     yield "measure", 2, "Missing"
     yield "show first.json second.json", 2, "second.json"
@@ -391,7 +407,7 @@ def test_what_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("a defect")
 
-    monkeypatch.setattr(measure, "measure_plasticity", fail)
+    monkeypatch.setattr("plasticity_peft.measuring.measure.measure_plasticity", fail)
     with pytest.raises(RuntimeError, match="a defect"):
         run("measure", "model", "images")
 
@@ -400,7 +416,8 @@ def test_what_nobody_expected_keeps_its_traceback(monkeypatch: pytest.MonkeyPatc
 def test_help_names_every_option_and_its_examples_are_right(command: str) -> None:
     text = run(command, "--help").stdout
     parser = get_command(app).commands[command]  # type: ignore[attr-defined]
-    for parameter in parser.params:
+    shown = [parameter for parameter in parser.params if not getattr(parameter, "hidden", False)]
+    for parameter in shown:
         for option in parameter.opts:
             assert option in (text if option.startswith("-") else text.lower())
     examples = re.findall(r"^ *(?:plasticity-peft|accelerate launch -m plasticity_peft) (.*)$", text, re.MULTILINE)
@@ -410,6 +427,39 @@ def test_help_names_every_option_and_its_examples_are_right(command: str) -> Non
         assert name == command
         parser.make_context(name, arguments)
     assert command in run("--help").stdout
+
+
+@pytest.mark.parametrize("command", ["measure", "show"])
+def test_help_lists_the_views(command: str) -> None:
+    assert "--view overview|depth|ranking|heatmap" in run(command, "--help").stdout
+
+
+def test_a_picture_of_measuring_has_the_view_that_is_asked_for(tmp_path: Path) -> None:
+    pictures = []
+    for view in ("heatmap", "ranking"):
+        run("measure", "model", "--criterion", "bound", "--plot", tmp_path / f"{view}.png", "--view", view)
+        pictures.append((tmp_path / f"{view}.png").read_bytes())
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize(
+    ("former", "new"),
+    [
+        ("measure model images --pairs 8 --json", "measure model images --max_samples 8 --json"),
+        ("select first.json --granularity block --head a", "select first.json --granularity component --head a"),
+        (
+            "compare first.json second.json --granularity block",
+            "compare first.json second.json --granularity component",
+        ),
+    ],
+)
+def test_former_names_are_accepted_with_a_warning(former: str, new: str) -> None:
+    with pytest.warns(
+        FutureWarning, match=r"^--\w+( block)? is deprecated .* Use --\w+( component)? instead"
+    ) as caught:
+        found = run(*shlex.split(former)).stdout
+    assert len(caught) == 1
+    assert found == run(*shlex.split(new)).stdout
 
 
 def test_both_spellings_of_an_option() -> None:
@@ -460,17 +510,9 @@ def test_only_the_main_process_prints_and_writes(tmp_path: Path, monkeypatch: py
 def test_two_processes_print_and_write_once(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(WHO)
     (tmp_path / "who").mkdir()
-    launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
-    rest = ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "plasticity_peft"]
     arguments = ["measure", "model", "images", "--settle", "0", "--batch_size", "3", "--output", tmp_path / "a.json"]
-    result = subprocess.run(
-        [sys.executable, "-m", *launcher, *rest, *map(str, arguments), "--json"],
-        env={
-            **os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "WHO": str(tmp_path / "who"),
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), str(tmp_path)]),
-        },
-        capture_output=True, text=True, timeout=240, check=False,
-    )  # fmt: skip
+    paths = os.pathsep.join([str(REPOSITORY), str(tmp_path)])
+    (result,) = launch("-m", "plasticity_peft", *arguments, "--json", PYTHONPATH=paths, WHO=str(tmp_path / "who"))
     assert result.returncode == 0, result.stderr
     assert {path.name for path in (tmp_path / "who").iterdir()} == {"0 of 2", "1 of 2"}
     found = PlasticityReport.from_dict(json.loads(result.stdout))
@@ -502,11 +544,8 @@ def test_a_reader_that_has_enough(
 
 @pytest.mark.slow
 def test_a_reader_of_a_process_that_has_enough(unread: int) -> None:
-    result = subprocess.run(
-        [sys.executable, "-m", "plasticity_peft", "show", "first.json", "--json"],
-        stdout=unread, stderr=subprocess.PIPE, text=True, timeout=120, check=False,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    options = {"capture_output": False, "stdout": unread, "stderr": subprocess.PIPE}
+    result = python("-m", "plasticity_peft", "show", "first.json", "--json", **options)
     assert (result.returncode, result.stderr) == (1, "")
 
 

@@ -20,7 +20,7 @@ from plasticity_peft import PlasticityConfig, find_components
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ModelError
-from tests.conftest import ARCHITECTURES, backbone, tiny_model
+from tests.support.models import ARCHITECTURES, backbone, tiny_model
 
 
 def test_components_are_all_linear_layers_and_norms_of_the_blocks(model: PreTrainedModel) -> None:

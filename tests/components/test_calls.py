@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.calls import block_input, check_calls, first_tensor
 from plasticity_peft.errors import DataError, ModelError
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = {"pixel_values": random_images(3)}

@@ -71,7 +71,7 @@ def test_parts_are_counted_by_weight_not_by_byte(way: str, folder: Path) -> None
 def test_scores_are_near_those_of_the_float_model(criterion: str, way: str, folder: Path) -> None:
     options = {"inputs": criterion} if criterion in ("embedding", "activation") else {"criterion": criterion}
     quantised, plain = (
-        measure_plasticity(load(folder, each), DATA, pairs=24, settle=None, **options) for each in (way, None)
+        measure_plasticity(load(folder, each), DATA, max_samples=24, settle=None, **options) for each in (way, None)
     )
     # The smallest singular value of a weight, and with it its condition number, is most of all rounding.
     tolerance = 2.0 if criterion == "condition_number" else TOLERANCE[way]
@@ -95,7 +95,7 @@ def test_the_matrix_of_a_layer_is_what_it_multiplies_with(way: str, folder: Path
 def test_lora_on_a_quantised_model_trains_and_loads(way: str, folder: Path, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in load(folder, way).state_dict().items()}
     model = load(folder, way)
-    config = PlasticityConfig(target_data=DATA, pairs=8, candidates=("MHA", "FC1", "FC2"), top_k=2)
+    config = PlasticityConfig(target_data=DATA, max_samples=8, candidates=("MHA", "FC1", "FC2"), top_k=2)
     model = get_peft_model(model, config)
     base = {name: value for name, value in model.get_base_model().state_dict().items() if "lora" not in name}
     for name, value in base.items():
@@ -123,10 +123,10 @@ def test_full_training_is_refused_and_changes_nothing(way: str, folder: Path) ->
     model = load(folder, way)
     names = list(dict(model.named_modules()))
     with pytest.raises(ModelError, match=r'0\.MHA is quantised .*training="full" would train its weights'):
-        get_peft_model(model, PlasticityConfig(target_data=DATA, pairs=8, training="full"))
+        get_peft_model(model, PlasticityConfig(target_data=DATA, max_samples=8, training="full"))
     assert list(dict(model.named_modules())) == names
     assert not hasattr(model, "peft_config")
-    config = PlasticityConfig(target_data=DATA, pairs=8, training="full", candidates=("LN1", "LN2"))
+    config = PlasticityConfig(target_data=DATA, max_samples=8, training="full", candidates=("LN1", "LN2"))
     assert get_peft_model(model, config).peft_config["default"].selection.units[0] in ("LN1", "LN2")
 
 
@@ -134,12 +134,12 @@ def test_full_training_is_refused_and_changes_nothing(way: str, folder: Path) ->
 def test_a_quantised_head_is_refused(way: str, folder: Path) -> None:
     model = load(folder, way, llm_int8_skip_modules=["nothing"])
     with pytest.raises(ModelError, match=r"classifier, of the head, is quantised .*llm_int8_skip_modules"):
-        get_peft_model(model, PlasticityConfig(target_data=DATA, pairs=8))
+        get_peft_model(model, PlasticityConfig(target_data=DATA, max_samples=8))
 
 
 def test_gradients_by_quantised_weights_are_refused(folder: Path) -> None:
     with pytest.raises(ModelError, match=r"its weights are quantised .* have no gradient"):
-        measure_plasticity(load(folder, "8-bit"), DATA, criterion="gradient_norm", pairs=8)
+        measure_plasticity(load(folder, "8-bit"), DATA, criterion="gradient_norm", max_samples=8)
 
 
 def test_weights_that_an_evaluation_packed_are_refused(folder: Path) -> None:
@@ -150,4 +150,4 @@ def test_weights_that_an_evaluation_packed_are_refused(folder: Path) -> None:
     with torch.no_grad():
         model.eval()(pixel_values=IMAGES[:2])
     with pytest.raises(ModelError, match="an evaluation on this CPU has packed its 4-bit weights"):
-        measure_plasticity(model, DATA, pairs=8)
+        measure_plasticity(model, DATA, max_samples=8)

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from plasticity_peft.errors import DataError, NonFiniteError
 from plasticity_peft.images.indexed import Images
-from tests.conftest import random_images
+from tests.support.models import random_images
 
 IMAGES = random_images(6)
 NUMBERS = datasets.Dataset.from_dict({"number": list(range(6))})

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, PlasticityError, measure_plasticity
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images()
@@ -36,15 +36,15 @@ class Case:
 
 
 def given(**options: object) -> Callable[[Path], dict[str, object]]:
-    return lambda folder: {"target_data": IMAGES, "pairs": 4, **options}
+    return lambda folder: {"target_data": IMAGES, "max_samples": 4, **options}
 
 
 def data(target: object, source: object = None) -> Callable[[Path], dict[str, object]]:
-    return lambda folder: {"target_data": target, "source_data": source, "pairs": 4}
+    return lambda folder: {"target_data": target, "source_data": source, "max_samples": 4}
 
 
 def report_of(model: PreTrainedModel) -> Callable[[Path], dict[str, object]]:
-    return lambda folder: {"report": measure_plasticity(model, IMAGES, pairs=4)}
+    return lambda folder: {"report": measure_plasticity(model, IMAGES, max_samples=4)}
 
 
 def file(text: str | None) -> Callable[[Path], dict[str, object]]:
@@ -59,7 +59,7 @@ def file(text: str | None) -> Callable[[Path], dict[str, object]]:
 
 def truncated(folder: Path) -> dict[str, object]:
     path = folder / "plasticity.json"
-    measure_plasticity(tiny_model(), IMAGES, pairs=4).save(path)
+    measure_plasticity(tiny_model(), IMAGES, max_samples=4).save(path)
     path.write_text(path.read_text()[:-40])
     return {"report": str(path)}
 
@@ -116,7 +116,7 @@ WHEN_WRITTEN = {
     ),
     "unknown granularity": Case("granularity must be one of", given(granularity="layer")),
     "unknown mode": Case("training must be one of 'lora', 'full'. Got 'dora'", given(training="dora")),
-    "one pair": Case("pairs must be a whole number from 2 to 16777216. Got 1", given(pairs=1)),
+    "one pair": Case("max_samples must be a whole number from 2 to 16777216. Got 1", given(max_samples=1)),
     "batch of none": Case("batch_size must be a whole number of at least 1", given(batch_size=0)),
     "seed below 0": Case("seed must be a whole number from 0 to 18446744073709551615. Got -1", given(seed=-1)),
     "own target_modules": Case("target_modules is chosen by the ranking", given(target_modules=["q_proj"])),
@@ -128,33 +128,35 @@ WHEN_WRITTEN = {
 WHEN_USED = {
     "nothing to rank by": Case("nothing to rank by: give images .*target_data .* or a report", lambda folder: {}),
     "top_k above the units": Case("top_k must be a whole number from 1 to 5, the number of units", given(top_k=6)),
-    "top_k above the blocks": Case("top_k must be a whole number from 1 to 10", given(top_k=11, granularity="block")),
+    "top_k above the blocks": Case(
+        "top_k must be a whole number from 1 to 10", given(top_k=11, granularity="component")
+    ),
     "budget too small": Case("less than the .* of the best unit, .* Give a budget above 0.", given(budget=1e-4)),
     "no pixel_values": Case(r"has no 'pixel_values'; it has \['image', 'label'\]", data(WithoutPixelValues())),
-    "a path": Case("target must be a datasets.Dataset .* Got str", data("images/")),
-    "a number": Case("target must be .* Got int", data(7)),
+    "a path": Case("target_data must be a datasets.Dataset .* Got str", data("images/")),
+    "a number": Case("target_data must be .* Got int", data(7)),
     "an error of the dataset": Case("is damaged", data(Broken())),
     "wrong size": Case(r"refused pixel_values of shape \(3, 12, 12\)", data(random_images(size=12))),
     "wrong channels": Case(r"refused pixel_values of shape \(1, 8, 8\)", data(torch.rand(5, 1, 8, 8))),
     "bytes": Case("must hold floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
-    "one image": Case("target must hold at least 2 images. Got 1", data(random_images(1))),
-    "no image": Case("target must hold at least 2 images. Got 0", data(random_images(0))),
-    "one source image": Case("source must hold at least 2 images. Got 1", data(IMAGES, random_images(1))),
+    "one image": Case("target_data must hold at least 2 images. Got 1", data(random_images(1))),
+    "no image": Case("target_data must hold at least 2 images. Got 0", data(random_images(0))),
+    "one source image": Case("source_data must hold at least 2 images. Got 1", data(IMAGES, random_images(1))),
     "sizes that differ": Case(
-        r"must have one shape. target\[\d+\] has .*, target\[\d+\] has",
+        r"must have one shape. target_data\[\d+\] has .*, target_data\[\d+\] has",
         data([{"pixel_values": torch.rand(3, 8, side)} for side in (8, 9, 10)]),
     ),
-    "NaN in an image": Case(r"target\[\d+\] holds NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
+    "NaN in an image": Case(r"target_data\[\d+\] holds NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
     "equal images": Case(
         "Only 0 of .* pairs have a rate of change", given(target_data=torch.ones(4, 3, 8, 8), inputs="embedding")
     ),
-    "no labels": Case(r"target\[\d+\] has no label, .* needs labels", given(criterion="gradient_norm")),
+    "no labels": Case(r"target_data\[\d+\] has no label, .* needs labels", given(criterion="gradient_norm")),
     "labels that the head has not": Case(
         "Labels must be from 0 to 2, .* Got 7 to 7",
         given(criterion="gradient_norm", target_data=[{"pixel_values": image, "label": 7} for image in IMAGES]),
     ),
     "labels in words": Case(
-        r"target\[\d+\]: its label must be a whole number. Got 'cat'",
+        r"target_data\[\d+\]: its label must be a whole number. Got 'cat'",
         given(criterion="relative_gradient_norm", target_data=[(image, "cat") for image in IMAGES]),
     ),
     "a report of another criterion": Case(
@@ -175,12 +177,12 @@ WHEN_USED = {
     ),
     "a report of another family": Case("measured on another architecture: 'deit'", report_of(tiny_model("deit"))),
     "no such report": Case("Cannot read the report .*plasticity.json: No such file", file(None)),
-    "a truncated report": Case("Cannot read the report .*plasticity.json: it is no whole JSON", truncated),
-    "an empty report": Case("it is no whole JSON", file("")),
-    "a foreign JSON file": Case("it is no plasticity report", file('{"peft_type": "LORA"}')),
-    "a list": Case("it is no plasticity report", file("[1, 2]")),
-    "a later format": Case("format version 2", file('{"format": "plasticity_peft", "format_version": 2}')),
-    "half a report": Case("scores: Field required", file('{"format": "plasticity_peft", "format_version": 1}')),
+    "a truncated report": Case("Cannot read the report .*plasticity.json: it is not a whole JSON", truncated),
+    "an empty report": Case("it is not a whole JSON", file("")),
+    "a foreign JSON file": Case("it is not a plasticity report", file('{"peft_type": "LORA"}')),
+    "a list": Case("it is not a plasticity report", file("[1, 2]")),
+    "a later format": Case("format version 3", file('{"format": "plasticity_peft", "format_version": 3}')),
+    "half a report": Case("scores is missing", file('{"format": "plasticity_peft", "format_version": 1}')),
 }
 
 
@@ -206,9 +208,9 @@ def test_bad_input_leaves_the_model_as_it_was(name: str, how: str, tmp_path: Pat
 
 
 def test_a_second_adapter_that_fails_leaves_the_first() -> None:
-    model = get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES, pairs=4)).train()
+    model = get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES, max_samples=4)).train()
     before = snapshot(model)
     with pytest.raises(PlasticityError, match="at least 2 images"):
-        model.add_adapter("second", PlasticityConfig(target_data=IMAGES[:1], pairs=4))
+        model.add_adapter("second", PlasticityConfig(target_data=IMAGES[:1], max_samples=4))
     assert_same(before, snapshot(model))
     assert list(model.peft_config) == ["default"]

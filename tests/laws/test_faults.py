@@ -8,8 +8,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -24,9 +22,9 @@ from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport,
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.errors import FileError
 from plasticity_peft.files import replaced_when_whole, write_text
-from tests.adapters.test_trainer import saved_base, trainer_of
-from tests.conftest import REPOSITORY, random_images, tiny_model
-from tests.measuring.test_distributed import launch
+from tests.support.models import REPOSITORY, random_images, saved_base, tiny_model
+from tests.support.processes import launch, python
+from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
@@ -41,14 +39,8 @@ def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: float = 240)
         step["arguments"] = [str(part) for part in step["arguments"]]
         step["log"] = str(folder / f"{number}.log")
     (folder / "plan.json").write_text(json.dumps(plan))
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tests" / "support" / "killing.py"), str(TRAIN), str(folder / "plan.json")],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
-        timeout=timeout,
-    )
+    result = python(REPOSITORY / "tests" / "support" / "killing.py", TRAIN, folder / "plan.json", timeout=timeout)
+    assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), [Path(step["log"]).read_text() for step in plan]
 
 
@@ -78,10 +70,10 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
 
     check_equal(tmp_path / "whole", tmp_path / "killed")
     measured = ["Measuring plasticity" in log for log in logs]
-    anew = ["no whole checkpoint in" in log for log in logs]
+    anew = ["no complete checkpoint in" in log for log in logs]
     assert anew == [False, True, True, *[False] * 5]
     assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
-    assert "checkpoint-2 is no whole checkpoint, and is left out: it has no" in logs[2]
+    assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
     assert "Training goes on from" in logs[3]
     assert "nothing was left to train" in logs[-1]
 
@@ -118,7 +110,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the output folder of a Trainer with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), pairs=4))
+    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), max_samples=4))
     trainer_of(model, folder / "out", num_train_epochs=2, load_best_model_at_end=False).train()
     return folder / "out"
 
@@ -323,7 +315,7 @@ def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, share
          ["--output_dir", tmp_path / "full"], {"limit": limit}),
         (r"ReportError: Cannot read the report .*gone.json: No such file", ["--output_dir", tmp_path / "a", "--report",
          tmp_path / "gone.json"], {}),
-        (r"ReportError: Cannot read the report .*report.json: it is no whole JSON file", ["--output_dir",
+        (r"ReportError: Cannot read the report .*report.json: it is not a whole JSON file", ["--output_dir",
          tmp_path / "b", "--report", report], {}),
         (r"Cannot resume from .*checkpoint-3: there is no such folder", ["--output_dir", tmp_path / "c",
          "--resume_from_checkpoint", tmp_path / "checkpoint-3"], {}),
@@ -348,8 +340,8 @@ from accelerate import PartialState
 from peft import get_peft_model
 from plasticity_peft import PlasticityConfig
 from plasticity_peft.measuring.processes import this_process
-from tests.conftest import random_images, tiny_model
-from tests.adapters.test_trainer import Labelled, trainer_of
+from tests.support.models import random_images, tiny_model
+from tests.support.training import trainer_of
 
 stage, folder = sys.argv[1], Path(sys.argv[2])
 rank, count = this_process()
@@ -406,7 +398,7 @@ def check_all_end(stage: str, machines: int, folder: Path) -> None:
     killed = (folder / "pid-1").stat().st_mtime
     print(stage, machines, f"{time.monotonic() - start:.1f} s in all, {time.time() - killed:.1f} s after the start")
     assert time.time() - killed < 60
-    assert all(result.returncode != 0 for result in results), [result.stdout for result in results]
-    assert "SIGKILL" in "".join(result.stdout for result in results)
+    assert all(result.returncode != 0 for result in results), [result.stderr for result in results]
+    assert "SIGKILL" in "".join(result.stderr for result in results)
     for rank in range(2):
         assert not Path("/proc", (folder / f"pid-{rank}").read_text()).exists()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -15,8 +13,9 @@ from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.measuring.left_as_found import left_as_found
-from tests.conftest import REPOSITORY
-from tests.laws.test_families import every_family, family
+from tests.support.families import every_family, family
+from tests.support.measures import MEASURES
+from tests.support.processes import python
 
 MOST = 1.3
 """Peak of the process above what the libraries take, as a multiple of the model's weights."""
@@ -49,7 +48,7 @@ def adapted(size, image_size, options):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts from here
     config = PlasticityConfig(
-        target_data=torch.rand(4, 3, image_size, image_size), pairs=2, batch_size=1, settle=None, **options
+        target_data=torch.rand(4, 3, image_size, image_size), max_samples=2, batch_size=1, settle=None, **options
     )
     get_peft_model(model, config)
     return bytes_
@@ -74,14 +73,7 @@ def memory(name: str, image_size: int, all_options: list[dict[str, Any]]) -> dic
 
     One image is in a pass, a pair where the measure takes pairs.
     """
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps([SIZES[name], image_size, all_options])],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True,
-        text=True,
-        timeout=1800,
-        check=False,
-    )
+    result = python("-c", SCRIPT, json.dumps([SIZES[name], image_size, all_options]), timeout=1800)
     assert result.returncode == 0, result.stderr
     found = dict(zip(map(str, all_options), map(float, result.stdout.split()), strict=True))
     print(name, image_size, {options: round(ratio, 3) for options, ratio in found.items()})
@@ -113,16 +105,13 @@ def check(name: str, image_size: int, all_options: list[dict[str, Any]]) -> None
         assert ratio < MOST, (name, options, ratio)
 
 
-OPTIONS: list[dict[str, Any]] = [{}, {"inputs": "embedding"}, {"inputs": "activation"}]
-
-
 @needs_linux
 def test_a_part_of_a_large_model_is_measured_in_little_memory() -> None:
-    check("ViT-L, 8 blocks", 112, OPTIONS)
+    check("ViT-L, 8 blocks", 112, list(MEASURES.values()))
 
 
 @needs_linux
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["ViT-L", "ViT-H"])
 def test_a_large_model_is_measured_in_little_memory(name: str) -> None:
-    check(name, 224, [*OPTIONS, {"criterion": "feature_norm"}])
+    check(name, 224, [*MEASURES.values(), {"criterion": "feature_norm"}])

@@ -11,27 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch import nn
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
-from plasticity_peft.adapters.model import PlasticityModel
 from plasticity_peft.errors import ModelError
-from tests.conftest import tiny_model
-from tests.laws.test_families import every_family, family
-from tests.support.families import FAMILIES, items
+from tests.support.families import FAMILIES, every_family, family, items
 from tests.support.injection import InjectedError, calls, injected
+from tests.support.measures import MEASURES, every_measure
+from tests.support.models import tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
 PEFT = ("/peft/",)
 
-MEASURES: dict[str, dict[str, Any]] = {
-    "embedding": {"inputs": "embedding"},
-    "activation": {"inputs": "activation"},
-    "parameter_plasticity": {"criterion": "parameter_plasticity"},
-}
 LAYOUTS = ("vit", "swin", "dinov2-swiglu")
 """Plain, in stages and windows, and gated: where more is tried than in every family."""
 
@@ -84,16 +78,16 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
         pytest.skip("the paper's protocol is not defined for it")
     model = lived_in(found.build())
     data = items(found.images(4))
-    return model, lambda: measure_plasticity(model, data, pairs=2, batch_size=2, **MEASURES[measure])
+    return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
 @every_family
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     before = snapshot(model)
     report = work()
-    assert report.pairs == 2
+    assert report.samples == 2
     assert_same(before, snapshot(model))
 
 
@@ -122,7 +116,7 @@ def total_calls(work: Callable[[], Any], parts: tuple[str, ...]) -> int:
 
 
 @pytest.mark.parametrize("parts", [OURS, THEIRS], ids=["ours", "the model's"])
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str, parts: tuple[str, ...]) -> None:
     model, work = measuring(name, measure)
@@ -137,7 +131,7 @@ def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: 
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
     model, work = measuring(name, measure)
     before = snapshot(model)
-    assert work().pairs == 2
+    assert work().samples == 2
     assert_same(before, snapshot(model))
     for parts, most in ((OURS, 2), (THEIRS, 1)):
         fails_at(model, work, parts, spread(total_calls(work, parts), most, number * 7))
@@ -145,7 +139,7 @@ def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: 
 
 @pytest.mark.slow
 @every_family
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 def test_every_failure_leaves_every_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     most = 10**9 if name in LAYOUTS else 60
@@ -153,7 +147,7 @@ def test_every_failure_leaves_every_model_as_found(name: str, measure: str) -> N
         fails_at(model, work, parts, spread(total_calls(work, parts), most, 0))
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, MemoryError])
 def test_what_is_no_exception_leaves_the_model_too(measure: str, error: type[BaseException]) -> None:
     model, work = measuring("vit", measure)
@@ -179,7 +173,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
-@pytest.mark.parametrize("measure", MEASURES)
+@every_measure
 @pytest.mark.parametrize("fails", [False, True])
 def test_it_does_not_matter_what_the_caller_is_in(measure: str, surrounding: str, fails: bool) -> None:
     model, work = measuring("vit", measure)
@@ -262,7 +256,7 @@ def injection_fails_at(
 
 def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple[str, ...]) -> tuple[int, int]:
     """Returns how many calls there are before and after the tuner's work: what is around it is beyond our reach."""
-    original, counted = PlasticityModel.inject_adapter, []
+    original, counted = LoraModel.inject_adapter, []
     work(family(name).build())
     model = family(name).build()
     with injected(parts, None) as injection:
@@ -272,11 +266,11 @@ def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple
             original(self, *args, **kwargs)
             counted.append(injection.count)
 
-        PlasticityModel.inject_adapter = inject  # type: ignore[method-assign]
+        LoraModel.inject_adapter = inject  # type: ignore[method-assign]
         try:
             work(model)
         finally:
-            PlasticityModel.inject_adapter = original  # type: ignore[method-assign]
+            LoraModel.inject_adapter = original  # type: ignore[method-assign]
     return counted[0] + 1, counted[1]
 
 

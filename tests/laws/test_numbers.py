@@ -10,31 +10,20 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
+from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import DataError, ModelError
-from tests.conftest import random_images, tiny_model
-from tests.laws.test_families import every_family, family
-from tests.support.families import FAMILIES, items
+from tests.support.families import FAMILIES, every_family, family, items
+from tests.support.measures import MEASURES, PROTOCOLS, every_measure, means, rates
+from tests.support.models import logits, moved, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
-MEASURES: dict[str, dict[str, Any]] = {
-    "embedding": {"inputs": "embedding"},
-    "activation": {"inputs": "activation"},
-    "parameter_plasticity": {"criterion": "parameter_plasticity"},
-}
 SINGLE, DOUBLE = 2e-4, 1e-9
 """Relative tolerances of scores in float32 and float64 where the order of sums differs."""
 SOFTMAX = 1e-5
 """The same where the softmax matters: several eager attentions of transformers take it in float32."""
 LAYOUTS = ("vit", "dinov2-swiglu", "clip", "swin", "cvt", "hiera")
-every_measure = pytest.mark.parametrize("measure", MEASURES)
-
-
-def means(report: PlasticityReport) -> list[float]:
-    return [row.mean for row in (*report.scores, *report.kinds)]
 
 
 def in_double(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -58,27 +47,30 @@ def test_the_order_of_pairs_and_within_a_pair_does_not_matter(name: str, inputs:
     x, y = ({key: value[half] for key, value in images.items()} for half in (slice(0, 3), slice(3, 6)))
     order = [2, 0, 1]
     moved_x, moved_y = ({key: value[order] for key, value in side.items()} for side in (x, y))
-    with torch.no_grad():
-        distances = PROTOCOLS[inputs](model, find_architecture(model))
-        straight, permuted, turned = distances(x, y), distances(moved_x, moved_y), distances(y, x)
-    expected = straight.outputs / straight.inputs
-    torch.testing.assert_close(permuted.outputs / permuted.inputs, expected[order], rtol=DOUBLE, atol=0)
-    torch.testing.assert_close(turned.outputs / turned.inputs, expected, rtol=DOUBLE, atol=0)
+    expected = rates(model, inputs, x, y)
+    torch.testing.assert_close(rates(model, inputs, moved_x, moved_y), expected[order], rtol=DOUBLE, atol=0)
+    torch.testing.assert_close(rates(model, inputs, y, x), expected, rtol=DOUBLE, atol=0)
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
-def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str) -> None:
-    """Streams are taken in their own order, so that a permutation of both is a permutation of the pairs."""
+def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are taken in their own order without a buffer: a permutation of both is one of the pairs."""
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 1)
     target, source = random_images(40).double(), random_images(40, seed=2).double()
     reports = []
     for seed in range(3):
         order = torch.randperm(40, generator=torch.Generator().manual_seed(seed))
         reports.append(
             measure_plasticity(
-                tiny_model().double(), iter(target[order]), iter(source[order]), inputs=inputs, pairs=40, settle=None,
+                tiny_model().double(),
+                iter(target[order]),
+                iter(source[order]),
+                inputs=inputs,
+                max_samples=40,
+                settle=None,
                 batch_size=7,
             )
-        )  # fmt: skip
+        )
     for report in reports[1:]:
         assert means(report) == pytest.approx(means(reports[0]), rel=DOUBLE)
         assert [row.std for row in report.kinds] == pytest.approx([row.std for row in reports[0].kinds], rel=1e-6)
@@ -90,7 +82,8 @@ def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
     known(name, measure)
     model, data = family(name).build(), items(family(name).images(4))
     one, three = (
-        measure_plasticity(model, data, pairs=4, batch_size=size, settle=None, **MEASURES[measure]) for size in (1, 3)
+        measure_plasticity(model, data, max_samples=4, batch_size=size, settle=None, **MEASURES[measure])
+        for size in (1, 3)
     )
     assert means(three) == pytest.approx(means(one), rel=SINGLE)
 
@@ -99,9 +92,11 @@ def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
 @every_family
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
     known(name, measure)
-    single = measure_plasticity(family(name).build(), items(family(name).images(4)), pairs=3, **MEASURES[measure])
+    single = measure_plasticity(
+        family(name).build(), items(family(name).images(4)), max_samples=3, **MEASURES[measure]
+    )
     double = measure_plasticity(
-        family(name).build().double(), items(in_double(family(name).images(4))), pairs=3, **MEASURES[measure]
+        family(name).build().double(), items(in_double(family(name).images(4))), max_samples=3, **MEASURES[measure]
     )
     assert means(single) == pytest.approx(means(double), rel=SINGLE)
 
@@ -116,7 +111,7 @@ def test_eager_and_sdpa_attention_agree_in_double_precision(name: str, measure: 
     reports = []
     for implementation in ("eager", "sdpa"):
         model.set_attn_implementation(implementation)
-        reports.append(measure_plasticity(model, data, pairs=4, **MEASURES[measure]))
+        reports.append(measure_plasticity(model, data, max_samples=4, **MEASURES[measure]))
     assert means(reports[1]) == pytest.approx(means(reports[0]), rel=SOFTMAX)
 
 
@@ -150,12 +145,12 @@ COMPILED: dict[str, Callable[[nn.Module, str], nn.Module]] = {
 def assert_compiled_scores_alike(name: str, how: str, measure: str, backend: str, used: bool) -> None:
     known(name, measure)
     data = items(family(name).images(4))
-    expected = measure_plasticity(family(name).build(), data, pairs=4, **MEASURES[measure])
+    expected = measure_plasticity(family(name).build(), data, max_samples=4, **MEASURES[measure])
     model = COMPILED[how](family(name).build(), backend)
     if used:  # so that there is compiled code, made when no module had a hook
         with torch.no_grad():
             model(**family(name).images(4))
-    got = measure_plasticity(model, data, pairs=4, **MEASURES[measure])
+    got = measure_plasticity(model, data, max_samples=4, **MEASURES[measure])
     assert means(got) == means(expected)
 
 
@@ -178,7 +173,7 @@ def test_a_model_compiled_by_inductor_scores_as_it_does_uncompiled(name: str, ho
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_is_adapted_before_it_is_compiled() -> None:
-    config = {"target_data": random_images(), "pairs": 4, "candidates": "MHA"}
+    config = {"target_data": random_images(), "max_samples": 4, "candidates": "MHA"}
     model = torch.compile(tiny_model(), backend="eager")
     before = snapshot(model)
     with pytest.raises(ModelError, match=r"before it is compiled: torch.compile\(get_peft_model"):
@@ -189,7 +184,7 @@ def test_a_model_is_adapted_before_it_is_compiled() -> None:
         trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
         assert any("lora_" in name for name in trained)
         assert any("classifier" in name for name in trained)
-        assert logits(adapted, {"pixel_values": random_images()}).isfinite().all()
+        assert logits(adapted).isfinite().all()
     whole = torch.compile(get_peft_model(tiny_model(), PlasticityConfig(**config)), backend="eager")
     assert [part.id for part in find_components(whole)] == [part.id for part in find_components(tiny_model())]
 
@@ -200,12 +195,14 @@ def test_duplicated_images_are_skipped_and_counted() -> None:
     source = torch.cat([images[[1, 0, 3, 2]], images[:2]])  # of the pairs, the last two are of an image with itself
     for inputs in PROTOCOLS:
         model = tiny_model().double()
-        report = measure_plasticity(model, iter(target), iter(source), inputs=inputs, pairs=6, settle=None)
-        unique = measure_plasticity(model, iter(target[:4]), iter(source[:4]), inputs=inputs, pairs=4, settle=None)
-        assert (report.pairs, report.skipped) == (4, 2)
+        report = measure_plasticity(model, iter(target), iter(source), inputs=inputs, max_samples=6, settle=None)
+        unique = measure_plasticity(
+            model, iter(target[:4]), iter(source[:4]), inputs=inputs, max_samples=4, settle=None
+        )
+        assert (report.samples, report.skipped) == (4, 2)
         assert means(report) == pytest.approx(means(unique), rel=DOUBLE)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
-        measure_plasticity(model, iter(target), iter(target), inputs="activation", pairs=6)
+        measure_plasticity(model, iter(target), iter(target), inputs="activation", max_samples=6)
 
 
 # ----------------------------------------------------------------------------------------- what algebra foretells
@@ -220,10 +217,8 @@ def scaled(model: nn.Module, paths: tuple[str, ...], factor: float) -> None:
 def scores(model: nn.Module, name: str, inputs: str) -> dict[str, float]:
     images = in_double(family(name).images(4))
     x, y = ({key: value[half] for key, value in images.items()} for half in (slice(0, 2), slice(2, 4)))
-    with torch.no_grad():
-        found = PROTOCOLS[inputs](model, find_architecture(model))(x, y)
-    ids = [part.id for part in find_components(model)]
-    return dict(zip(ids, (found.outputs / found.inputs).mean(dim=0).tolist(), strict=True))
+    found = rates(model, inputs, x, y).mean(dim=0).tolist()
+    return dict(zip([part.id for part in find_components(model)], found, strict=True))
 
 
 def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Module, Any, dict[str, float]]]:
@@ -306,18 +301,8 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     wrapped = get_peft_model(
         model.to(dtype), PlasticityConfig(report=report, r=4, **MODES[mode]), autocast_adapter_dtype=False
     )
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                parameter.add_((torch.randn(parameter.shape, generator=generator) * 0.2).to(dtype))
     images = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family(name).images(4).items()}
-    return wrapped.eval(), images
-
-
-def logits(model: nn.Module, images: dict[str, torch.Tensor]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**images).logits.float()
+    return moved(wrapped, seed=4).eval(), images
 
 
 @pytest.mark.parametrize("dtype", MERGED, ids=str)
@@ -325,9 +310,9 @@ def logits(model: nn.Module, images: dict[str, torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("name", FAMILIES_TO_MERGE)
 def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, dtype: torch.dtype) -> None:
     model, images = adapted(name, mode, dtype)
-    expected = logits(model, images)
+    expected = logits(model, images).float()
     with model.disable_adapter():
-        base = logits(model, images)
+        base = logits(model, images).float()
     scale = float(expected.abs().max())
     assert float((base - expected).abs().max()) > 2 * MERGED[dtype] * scale, "the adapter does too little to tell"
     weights = {key: value.clone() for key, value in model.get_base_model().state_dict().items() if "lora" not in key}
@@ -346,7 +331,7 @@ def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, 
     merged = model.merge_and_unload()
     assert float((logits(merged, images) - expected).abs().max()) <= MERGED[dtype] * scale
     if mode == "full":
-        assert torch.equal(logits(merged, images), expected)
+        assert torch.equal(logits(merged, images).float(), expected)
 
 
 def test_families_of_this_file_exist() -> None:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,8 @@ import pytest
 import torch
 
 from plasticity_peft import PlasticityReport, measure_plasticity
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.models import random_images, tiny_model
+from tests.support.processes import launch
 
 IMAGES = random_images(40)
 
@@ -30,13 +27,13 @@ def stream() -> Iterator[torch.Tensor]:
 CASES: dict[str, dict[str, Any]] = {
     "the default": {},
     "all images": {"settle": None},
-    "embedding, uneven": {"inputs": "embedding", "settle": None, "pairs": 47},
-    "activation, settled": {"inputs": "activation", "pairs": 200},
+    "embedding, uneven": {"inputs": "embedding", "settle": None, "max_samples": 47},
+    "activation, settled": {"inputs": "activation", "max_samples": 200},
     "batches": {"criterion": "feature_norm", "batch_size": 3},
-    "two pairs for three": {"inputs": "activation", "pairs": 2},
-    "a stream": {"inputs": "embedding", "pairs": 70, "settle": None},
-    "a stream of single images": {"pairs": 64},
-    "source and target": {"inputs": "embedding", "pairs": 33},
+    "two pairs for three": {"inputs": "activation", "max_samples": 2},
+    "a stream": {"inputs": "embedding", "max_samples": 70, "settle": None},
+    "a stream of single images": {"max_samples": 64},
+    "source and target": {"inputs": "embedding", "max_samples": 33},
     "weights": {"criterion": "condition_number"},
     "random transforms": {"settle": None},
 }
@@ -66,7 +63,7 @@ import torch
 from accelerate import PartialState
 from plasticity_peft import measure_plasticity
 from plasticity_peft.measuring.processes import this_process
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 from tests.measuring.test_distributed import CASES, IMAGES, measured
 
 folder, world_size = Path(sys.argv[1]), int(sys.argv[2])
@@ -99,7 +96,7 @@ import sys
 from plasticity_peft import PlasticityConfig
 from plasticity_peft.measuring.processes import this_process
 from peft import get_peft_model
-from tests.conftest import tiny_model
+from tests.support.models import tiny_model
 from tests.measuring.test_distributed import IMAGES
 
 rank, found = this_process()
@@ -108,63 +105,25 @@ get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES * (float("nan")
 """
 
 
-def free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return int(server.getsockname()[1])
-
-
-def launch(script: Path, *arguments: object, processes: int, machines: int = 1) -> list[subprocess.CompletedProcess]:
-    """Starts the processes, on so many machines, and returns what each launcher said."""
-    port = 0 if machines == 1 else free_port()
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
-    running = []
-    for machine in range(machines):
-        options = [
-            "--multi_gpu", "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", processes,
-            "--num_machines", machines, "--machine_rank", machine, "--main_process_port", port,
-        ]  # fmt: skip
-        options += ["--main_process_ip", "127.0.0.1", "--rdzv_backend", "static"] if machines > 1 else []
-        command = [sys.executable, "-m", "accelerate.commands.launch", *options, script, *arguments]
-        running.append(
-            subprocess.Popen(
-                [str(part) for part in command],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    return [
-        subprocess.CompletedProcess(process.args, process.returncode, output)
-        for process, output in zip(running, outputs, strict=True)
-    ]
-
-
 @pytest.mark.parametrize(("processes", "machines"), [(2, 1), (3, 1), (2, 2)])
 def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     for result in launch(script, tmp_path, processes, processes=processes, machines=machines):
-        assert result.returncode == 0, result.stdout
+        assert result.returncode == 0, result.stderr
 
     for number, case in enumerate(CASES):
         texts = [(tmp_path / f"{number}-{rank}.json").read_text() for rank in range(processes)]
         assert len(set(texts)) == 1, case
         found, alone = PlasticityReport.from_dict(json.loads(texts[0])), measured(case)
-        assert (found.pairs, found.skipped, found.ending) == (alone.pairs, alone.skipped, alone.ending), case
+        assert (found.samples, found.skipped, found.ending) == (alone.samples, alone.skipped, alone.ending), case
         for row, expected in zip([*found.scores, *found.kinds], [*alone.scores, *alone.kinds], strict=True):
             assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
             assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case
 
     errors = {
         "bad": "OSError: the image cannot be read",
-        "nan": r"NonFiniteError: target\[.*\] holds NaN",
+        "nan": r"NonFiniteError: target_data\[.*\] holds NaN",
         "uneven": "DataError: The processes must measure the same model on the same data.* They differ in",
         "no": "ConfigError: criterion='parameter_plasticity' has nothing to rank by",
     }
@@ -180,5 +139,5 @@ def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
     script.write_text(UNCAUGHT)
     (result,) = launch(script, processes=2)
     assert result.returncode != 0
-    assert "NonFiniteError: target[" in result.stdout
-    assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target[" in result.stdout
+    assert "NonFiniteError: target_data[" in result.stderr
+    assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target_data[" in result.stderr

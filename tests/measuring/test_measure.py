@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,19 +12,17 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTForImageClassification
 from transformers.utils import logging
 
 from plasticity_peft import find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria.protocols.distances import euclidean
-from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
-from plasticity_peft.criteria.rate_of_change import PROTOCOLS
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.images.pairs import draw_pairs
-from tests.conftest import GOLDEN, random_images, tiny_model
+from tests.support import oracles
+from tests.support.measures import PROTOCOLS, distances, rates
+from tests.support.models import GOLDEN, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)
@@ -37,32 +34,39 @@ def golden() -> ViTForImageClassification:
     return ViTForImageClassification.from_pretrained(GOLDEN).eval()
 
 
-def rates(model: PreTrainedModel, inputs: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
-    """Returns the rate of change of each pair, by canonical id."""
-    architecture = find_architecture(model)
-    with torch.no_grad():
-        outputs, distances = PROTOCOLS[inputs](model, architecture)({"pixel_values": x}, {"pixel_values": y})
-    values = (outputs / distances).T.numpy()
-    return {part.id: row for part, row in zip(architecture.components, values, strict=True)}
+def by_id(model: PreTrainedModel, values: Any) -> dict[str, np.ndarray]:
+    """Returns the columns of (pairs, components) by canonical id."""
+    return {part.id: np.asarray(column) for part, column in zip(find_components(model), values.T, strict=True)}
+
+
+def pixels(images: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"pixel_values": images}
+
+
+def measured(model: PreTrainedModel, inputs: str, x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
+    """Returns the rates of change that the package finds for each pair."""
+    return by_id(model, rates(model, inputs, pixels(x), pixels(y)))
 
 
 def test_the_authors_numbers_pair_by_pair(golden: ViTForImageClassification) -> None:
     """rates.json was written by the authors' own code on these weights and these six pairs."""
     pairs = load_file(GOLDEN / "pairs.safetensors")
-    ours = rates(golden, "embedding", pairs["source"], pairs["target"])
     rows = json.loads((GOLDEN / "rates.json").read_text())["rows"]
-    compared = 0
-    for row in rows:
-        np.testing.assert_allclose(ours[f"{row['layer']}.{row['component']}"], row["rates"], rtol=1e-5)
-        compared += len(row["rates"])
-    assert compared == 3 * 5 * 6
+    ours = measured(golden, "embedding", pairs["source"], pairs["target"])
+    # The definition that everything else is compared with is theirs too.
+    definition = oracles.rates(golden, "embedding", pixels(pairs["source"]), pixels(pairs["target"]))
+    for found in (ours, by_id(golden, definition)):
+        assert len(rows) == len(found) == 3 * 5
+        for row in rows:
+            assert len(row["rates"]) == 6
+            np.testing.assert_allclose(found[f"{row['layer']}.{row['component']}"], row["rates"], rtol=1e-5)
 
 
 def test_the_report_is_the_mean_of_the_authors_rates(golden: ViTForImageClassification) -> None:
     pairs = load_file(GOLDEN / "pairs.safetensors")
-    report = measure(golden, pairs["target"], pairs["source"], pairs=24, batch_size=5, seed=3)
+    report = measure(golden, pairs["target"], pairs["source"], max_samples=24, batch_size=5, seed=3)
     indices = draw_pairs(24, target=6, source=6, seed=3)
-    ours = rates(golden, "embedding", pairs["source"][indices[:, 0]], pairs["target"][indices[:, 1]])
+    ours = measured(golden, "embedding", pairs["source"][indices[:, 0]], pairs["target"][indices[:, 1]])
     for row in report.scores:
         np.testing.assert_allclose(row.mean, ours[row.id].mean(), rtol=1e-6)
         np.testing.assert_allclose(row.std, ours[row.id].std(ddof=1), rtol=1e-6)
@@ -72,58 +76,14 @@ def test_the_report_is_the_mean_of_the_authors_rates(golden: ViTForImageClassifi
         np.testing.assert_allclose(kind.std, per_pair.std(ddof=1), rtol=1e-6)
 
 
-def first(output: Any) -> torch.Tensor:
-    return output[0] if isinstance(output, tuple) else output
-
-
-def by_definition(model: PreTrainedModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
-    """The embedding protocol, component by component and image by image, from its definition."""
-    found = {part.id: [] for part in find_components(model)}
-    with torch.no_grad():
-        for image_x, image_y in zip(x, y, strict=True):
-            e_x, e_y = (
-                model(pixel_values=image[None], output_hidden_states=True).hidden_states[0]
-                for image in (image_x, image_y)
-            )
-            for part in find_components(model):
-                module = model.get_submodule(part.path)
-                padding = module.in_features - e_x.shape[-1] if part.kind in ("FC1", "FC2") else 0
-                f_x, f_y = (first(module(F.pad(e, (0, padding)))) for e in (e_x, e_y))
-                found[part.id].append((torch.dist(f_x, f_y) / torch.dist(e_x, e_y)).item())
-    return {name: np.array(values) for name, values in found.items()}
-
-
-def by_hooks(model: PreTrainedModel, x: torch.Tensor, y: torch.Tensor) -> dict[str, np.ndarray]:
-    """The activation protocol: two passes a pair, inputs and outputs kept."""
-    found = {part.id: [] for part in find_components(model)}
-    for image_x, image_y in zip(x, y, strict=True):
-        seen: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in found}
-        handles = [
-            model.get_submodule(part.path).register_forward_hook(
-                lambda module, args, output, name=part.id, seen=seen: seen[name].append((args[0], first(output)))
-            )
-            for part in find_components(model)
-        ]
-        with torch.no_grad():
-            model(pixel_values=image_x[None])
-            model(pixel_values=image_y[None])
-        for handle in handles:
-            handle.remove()
-        for name, ((in_x, out_x), (in_y, out_y)) in seen.items():
-            found[name].append((torch.dist(out_x, out_y) / torch.dist(in_x, in_y)).item())
-    return {name: np.array(values) for name, values in found.items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize(("inputs", "independent"), [("embedding", by_definition), ("activation", by_hooks)])
+@pytest.mark.parametrize("inputs", oracles.PROTOCOLS)
 def test_both_protocols_equal_an_independent_computation(
-    model: PreTrainedModel, inputs: str, independent: Callable[..., dict[str, np.ndarray]], dtype: torch.dtype
+    model: PreTrainedModel, inputs: str, dtype: torch.dtype
 ) -> None:
-    model, x, y = model.to(dtype), IMAGES[:5].to(dtype), IMAGES[5:10].to(dtype)
-    ours, expected = rates(model, inputs, x, y), independent(model, x, y)
-    assert ours.keys() == expected.keys()
-    for name, values in ours.items():
-        np.testing.assert_allclose(values, expected[name], rtol=1e-5 if dtype == torch.float32 else 1e-12)
+    model, x, y = model.to(dtype), pixels(IMAGES[:5].to(dtype)), pixels(IMAGES[5:10].to(dtype))
+    ours, expected = rates(model, inputs, x, y), oracles.rates(model, inputs, x, y)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e25])
@@ -134,19 +94,13 @@ def test_the_shortcuts_are_exact(model: PreTrainedModel, scale: float) -> None:
             if part.kind == "FC1":
                 weight = model.get_submodule(part.path).weight
                 weight *= torch.logspace(0, -4, weight.shape[1]) * scale
-    architecture = find_architecture(model)
-    x, y = ({"pixel_values": half} for half in (IMAGES[:6], IMAGES[6:]))
-    with torch.no_grad():
-        fast = EmbeddingProtocol(model, architecture)(x, y)
-        x, y = ({"pixel_values": half.double()} for half in (IMAGES[:6], IMAGES[6:]))
-        # Not recognised as the Euclidean distance, so that every component is called; in double precision.
-        by_calling = EmbeddingProtocol(model.double(), architecture, lambda pairs: euclidean(pairs))(x, y)
-    torch.testing.assert_close(fast.outputs, by_calling.outputs, rtol=1e-5, atol=0)
-    torch.testing.assert_close(fast.inputs, by_calling.inputs, rtol=1e-5, atol=0)
+    fast = rates(model, "embedding", pixels(IMAGES[:6]), pixels(IMAGES[6:]))
+    x, y = (pixels(half.double()) for half in (IMAGES[:6], IMAGES[6:]))
+    np.testing.assert_allclose(fast, oracles.rates(model.double(), "embedding", x, y), rtol=1e-5)
 
 
 def test_the_protocols_are_different_statistics(vit: PreTrainedModel) -> None:
-    embedding, activation = (measure(vit, IMAGES, inputs=inputs, pairs=8) for inputs in PROTOCOLS)
+    embedding, activation = (measure(vit, IMAGES, inputs=inputs, max_samples=8) for inputs in PROTOCOLS)
     assert embedding.scores[0].mean == pytest.approx(activation.scores[0].mean)
     assert embedding.scores[3].mean != pytest.approx(activation.scores[3].mean, rel=1e-2)
 
@@ -156,11 +110,11 @@ def test_the_protocols_are_different_statistics(vit: PreTrainedModel) -> None:
 def test_batch_size_does_not_matter_and_the_seed_decides(
     vit: PreTrainedModel, inputs: str, source: torch.Tensor | None
 ) -> None:
-    options = {"source": source, "inputs": inputs, "pairs": 10}
+    options = {"source_data": source, "inputs": inputs, "max_samples": 10}
     reports = [measure(vit, IMAGES, batch_size=size, **options) for size in (1, 3, 32)]
     for report in reports:
         assert [row.mean for row in report.scores] == pytest.approx([row.mean for row in reports[0].scores], rel=1e-6)
-        assert (report.pairs, report.source) == (10, source is not None)
+        assert (report.samples, report.uses_source) == (10, source is not None)
     assert measure(vit, IMAGES, batch_size=3, **options) == reports[1]
     assert measure(vit, IMAGES, seed=1, **options).scores != reports[2].scores
 
@@ -172,7 +126,7 @@ def test_scaling_a_weight_scales_its_score_and_a_bias_changes_nothing(model: Pre
     with torch.no_grad():
         changed.get_submodule(part.path).weight *= 3
         changed.get_submodule(part.path).bias += 5
-    before, after = (measure(each, IMAGES, pairs=8) for each in (model, changed))
+    before, after = (measure(each, IMAGES, max_samples=8) for each in (model, changed))
     for one, other in zip(before.scores, after.scores, strict=True):
         factor = 3 if one.id == part.id else 1
         assert other.mean == pytest.approx(factor * one.mean, rel=1e-5)
@@ -184,15 +138,15 @@ def test_identical_pairs_are_skipped_and_counted(vit: PreTrainedModel) -> None:
     same = sum(set(pair) <= {0, 1, 2} for pair in indices.tolist())
     assert 0 < same < 9
     for inputs in PROTOCOLS:
-        report = measure(vit, images, inputs=inputs, pairs=10)
-        assert (report.pairs, report.skipped) == (10 - same, same)
+        report = measure(vit, images, inputs=inputs, max_samples=10)
+        assert (report.samples, report.skipped) == (10 - same, same)
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_half_precision_ranks_as_float32(golden: ViTForImageClassification, inputs: str) -> None:
     images = random_images(20, size=32)
     reports = {
-        dtype: measure(copy.deepcopy(golden).to(dtype), images, inputs=inputs, pairs=16)
+        dtype: measure(copy.deepcopy(golden).to(dtype), images, inputs=inputs, max_samples=16)
         for dtype in (torch.float32, torch.bfloat16, torch.float16)
     }
     order = [row.unit for row in reports[torch.float32].ranking()]
@@ -205,11 +159,11 @@ def test_half_precision_ranks_as_float32(golden: ViTForImageClassification, inpu
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_distances_of_half_precision_models_are_taken_in_float32(vit: PreTrainedModel, inputs: str) -> None:
     model = vit.bfloat16()
-    x, y = ({"pixel_values": half.bfloat16()} for half in (IMAGES[:5], IMAGES[5:10]))
+    x, y = (pixels(half.bfloat16()) for half in (IMAGES[:5], IMAGES[5:10]))
     with torch.no_grad():
-        for distances in PROTOCOLS[inputs](model, find_architecture(model))(x, y):
-            assert distances.dtype == torch.float64
-            assert (distances != distances.bfloat16()).any(dim=0).all()
+        for found in distances(model, inputs)(x, y):
+            assert found.dtype == torch.float64
+            assert (found != found.bfloat16()).any(dim=0).all()
 
 
 def test_dropout_and_the_mode_of_the_model_change_nothing() -> None:
@@ -218,28 +172,28 @@ def test_dropout_and_the_mode_of_the_model_change_nothing() -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(config)
     for inputs in PROTOCOLS:
-        reports = [measure(model.train(mode), IMAGES, inputs=inputs, pairs=8) for mode in (True, False)]
+        reports = [measure(model.train(mode), IMAGES, inputs=inputs, max_samples=8) for mode in (True, False)]
         assert reports[0] == reports[1]
 
 
 def test_autocast_outside_changes_nothing(vit: PreTrainedModel) -> None:
-    plain = measure(vit, IMAGES, pairs=4)
+    plain = measure(vit, IMAGES, max_samples=4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert measure(vit, IMAGES, pairs=4) == plain
+        assert measure(vit, IMAGES, max_samples=4) == plain
         assert torch.is_autocast_enabled("cpu")
 
 
 def test_a_peft_model_is_measured_with_its_adapter_under_the_names_of_its_base(vit: PreTrainedModel) -> None:
-    expected = measure(vit, IMAGES, pairs=4)
+    expected = measure(vit, IMAGES, max_samples=4)
     paths = [path for part in find_components(vit) if part.kind == "FC1" for path in part.modules]
     adapted = get_peft_model(copy.deepcopy(vit), LoraConfig(target_modules=paths, init_lora_weights=True))
-    assert measure(adapted, IMAGES, pairs=4).scores[0].modules == expected.scores[0].modules
+    assert measure(adapted, IMAGES, max_samples=4).scores[0].modules == expected.scores[0].modules
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 parameter.normal_()
     merged = copy.deepcopy(adapted).merge_and_unload()
-    found, plain = (measure(each, IMAGES, pairs=4).scores for each in (adapted, merged))
+    found, plain = (measure(each, IMAGES, max_samples=4).scores for each in (adapted, merged))
     assert [row.mean for row in found] == pytest.approx([row.mean for row in plain], rel=1e-5)
     assert [row.parameters for row in found] == [row.parameters for row in plain]
 
@@ -249,8 +203,8 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
     config.intermediate_size = 12
     model = ViTForImageClassification(config).eval()
     with pytest.raises(ModelError, match=r'0.FC2 takes 12 features where a token has 16 .* Use inputs="activation"'):
-        measure(model, IMAGES, pairs=4)
-    assert measure(model, IMAGES, pairs=4, inputs="activation").pairs == 4
+        measure(model, IMAGES, max_samples=4)
+    assert measure(model, IMAGES, max_samples=4, inputs="activation").samples == 4
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
@@ -261,15 +215,15 @@ def test_overflow_is_an_error_that_names_the_component(vit: PreTrainedModel, inp
     with torch.no_grad():
         vit.get_submodule(part.modules[-1]).weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) hold NaN or infinity"):
-        measure(vit, IMAGES, pairs=4, inputs=inputs)
+        measure(vit, IMAGES, max_samples=4, inputs=inputs)
 
 
 def test_no_progress_bar_where_hugging_face_shows_none(vit: PreTrainedModel, capsys: pytest.CaptureFixture) -> None:
-    measure(vit, IMAGES, pairs=4)
+    measure(vit, IMAGES, max_samples=4)
     assert "Measuring plasticity" in capsys.readouterr().err
     logging.disable_progress_bar()
     try:
-        measure(vit, IMAGES, pairs=4)
+        measure(vit, IMAGES, max_samples=4)
     finally:
         logging.enable_progress_bar()
     assert capsys.readouterr().err == ""
@@ -307,7 +261,7 @@ def test_the_model_is_left_as_found(model: PreTrainedModel, inputs: str, fault: 
 
         handles.append(model.get_submodule(part.path).register_forward_hook(fail))
     before = snapshot(model)
-    options = {"inputs": inputs, "pairs": 6, "batch_size": 2}
+    options = {"inputs": inputs, "max_samples": 6, "batch_size": 2}
     # FC1 is not called by the embedding protocol, but the check of the calls runs the whole model.
     if fault is None:
         measure(model, IMAGES, **options)
@@ -318,7 +272,7 @@ def test_the_model_is_left_as_found(model: PreTrainedModel, inputs: str, fault: 
 
 
 def test_kinds_come_in_the_order_of_a_block() -> None:
-    assert [row.kind for row in measure(tiny_model(), IMAGES, pairs=2).kinds] == list(KINDS)
+    assert [row.kind for row in measure(tiny_model(), IMAGES, max_samples=2).kinds] == list(KINDS)
 
 
 def test_an_activation_that_works_in_place_does_not_change_the_scores(vit: PreTrainedModel) -> None:
@@ -332,7 +286,7 @@ def test_an_activation_that_works_in_place_does_not_change_the_scores(vit: PreTr
                 name = "activation_fn" if hasattr(part, "activation_fn") else "intermediate_act_fn"
                 setattr(part, name, torch.nn.ReLU(inplace=inplace))
             assert parts
-        report = measure_plasticity(vit, random_images(), inputs="activation", pairs=4)
+        report = measure_plasticity(vit, random_images(), inputs="activation", max_samples=4)
         scores.append([row.mean for row in report.scores])
     assert scores[0] == scores[1]
 

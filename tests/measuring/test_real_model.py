@@ -9,7 +9,7 @@ from peft import get_peft_model
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
 
 FOLDER = REPOSITORY.parent / "shared" / "models" / "dinov2-small"
 IMAGES = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"
@@ -38,7 +38,7 @@ def test_norms_look_most_plastic_and_asking_for_them_warns(
     dinov2: PreTrainedModel, images: torch.Tensor, inputs: str
 ) -> None:
     """The tokens of DINOv2 are small, and a norm's rate of change is its gain over their spread."""
-    report = measure_plasticity(dinov2, images, inputs=inputs, pairs=12, batch_size=12)
+    report = measure_plasticity(dinov2, images, inputs=inputs, max_samples=12, batch_size=12)
     assert {row.unit for row in report.ranking()[:2]} == {"LN1", "LN2"}
     assert report.select(candidates=("MHA", "FC1", "FC2")).units == ("FC1",)
     with pytest.warns(UserWarning, match="LN2 ranks high because .* spread of its input, which is 0.1"):
@@ -46,7 +46,7 @@ def test_norms_look_most_plastic_and_asking_for_them_warns(
 
 
 def test_the_default_chooses_attention_and_leaves_norms_last(dinov2: PreTrainedModel, images: torch.Tensor) -> None:
-    report = measure_plasticity(dinov2, images, pairs=24, batch_size=8)
+    report = measure_plasticity(dinov2, images, max_samples=24, batch_size=8)
     ranking = [row.unit for row in report.ranking()]
     assert ranking[0] == "MHA"
     assert set(ranking[3:]) == {"LN1", "LN2"}
@@ -59,7 +59,7 @@ def test_a_step_of_training_moves_what_was_chosen(
     torch.manual_seed(0)
     base = AutoModelForImageClassification.from_pretrained(FOLDER, num_labels=10, dtype=torch.float32)
     config = PlasticityConfig(
-        target_data=images, pairs=4, training=training, granularity="block", candidates=("MHA",), top_k=2
+        target_data=images, max_samples=4, training=training, granularity="component", candidates=("MHA",), top_k=2
     )
     model = get_peft_model(base, config)
     model(pixel_values=images[:4], labels=torch.arange(4)).loss.backward()
@@ -73,10 +73,10 @@ def test_a_step_of_training_moves_what_was_chosen(
 def test_it_settles_on_what_all_pairs_choose(
     dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str]
 ) -> None:
-    everything = measure_plasticity(dinov2, images, settle=None, pairs=256, **options)
-    found = measure_plasticity(dinov2, images, pairs=256, **options)
+    everything = measure_plasticity(dinov2, images, settle=None, max_samples=256, **options)
+    found = measure_plasticity(dinov2, images, max_samples=256, **options)
     assert found.ranking()[0].unit == everything.ranking()[0].unit
-    assert found.pairs <= 128
+    assert found.samples <= 128
     if "inputs" in options:
         assert found.ending.settled
 
@@ -87,7 +87,8 @@ def test_lower_precision_gives_the_same_ranking(
     dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str], dtype: str
 ) -> None:
     full, lower = (
-        measure_plasticity(dinov2, images[:12], pairs=12, settle=None, dtype=each, **options) for each in (None, dtype)
+        measure_plasticity(dinov2, images[:12], max_samples=12, settle=None, dtype=each, **options)
+        for each in (None, dtype)
     )
     assert [row.unit for row in lower.ranking()] == [row.unit for row in full.ranking()]
     for one, other in zip(lower.kinds, full.kinds, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,18 +16,15 @@ from peft import get_peft_model
 from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
+from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.errors import ConfigError, ModelError
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from tests.support.measures import MEASURES, means
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import python
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(60)
-EACH = ({"criterion": "parameter_plasticity"}, {"inputs": "embedding"}, {"inputs": "activation"})
-each_measure = pytest.mark.parametrize("options", EACH, ids=lambda options: "-".join(options.values()))
-
-
-def scores(report: PlasticityReport) -> list[float]:
-    return [row.mean for row in (*report.scores, *report.kinds)]
+each_measure = pytest.mark.parametrize("options", MEASURES.values(), ids=MEASURES)
 
 
 # ---- when it ends
@@ -36,18 +32,18 @@ def scores(report: PlasticityReport) -> list[float]:
 
 @each_measure
 def test_it_ends_when_the_choice_is_settled(vit: PreTrainedModel, options: dict[str, str]) -> None:
-    all_pairs = measure_plasticity(vit, IMAGES, settle=None, pairs=1000, **options)
-    found = measure_plasticity(vit, IMAGES, pairs=1000, **options)
+    all_pairs = measure_plasticity(vit, IMAGES, settle=None, max_samples=1000, **options)
+    found = measure_plasticity(vit, IMAGES, max_samples=1000, **options)
     most = 60 if "criterion" in options else 1000
-    assert (all_pairs.pairs, all_pairs.ending) == (most, None)
+    assert (all_pairs.samples, all_pairs.ending) == (most, None)
     assert found.ending.settled
-    assert (found.ending.most, found.ending.confidence, found.ending.granularity) == (most, 0.95, "kind")
-    assert found.pairs in [look for look in (32, 64) if look < most]
+    assert (found.ending.planned, found.ending.confidence, found.ending.granularity) == (most, 0.95, "kind")
+    assert found.samples in [look for look in (32, 64) if look < most]
     assert found.ending.units == (all_pairs.ranking()[0].unit,)
     # What was looked at are the first of all pairs, or images.
-    same = measure_plasticity(vit, IMAGES, settle=None, pairs=found.pairs, **options)
-    assert scores(found) == pytest.approx(scores(same), rel=1e-6)
-    assert f"Settled after {found.pairs} of {most} " in str(found)
+    same = measure_plasticity(vit, IMAGES, settle=None, max_samples=found.samples, **options)
+    assert means(found) == pytest.approx(means(same), rel=1e-6)
+    assert f"Settled after {found.samples} of {most} " in str(found)
 
 
 def tied_model() -> PreTrainedModel:
@@ -63,29 +59,33 @@ def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture)
     logger = logging.getLogger("transformers.plasticity_peft.measuring.measure")
     logger.addHandler(caplog.handler)
     try:
-        found = measure_plasticity(tied_model(), IMAGES, inputs="embedding", pairs=100)
+        found = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100)
     finally:
         logger.removeHandler(caplog.handler)
-    assert (found.pairs, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
+    assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
-    assert "Not settled: after 100 pairs, the choice of LN1 does not stand out from the rest" in caplog.text
-    both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", pairs=100, top_k=2)
-    assert (both.pairs, both.ending.settled) == (32, True)
+    assert (
+        "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+    )
+    both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
+    assert (both.samples, both.ending.settled) == (32, True)
 
 
 def test_the_config_settles_what_it_chooses() -> None:
-    config = PlasticityConfig(target_data=IMAGES, inputs="embedding", pairs=100, top_k=2)
+    config = PlasticityConfig(target_data=IMAGES, inputs="embedding", max_samples=100, top_k=2)
     with pytest.warns(UserWarning, match="ranks high because"):
         get_peft_model(tied_model(), config)
-    assert config.report.pairs == 32
+    assert config.report.samples == 32
     assert config.report.ending.units == config.selection.units
-    config = PlasticityConfig(target_data=IMAGES, granularity="block", budget=0.3, training="full", pairs=400)
+    config = PlasticityConfig(
+        target_data=IMAGES, granularity="component", budget=0.3, training="full", max_samples=400
+    )
     get_peft_model(tiny_model(), config)
     assert set(config.report.ending.units) == set(config.selection.units)
-    assert (config.report.ending.granularity, config.report.ending.most) == ("block", 60)
+    assert (config.report.ending.granularity, config.report.ending.planned) == ("component", 60)
     config = PlasticityConfig(target_data=IMAGES, settle=None)
     get_peft_model(tiny_model(), config)
-    assert (config.report.pairs, config.report.ending) == (60, None)
+    assert (config.report.samples, config.report.ending) == (60, None)
 
 
 @pytest.mark.parametrize("settle", [0, 1, 1.5, -0.1, "0.95", True])
@@ -95,26 +95,29 @@ def test_what_is_no_confidence_is_refused(vit: PreTrainedModel, settle: Any) -> 
             make()
 
 
-def test_a_stream_is_read_no_further_than_it_takes_to_settle(vit: PreTrainedModel) -> None:
+def test_a_stream_is_read_no_further_than_it_takes_to_settle(
+    vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 20)
     read = []
 
     def endless() -> Iterator[torch.Tensor]:
         while True:
             read.append(0)
-            yield IMAGES[len(read) % 60]
+            yield IMAGES[len(read) % 60] + 0.001 * len(read)
 
     for inputs, most in (("embedding", 64), (None, 32)):
         read.clear()
-        report = measure_plasticity(vit, endless(), inputs=inputs, pairs=10_000)
-        assert (report.pairs, report.ending.most) == (32, 10_000)
-        assert len(read) == most
+        report = measure_plasticity(vit, endless(), inputs=inputs, max_samples=10_000)
+        assert (report.samples, report.ending.planned) == (32, 10_000)
+        assert len(read) == most + 20
 
 
 def test_a_short_stream_is_used_up(vit: PreTrainedModel) -> None:
-    report = measure_plasticity(vit, (image for image in IMAGES), settle=None, pairs=1000)
-    assert report.pairs == 60
-    report = measure_plasticity(vit, (image for image in IMAGES[:5]), inputs="activation", pairs=1000)
-    assert report.pairs == 10
+    report = measure_plasticity(vit, (image for image in IMAGES), settle=None, max_samples=1000)
+    assert report.samples == 60
+    report = measure_plasticity(vit, (image for image in IMAGES[:5]), inputs="activation", max_samples=1000)
+    assert report.samples == 10
 
 
 # ---- what it says
@@ -178,15 +181,15 @@ def short_of_memory(model: torch.nn.Module, most: int) -> list[int]:
 
 @each_measure
 def test_batches_are_halved_where_memory_does_not_suffice(options: dict[str, str]) -> None:
-    expected = measure_plasticity(tiny_model(), IMAGES, settle=None, pairs=50, batch_size=32, **options)
+    expected = measure_plasticity(tiny_model(), IMAGES, settle=None, max_samples=50, batch_size=32, **options)
     model = tiny_model()
     taken = short_of_memory(model, most=10)
-    found = measure_plasticity(model, IMAGES, settle=None, pairs=50, batch_size=32, **options)
+    found = measure_plasticity(model, IMAGES, settle=None, max_samples=50, batch_size=32, **options)
     images = 1 if "criterion" in options else 2
     # 32, 16 (, 8) do not fit; from then on no more than what fits is tried.
     assert max(taken) == {1: 8, 2: 4 * 2}[images]
-    assert found.pairs == expected.pairs == 50
-    assert scores(found) == pytest.approx(scores(expected), rel=1e-5)
+    assert found.samples == expected.samples == 50
+    assert means(found) == pytest.approx(means(expected), rel=1e-5)
 
 
 def test_where_nothing_fits_it_says_so(vit: PreTrainedModel) -> None:
@@ -205,7 +208,7 @@ def test_where_nothing_fits_it_says_so(vit: PreTrainedModel) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
 
     model.register_forward_pre_hook(fail)
-    with pytest.raises(ModelError, match="Out of memory for one of the images"):
+    with pytest.raises(ModelError, match="Out of memory for one image, by criterion="):
         measure_plasticity(model, IMAGES)
     assert_same(before, snapshot(vit))
 
@@ -223,10 +226,10 @@ config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, i
                    patch_size=4, attn_implementation="eager")
 model = ViTForImageClassification(config)
 images = torch.rand(24, 3, 128, 128)
-expected = measure_plasticity(model, images, inputs="activation", pairs=12, batch_size=1)
+expected = measure_plasticity(model, images, inputs="activation", max_samples=12, batch_size=1)
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
-found = measure_plasticity(model, images, inputs="activation", pairs=12, batch_size=12)
+found = measure_plasticity(model, images, inputs="activation", max_samples=12, batch_size=12)
 for one, other in zip(found.scores, expected.scores):
     assert abs(one.mean - other.mean) < 1e-5 * other.mean
 """
@@ -234,9 +237,7 @@ for one, other in zip(found.scores, expected.scores):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
 def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
-    result = subprocess.run(
-        [sys.executable, "-c", REALLY_SHORT], capture_output=True, text=True, timeout=240, check=False
-    )
+    result = python("-c", REALLY_SHORT)
     assert result.returncode == 0, result.stderr
     assert "Out of memory: measuring goes on with 6 pairs in a pass." in result.stderr
 
@@ -253,12 +254,12 @@ def test_lower_precision_gives_the_same_ranking(options: dict[str, str], dtype: 
     if model.config.num_channels == 1:
         images = images[:, :1]
     before = snapshot(model)
-    full = measure_plasticity(model, images, pairs=32, **options)
-    found = measure_plasticity(model, images, pairs=32, dtype=dtype, **options)
+    full = measure_plasticity(model, images, max_samples=32, **options)
+    found = measure_plasticity(model, images, max_samples=32, dtype=dtype, **options)
     assert_same(before, snapshot(model))
     assert [row.unit for row in found.ranking()] == [row.unit for row in full.ranking()]
-    assert scores(found) == pytest.approx(scores(full), rel=0.1)
-    assert scores(found) != scores(full)
+    assert means(found) == pytest.approx(means(full), rel=0.1)
+    assert means(found) != means(full)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", torch.float64, 16])
@@ -289,16 +290,16 @@ def offloaded(way: str, folder: Path) -> PreTrainedModel:
 @pytest.mark.parametrize("way", ["CPU", "disk", "device_map"])
 @pytest.mark.parametrize(
     "options",
-    [*EACH, {"criterion": "condition_number"}, {"criterion": "feature_norm"}, {"criterion": "bound"}],
+    [*MEASURES.values(), {"criterion": "condition_number"}, {"criterion": "feature_norm"}, {"criterion": "bound"}],
     ids=lambda options: "-".join(options.values()),
 )
 def test_offloaded_models_are_measured_and_left_as_found(way: str, options: dict[str, str], tmp_path: Path) -> None:
     model = offloaded(way, tmp_path)
     devices = {name: parameter.device for name, parameter in model.named_parameters()}
     assert torch.device("meta") in devices.values()
-    expected = measure_plasticity(tiny_model(), IMAGES, pairs=8, **options)
-    found = measure_plasticity(model, IMAGES, pairs=8, **options)
-    assert scores(found) == pytest.approx(scores(expected), rel=1e-5)
+    expected = measure_plasticity(tiny_model(), IMAGES, max_samples=8, **options)
+    found = measure_plasticity(model, IMAGES, max_samples=8, **options)
+    assert means(found) == pytest.approx(means(expected), rel=1e-5)
     assert {name: parameter.device for name, parameter in model.named_parameters()} == devices
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.report.plotting import COLOURS, MARKERS, STYLES, VIEWS, png
+from plasticity_peft.report.plotting import COLORS, MARKERS, STYLES, VIEWS, png
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import KindScore, Score
 from tests.report.test_report import REPORT
@@ -31,7 +31,7 @@ def make_report(blocks: int, stages: tuple[int, ...] = (), spread: float = 1.0) 
     """Returns a report of `blocks` blocks, or of those in `stages`, in which no two scores are alike."""
     places = [(stage, block) for stage, count in enumerate(stages) for block in range(count)]
     places = places or [(None, block) for block in range(blocks)]
-    common = {"pairs": 100}
+    common = {"samples": 100}
     scores = tuple(
         Score(
             stage=stage, block=block, kind=kind, path=f"{index}.{kind}", modules=(f"{index}.{kind}",), parameters=10,
@@ -79,10 +79,10 @@ def test_the_depth_of_a_hierarchical_model_names_and_parts_its_stages() -> None:
     ("blocks", "granularity", "top_k", "shown", "title"),
     [
         (12, "kind", 2, 5, "ranking"),
-        (2, "block", 3, 10, "ranking"),
-        (12, "block", 3, 20, "ranking, the best 20 of 60"),
-        (40, "block", 25, 26, "ranking, the best 26 of 200"),
-        (40, "block", 200, 40, "ranking, the best 40 of 200"),
+        (2, "component", 3, 10, "ranking"),
+        (12, "component", 3, 20, "ranking, the best 20 of 60"),
+        (40, "component", 25, 26, "ranking, the best 26 of 200"),
+        (40, "component", 200, 40, "ranking, the best 40 of 200"),
     ],
 )
 def test_the_ranking_is_best_first_with_errors_and_marks(
@@ -109,7 +109,7 @@ def test_the_ranking_is_best_first_with_errors_and_marks(
 @pytest.mark.parametrize("blocks", [2, 12, 40])
 def test_the_heat_map_has_every_block_and_kind_and_frames_what_was_chosen(blocks: int) -> None:
     report = make_report(blocks)
-    selection = report.select(top_k=3, granularity="block")
+    selection = report.select(top_k=3, granularity="component")
     ax = report.plot("heatmap", selection=selection)
     expected = [[row.mean for row in report.rows_of(kind)] for kind in KINDS]
     assert ax.images[0].get_array().tolist() == expected
@@ -129,20 +129,20 @@ def test_the_overview_is_depth_beside_ranking() -> None:
     legend = [text.get_text() for text in axes[0].get_legend().get_texts()]
     assert legend == ["LN1", "MHA (selected)", "LN2", "FC1 (selected)", "FC2"]
     assert len(axes[1].containers) == 5
-    some = report.select(top_k=3, granularity="block")
+    some = report.select(top_k=3, granularity="component")
     ringed = report.plot(selection=some)[0].lines[-1]
     assert ringed.get_label() == "selected"
     assert len(ringed.get_xdata()) == 3
 
 
 def test_scores_that_read_only_weights_are_called_exact() -> None:
-    rows = {"std": 0.0, "pairs": 0}
+    rows = {"std": 0.0, "samples": 0}
     report = make_report(3)
     report = replace(
         report,
         scores=tuple(replace(row, **rows) for row in report.scores),
         kinds=tuple(replace(row, **rows) for row in report.kinds),
-        observed="weights", inputs=None, pairs=0, title="upper bound", criterion="bound",
+        observed="weights", inputs=None, samples=0, title="upper bound", criterion="bound",
     )  # fmt: skip
     for ax in report.plot():
         assert "exact" in ax.get_title()
@@ -180,26 +180,26 @@ def test_what_cannot_be_drawn_is_refused(arguments: dict[str, Any], text: str) -
         REPORT.plot(**arguments)
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """Returns the relative luminance of WCAG 2.2."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colors.to_rgb(colour)]
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colors.to_rgb(color)]
     return float(np.dot(linear, (0.2126, 0.7152, 0.0722)))
 
 
 def test_kinds_are_told_apart_in_grey_and_seen_on_white() -> None:
-    looks = list(zip(COLOURS, STYLES, MARKERS, strict=False))
+    looks = list(zip(COLORS, STYLES, MARKERS, strict=False))
     assert len(looks) == len(KINDS)
     for (_, style, marker), (_, other_style, other_marker) in combinations(looks, 2):
         assert style != other_style
         assert marker != other_marker
-    for colour, *_ in looks:
-        assert 1.05 / (luminance(colour) + 0.05) >= 3  # what WCAG 2.2 asks of graphics
+    for color, *_ in looks:
+        assert 1.05 / (luminance(color) + 0.05) >= 3  # what WCAG 2.2 asks of graphics
 
 
 def test_the_heat_map_rises_in_grey() -> None:
     from matplotlib import colormaps
 
-    steps = [luminance(colour) for colour in colormaps["cividis"](np.linspace(0, 1, 20))]
+    steps = [luminance(color) for color in colormaps["cividis"](np.linspace(0, 1, 20))]
     assert all(low < high for low, high in pairwise(steps))
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import itertools
 import json
-import subprocess
-import sys
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,11 @@ from peft import LoraConfig, get_peft_model
 
 from plasticity_peft.components.component import KINDS, MATRIX_KINDS
 from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
+from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.scores import KindScore, Score
-from tests.conftest import REPOSITORY, random_images, tiny_model
+from plasticity_peft.report.scores import Ending, KindScore, Score
+from tests.support.models import REPOSITORY, random_images, tiny_model
+from tests.support.processes import python
 
 PARAMETERS = {"LN1": 32, "MHA": 1088, "LN2": 32, "FC1": 544, "FC2": 528}
 FEATURES = {"LN1": (), "MHA": ((16, 16),) * 4, "LN2": (), "FC1": ((16, 32),), "FC2": ((32, 16),)}
@@ -36,7 +38,7 @@ def make_report(means: dict[str, list[float]] | None = None) -> PlasticityReport
             modules=tuple(f"vit.layers.{block}.{name}" for name in NAMES.get(kind, (kind,))),
             mean=float(means[kind][block]),
             std=0.5,
-            pairs=100,
+            samples=100,
             parameters=PARAMETERS[kind],
             features=FEATURES[kind],
         )
@@ -45,14 +47,14 @@ def make_report(means: dict[str, list[float]] | None = None) -> PlasticityReport
     )
     return PlasticityReport(
         scores=scores,
-        kinds=tuple(KindScore(kind=kind, mean=sum(means[kind]) / 2, std=0.25, pairs=100) for kind in KINDS),
+        kinds=tuple(KindScore(kind=kind, mean=sum(means[kind]) / 2, std=0.25, samples=100) for kind in KINDS),
         model_type="vit",
         model_parameters=10_000,
         inputs="embedding",
-        pairs=100,
+        samples=100,
         skipped=2,
         seed=7,
-        source=True,
+        uses_source=True,
         versions={"torch": "2.13.0"},
     )
 
@@ -69,11 +71,11 @@ def test_ranking_of_kinds_is_best_first() -> None:
 
 
 def test_ranking_of_blocks_is_best_first() -> None:
-    units = [row.unit for row in REPORT.ranking("block", ("MHA", "FC1", "FC2"))]
+    units = [row.unit for row in REPORT.ranking("component", ("MHA", "FC1", "FC2"))]
     assert units == ["1.FC1", "0.MHA", "0.FC1", "0.FC2", "1.MHA", "1.FC2"]
 
 
-@pytest.mark.parametrize("granularity", ["kind", "block"])
+@pytest.mark.parametrize("granularity", ["kind", "component"])
 def test_ties_keep_the_order_of_blocks_and_kinds(granularity: str) -> None:
     tied = make_report({kind: [1, 1] for kind in KINDS})
     expected = list(KINDS) if granularity == "kind" else [f"{block}.{kind}" for block in range(2) for kind in KINDS]
@@ -93,7 +95,7 @@ def test_a_selection_names_units_modules_and_parameters() -> None:
 
 
 @pytest.mark.parametrize("training", ["lora", "full"])
-@pytest.mark.parametrize("granularity", ["kind", "block"])
+@pytest.mark.parametrize("granularity", ["kind", "component"])
 @pytest.mark.parametrize("candidates", [("MHA", "FC1", "FC2"), KINDS])
 def test_a_budget_is_kept_and_a_larger_one_drops_nothing(
     training: str, granularity: str, candidates: tuple[str, ...]
@@ -132,14 +134,14 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
             {"top_k": 4, "candidates": MATRIX_KINDS},
             r"from 1 to 3, the number of units to choose from \(MHA, FC1, FC2\). Got 4",
         ),
-        ({"top_k": 11, "granularity": "block"}, r"from 1 to 10, .*\(0.LN1, 0.MHA, 0.LN2, ..., 1.FC2\)"),
+        ({"top_k": 11, "granularity": "component"}, r"from 1 to 10, .*\(0.LN1, 0.MHA, 0.LN2, ..., 1.FC2\)"),
         ({"top_k": True}, "Got True"),
         ({"top_k": 1.0}, "Got 1.0"),
         ({"budget": -0.1}, "above 0 and at most 1"),
         ({"budget": "1%"}, "Got '1%'"),
         ({"budget": float("nan")}, "Got nan"),
         ({"top_k": 1, "budget": 0.5}, "not both"),
-        ({"granularity": "head"}, "granularity must be one of 'kind', 'block'. Got 'head'"),
+        ({"granularity": "head"}, "granularity must be one of 'kind', 'component'. Got 'head'"),
         ({"training": "ia3"}, "training must be one of 'lora', 'full'"),
         ({"candidates": ("MHA", "MHA")}, "each once"),
         ({"candidates": ["QKV"]}, "one or more of LN1, MHA, LN2, FC1, FC2"),
@@ -159,7 +161,7 @@ def test_lora_parameters_are_what_peft_makes(options: dict[str, Any]) -> None:
     from plasticity_peft import measure_plasticity
 
     model = tiny_model()
-    report = measure_plasticity(model, random_images(), pairs=2)
+    report = measure_plasticity(model, random_images(), max_samples=2)
     selection = report.select(top_k=3, candidates=MATRIX_KINDS, **options)
     config = LoraConfig(target_modules=list(selection.modules), **options)
     trainable, _ = get_peft_model(model, config).get_nb_trainable_parameters()
@@ -180,7 +182,7 @@ def test_a_report_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.json"
     for length in range(0, len(text.rstrip()) - 1, 61):
         path.write_text(text[:length])
-        with pytest.raises(ReportError, match=r"Cannot read the report .*cut\.json: it is no whole JSON file"):
+        with pytest.raises(ReportError, match=r"Cannot read the report .*cut\.json: it is not a whole JSON file"):
             PlasticityReport.load(path)
 
 
@@ -198,14 +200,14 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
-ADDED_SINCE += ("target_data", "source_data")
+ADDED_SINCE += ("target_provenance", "source_provenance")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
 
 @pytest.mark.parametrize("path", [path for path in FIELDS if path[-1] not in ADDED_SINCE])
 def test_a_missing_value_is_refused(path: tuple[str | int, ...]) -> None:
-    with pytest.raises(ReportError, match=r"Field required|no plasticity report|format version|scores|kinds"):
+    with pytest.raises(ReportError, match=r"is missing|not a plasticity report|format version|scores|kinds"):
         PlasticityReport.from_dict(edited(*path))
 
 
@@ -225,8 +227,8 @@ def test_a_value_of_a_wrong_type_is_refused_or_means_the_same(path: tuple[str | 
         edited("scores", 2, "mean", value=float("nan")),
         edited("scores", 2, "std", value=float("inf")),
         edited("kinds", 0, "mean", value=-1.0),
-        edited("scores", 0, "pairs", value=99),
-        edited("pairs", value=1),
+        edited("scores", 0, "samples", value=99),
+        edited("samples", value=1),
         edited("inputs", value="pixels"),
         edited("observed", value="tokens"),
         edited("scores", value=REPORT.to_dict()["scores"][1:]),
@@ -240,6 +242,82 @@ def test_a_value_of_a_wrong_type_is_refused_or_means_the_same(path: tuple[str | 
 def test_contradictions_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ReportError):
         PlasticityReport.from_dict(values)
+
+
+OLD_KEYS = {"samples": "pairs", "uses_source": "source"}
+OLD_KEYS |= {"target_provenance": "target_data", "source_provenance": "source_data", "planned": "most"}
+
+
+def in_version_1(values: Any) -> Any:
+    """Returns a report as version 1 of the format has it."""
+    if isinstance(values, list):
+        return [in_version_1(value) for value in values]
+    if not isinstance(values, dict):
+        return "block" if values == "component" else values
+    old = {OLD_KEYS.get(key, key): in_version_1(value) for key, value in values.items()}
+    return {**old, "format_version": 1} if "format_version" in old else old
+
+
+ENDED = replace(
+    REPORT,
+    ending=Ending(settled=True, units=("0.LN2", "1.LN1"), granularity="component", confidence=0.95, planned=100),
+    target_provenance=Provenance(form="Dataset", images=12, repo_id="user/birds"),
+    source_provenance=Provenance(form="generator"),
+)
+
+
+@pytest.mark.parametrize("report", [REPORT, ENDED], ids=["plain", "ended"])
+def test_a_report_of_version_1_is_read_without_a_warning(report: PlasticityReport, tmp_path: Path) -> None:
+    old = in_version_1(json.loads(json.dumps(report.to_dict())))
+    assert not set(OLD_KEYS) & {
+        key for row in (old, *old["scores"], *old["kinds"], old["ending"] or {}) for key in row
+    }
+    assert PlasticityReport.from_dict(old) == report
+    (tmp_path / "old.json").write_text(json.dumps(old))
+    assert PlasticityReport.load(tmp_path / "old.json") == report
+    assert report.to_dict()["format_version"] == 2
+
+
+@pytest.mark.parametrize("changes", [{"scores": 3}, {"kinds": [5]}, {"ending": "x"}, {"ending": []}, {"scores": {}}])
+def test_a_damaged_report_of_version_1_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ReportError, match=f"^{next(iter(changes))}"):
+        PlasticityReport.from_dict({**in_version_1(json.loads(json.dumps(REPORT.to_dict()))), **changes})
+
+
+@pytest.mark.parametrize("version", [0, 3, "2", 2.0, True, None])
+def test_another_version_is_refused(version: object) -> None:
+    with pytest.raises(
+        ReportError, match=f"has format version {version!r}, and this release .* reads versions 1 to 2"
+    ):
+        PlasticityReport.from_dict({**REPORT.to_dict(), "format_version": version})
+
+
+@pytest.mark.parametrize(
+    ("owner", "old", "new"),
+    [
+        (ENDED, "pairs", "samples"), (ENDED, "source", "uses_source"), (ENDED, "target_data", "target_provenance"),
+        (ENDED, "source_data", "source_provenance"), (ENDED.scores[0], "pairs", "samples"),
+        (ENDED.kinds[0], "pairs", "samples"), (ENDED.ending, "most", "planned"),
+    ],
+)  # fmt: skip
+def test_old_names_of_attributes_are_read_with_a_warning(owner: Any, old: str, new: str) -> None:
+    with pytest.warns(FutureWarning, match=rf"\.{old} is deprecated .* Use \w+\.{new} instead") as warned:
+        assert getattr(owner, old) == getattr(owner, new)
+    assert warned[0].filename == __file__
+
+
+def test_the_old_name_of_a_granularity_is_accepted_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match='Use granularity="component" instead') as warned:
+        assert REPORT.ranking("block") == REPORT.ranking("component")
+    with pytest.warns(FutureWarning, match='Use granularity="component" instead'):
+        assert REPORT.select(granularity="block").granularity == "component"
+    assert warned[0].filename == __file__
+
+
+def test_a_report_is_hashable_and_its_fields_are_described() -> None:
+    assert len({REPORT, copy.deepcopy(REPORT), replace(REPORT, seed=8)}) == 2
+    described = re.findall(r"^    (\w+): ", inspect.getdoc(PlasticityReport) or "", flags=re.MULTILINE)
+    assert described == [field.name for field in fields(PlasticityReport)]
 
 
 def test_what_cannot_be_read_is_named(tmp_path: Path) -> None:
@@ -274,12 +352,13 @@ def test_the_table() -> None:
 
 
 def test_scores_that_read_only_weights_have_no_error() -> None:
-    rows = {"std": 0.0, "pairs": 0}
+    rows = {"std": 0.0, "samples": 0}
     report = replace(
         REPORT,
         scores=tuple(replace(row, **rows) for row in REPORT.scores),
         kinds=tuple(replace(row, **rows) for row in REPORT.kinds),
-        criterion="bound", title="upper bound", observed="weights", inputs=None, pairs=0, skipped=0, source=False,
+        criterion="bound", title="upper bound", observed="weights", inputs=None, samples=0, skipped=0,
+        uses_source=False,
     )  # fmt: skip
     assert {row.standard_error for row in report.ranking()} == {0.0}
     assert str(report).startswith("Upper bound of vit, weights, seed 7\n| rank | kind | upper bound | std. error |")
@@ -289,12 +368,14 @@ def test_scores_that_read_only_weights_have_no_error() -> None:
 
 def test_norms_that_lead_for_the_scale_of_the_tokens_are_explained(recwarn: pytest.WarningsRecorder) -> None:
     small = replace(REPORT, input_std=0.18)
-    explanation = "LN1 ranks high because a layer norm divides by the spread of its input, which is 0.18 in the tokens"
+    explanation = (
+        "LN1 ranks high because a layer norm divides by the standard deviation of its input, which is 0.18 in"
+    )
     assert explanation in str(small)
     with pytest.warns(UserWarning, match=explanation):
         assert small.select().units == ("LN1",)
     with pytest.warns(UserWarning, match="0.LN2 ranks high"):
-        small.select(granularity="block")
+        small.select(granularity="component")
     silent = [
         (small, {"candidates": MATRIX_KINDS}),
         (replace(REPORT, input_std=1.5), {}),
@@ -318,6 +399,6 @@ def test_reports_are_read_and_selected_from_without_torch(tmp_path: Path) -> Non
         "print(report.select(top_k=2).units, report)\n"
         "assert not {'torch', 'transformers', 'peft', 'matplotlib'} & set(sys.modules)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    result = python("-c", script)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("('LN1', 'LN2') Plasticity of vit")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 
 import pytest
 from transformers.utils import logging
 
 from tests.support.deprecations import LIBRARIES, Log
+from tests.support.processes import python
 
 
 @pytest.mark.parametrize("name", LIBRARIES)
@@ -25,7 +24,7 @@ def test_a_logged_deprecation_is_noted(name: str, no_deprecation_is_logged: Log)
 @pytest.mark.parametrize("category", ["DeprecationWarning", "FutureWarning", "PendingDeprecationWarning"])
 def test_a_deprecation_ends_another_process(category: str) -> None:
     script = f"import warnings; warnings.warn('old', {category})"
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=60)
+    result = python("-c", script, timeout=60)
     assert result.returncode == 1
     assert f"{category}: old" in result.stderr
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -23,28 +21,21 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from plasticity_peft import PlasticityReport
 from plasticity_peft.errors import DataError
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
+from tests.support.processes import environment, launch, python
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 COMPARE = REPOSITORY / "examples" / "compare_components.py"
 MODEL = REPOSITORY / "examples" / "fashion-mnist-vit"
 SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--pairs", "16", "--disable_tqdm", "true"]
-LAUNCH = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
-LAUNCH_REST = ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-def run(*arguments: object, script: Path = TRAIN, launch: bool = False) -> str:
+def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
     """Returns what the example logged, from a folder that is not the repository."""
-    command = [sys.executable, *(LAUNCH + LAUNCH_REST if launch else []), str(script), *map(str, arguments)]
-    result = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-        cwd=REPOSITORY.parent,
-        env={**os.environ, "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"},
-    )
+    if processes > 1:
+        (result,) = launch(script, *arguments, processes=processes, cwd=REPOSITORY.parent)
+    else:
+        result = python(script, *arguments, cwd=REPOSITORY.parent, env=environment(ACCELERATE_USE_CPU="1"))
     assert result.returncode == 0, result.stderr
     return result.stderr + result.stdout
 
@@ -57,7 +48,7 @@ def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> No
         assert f"{name} " in log
     assert log.count("test accuracy") == 2
     report = PlasticityReport.load(tmp_path / "plasticity.json")
-    assert (report.criterion, report.observed, report.pairs) == ("parameter_plasticity", "images", 16)
+    assert (report.criterion, report.observed, report.samples) == ("parameter_plasticity", "images", 16)
     written = json.loads((tmp_path / "plasticity.json").read_text())
     assert list(written["adapter"]["id2label"].values()) == [str(digit) for digit in range(10)]
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)
@@ -110,7 +101,7 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
 
 
 def test_launched_by_accelerate(tmp_path: Path) -> None:
-    log = run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, launch=True)
+    log = run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, processes=2)
     assert log.count("test accuracy") == 1
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
@@ -168,7 +159,7 @@ def test_components_are_compared_and_an_interrupted_comparison_goes_on(tmp_path:
 def test_components_are_compared_by_two_processes(tmp_path: Path) -> None:
     log = run(
         *SMALL, "--output_dir", tmp_path, "--seeds", "0", "--groups", "default", "--per_device_train_batch_size", "8",
-        script=COMPARE, launch=True,
+        script=COMPARE, processes=2,
     )  # fmt: skip
     assert log.count("2 of 2 runs to do") == 1
     assert len(pd.read_csv(tmp_path / "runs.csv")) == 2
@@ -226,13 +217,10 @@ def test_pretraining_gives_the_same_weights_twice(tmp_path: Path) -> None:
         pytest.skip("the Debian package dataset-fashion-mnist is not installed")
     digests = set()
     for name in ("first", "second"):
-        subprocess.run(
-            [
-                sys.executable, str(REPOSITORY / "examples" / "pretrain.py"), "--destination", str(tmp_path / name),
-                "--max_steps", "2", "--max_train_samples", "64", "--per_device_train_batch_size", "8",
-                "--max_eval_samples", "64", "--disable_tqdm", "true", "--use_cpu", "true",
-            ],
-            check=True, capture_output=True, timeout=240,
+        run(
+            "--destination", tmp_path / name, "--max_steps", "2", "--max_train_samples", "64",
+            "--per_device_train_batch_size", "8", "--max_eval_samples", "64", "--disable_tqdm", "true",
+            "--use_cpu", "true", script=REPOSITORY / "examples" / "pretrain.py",
         )  # fmt: skip
         digests.add((tmp_path / name / "fashion-mnist-vit" / "model.safetensors").read_bytes())
     assert len(digests) == 1

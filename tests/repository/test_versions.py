@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from tests.conftest import REPOSITORY
+from tests.support.models import REPOSITORY
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -81,7 +81,7 @@ def test_the_lowest_run_says_why_it_pins_more() -> None:
 
 @pytest.mark.parametrize("python", PYTHONS)
 def test_the_tested_versions_are_allowed(python: str) -> None:
-    declared = requirements("datasets", "examples", "plot", "quantization", "test", "quality")
+    declared = requirements("datasets", "docs", "examples", "plot", "quantization", "test", "quality")
     pinned = constraints("constraints.txt", python)
     assert {"torch", "transformers", "peft", "accelerate"} <= set(pinned)
     for name, version in pinned.items():

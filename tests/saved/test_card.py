@@ -5,10 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import os
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -40,7 +38,8 @@ from plasticity_peft.errors import AdapterError, ConfigError, ReportError
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
-from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
+from tests.support.models import REPOSITORY, backbone, moved, random_images, tiny_model
+from tests.support.processes import STRICT, environment, python
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
@@ -50,7 +49,7 @@ LABELS = {0: "cat", 1: "dog", 2: "owl"}
 CASES: dict[str, dict[str, Any]] = {
     "lora": {"top_k": 2},
     "full": {"training": "full", "criterion": "rate_of_change", "candidates": ("MHA", "FC1", "FC2")},
-    "block": {"granularity": "block", "top_k": 3},
+    "block": {"granularity": "component", "top_k": 3},
     "norms": {"candidates": ("LN1", "MHA"), "top_k": 2},
     "candidates": {"candidates": ("FC1",), "top_k": 1},
     "weights": {"criterion": "bound", "target_data": None, "candidates": ("MHA", "FC1", "FC2")},
@@ -60,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def config(**options: Any) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "pairs": 8, "r": 2, "lora_alpha": 4, **options})
+    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options})
 
 
 def cached(cache: Path, name: str) -> Path:
@@ -95,12 +94,7 @@ def base_of(folder: Path, case: str) -> PreTrainedModel:
 
 def adapted(folder: Path, case: str, **options: Any) -> PeftModel:
     torch.manual_seed(0)
-    model = get_peft_model(base_of(folder, case), config(**options))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model.eval()
+    return moved(get_peft_model(base_of(folder, case), config(**options))).eval()
 
 
 def card_of(cache: Path, case: str) -> ModelCard:
@@ -184,12 +178,7 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         text = both[0 if how == "stock" else 1]
         assert text.count('"user/repo"') == 1
         (tmp_path / f"{case}-{how}.py").write_text(text.replace("user/repo", f"user/{case}"))
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:`is_gradient_checkpointing`:FutureWarning", "-c", RUNNER,
-         str(tmp_path), how, *CASES],
-        capture_output=True, text=True, timeout=240, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache), "PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    result = python(*STRICT, "-c", RUNNER, tmp_path, how, *CASES, env=environment(HF_HUB_CACHE=str(cache)))
     assert result.returncode == 0, result.stderr
     outputs = load_file(tmp_path / f"outputs-{how}.safetensors")
     for case, options in CASES.items():
@@ -310,12 +299,15 @@ def test_metrics_are_in_the_card_and_stay_with_the_weights(cache: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"metrics": {"accuracy": float("nan")}, "dataset": "digits"}, "metrics must be finite numbers by name"),
-        ({"metrics": {"accuracy": "0.5"}, "dataset": "digits"}, "Got {'accuracy': '0.5'}"),
-        ({"metrics": [0.5], "dataset": "digits"}, r"Got \[0.5\]"),
+        (
+            {"metrics": {"accuracy": float("nan")}, "dataset": "digits"},
+            "accuracy must be a finite number, got nan",
+        ),
+        ({"metrics": {"accuracy": "0.5"}, "dataset": "digits"}, "metrics.accuracy must be a valid number, got '0.5'"),
+        ({"metrics": [0.5], "dataset": "digits"}, r"metrics must be an object, got \[0.5\]"),
         ({"metrics": {"accuracy": 0.5}}, "dataset must be the dataset .* Got None"),
-        ({"metrics": {"accuracy": 0.5}, "dataset": "a/b/c"}, "repo_id: expected the id of a dataset on the Hub"),
-        ({"metrics": {"accuracy": 0.5}, "dataset": "digits", "split": "a\nb"}, "split: expected a short name"),
+        ({"metrics": {"accuracy": 0.5}, "dataset": "a/b/c"}, "dataset.repo_id must be the id of a dataset on the Hub"),
+        ({"metrics": {"accuracy": 0.5}, "dataset": "digits", "split": "a\nb"}, "dataset.split must be printable text"),
     ],
 )
 def test_metrics_that_cannot_be_are_refused(cache: Path, arguments: dict[str, Any], text: str) -> None:
@@ -326,16 +318,22 @@ def test_metrics_that_cannot_be_are_refused(cache: Path, arguments: dict[str, An
 
 
 def test_what_is_no_adapter_of_ours_is_refused(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(ReportError, match=r"plasticity\.json: No such file"):
+    with pytest.raises(ReportError, match=r"No plasticity\.json in .*not trained with plasticity_peft"):
         update_card(tmp_path)
+    with pytest.raises(AdapterError, match=r"There is no folder .*missing"):
+        update_card(tmp_path / "missing")
     report = tmp_path / "plasticity.json"
     adapted(cache, "lora").save_pretrained(tmp_path)
-    for value in ({"adapter": 3}, {"adapter": {"units": 1}}, {"results": [{"metrics": "none"}]}):
+    for value, text in (
+        ({"adapter": None}, "adapter is missing"),
+        ({"adapter": 3}, "adapter must be an object, got 3"),
+        ({"adapter": {"units": 1}}, "adapter.granularity is missing"),
+        ({"results": [{"metrics": "none"}]}, "results.0.metrics must be an object, got 'none'"),
+    ):
         saved = report.read_text()
         report.write_text(json.dumps({**json.loads(saved), **value}))
-        if "adapter" in value:
-            with pytest.raises(ReportError, match=r"Cannot read plasticity\.json"):
-                update_card(tmp_path)
+        with pytest.raises(ReportError, match=rf"Cannot read plasticity\.json of .*: {text}"):
+            update_card(tmp_path)
         report.write_text(saved)
     (tmp_path / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterError, match=r"Cannot read adapter_model\.safetensors"):
@@ -374,7 +372,7 @@ def test_without_matplotlib_a_card_has_no_picture_and_says_nothing_wrong(
 def test_a_card_that_fails_costs_no_training_and_is_no_secret(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("plasticity_peft.saved.card_section._template", lambda: tmp_path / "missing.md")
+    monkeypatch.setattr("plasticity_peft.saved.card_section.TEMPLATE", tmp_path / "missing.md")
     adapted(cache, "lora").save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").exists()
     (record,) = (record for record in log.records if "model card" in record.message)
@@ -453,7 +451,7 @@ def test_a_task_type_of_the_users_wins(tmp_path: Path) -> None:
 
 
 def test_an_open_config_is_saved_copied_and_pickled_without_our_task_type(tmp_path: Path) -> None:
-    chosen = config(report=measure_plasticity(tiny_model(), IMAGES, pairs=4), target_data=None, top_k=2)
+    chosen = config(report=measure_plasticity(tiny_model(), IMAGES, max_samples=4), target_data=None, top_k=2)
     chosen.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["task_type"] is None
     again = [PeftConfig.from_pretrained(tmp_path), copy.deepcopy(chosen), pickle.loads(pickle.dumps(chosen))]
@@ -512,17 +510,17 @@ def test_where_images_came_from_is_known_as_far_as_they_tell() -> None:
 
 
 def test_a_report_keeps_where_images_came_from_and_old_ones_load(tmp_path: Path) -> None:
-    report = measure_plasticity(tiny_model(), IMAGES, random_images(5), criterion="rate_of_change", pairs=4)
-    assert (str(report.target_data), str(report.source_data)) == ("Tensor: 12 images", "Tensor: 5 images")
+    report = measure_plasticity(tiny_model(), IMAGES, random_images(5), criterion="rate_of_change", max_samples=4)
+    assert (str(report.target_provenance), str(report.source_provenance)) == ("Tensor: 12 images", "Tensor: 5 images")
     assert "Target images: Tensor: 12 images. Source images: Tensor: 5 images." in report._repr_html_()
     report.save(tmp_path / "report.json")
     assert PlasticityReport.load(tmp_path / "report.json") == report
     values = json.loads((tmp_path / "report.json").read_text())
-    del values["target_data"], values["source_data"]
-    assert PlasticityReport.from_dict(values) == replace(report, target_data=None, source_data=None)
+    del values["target_provenance"], values["source_provenance"]
+    assert PlasticityReport.from_dict(values) == replace(report, target_provenance=None, source_provenance=None)
     for wrong in ({"images": 0}, {"name": "a\nb"}, {"name": ""}, {"repo_id": "/home/me/birds"}, {"split": "x" * 101}):
-        values["target_data"] = {"form": "Dataset", **wrong}
-        with pytest.raises(ReportError, match=r"target_data\.\w+: expected"):
+        values["target_provenance"] = {"form": "Dataset", **wrong}
+        with pytest.raises(ReportError, match=r"target_provenance\.\w+ must"):
             PlasticityReport.from_dict(values)
 
 

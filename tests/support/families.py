@@ -6,10 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers
-from torch import nn
 from transformers import PreTrainedModel
+
+from tests.support.models import disturbed
+
+FIVE = int(transformers.__version__.split(".")[0]) >= 5
+NEVER_CALLED = () if FIVE else ("videomae",)
+"""Families whose attention uses weights without calling them, so that they are refused."""
 
 PLAIN: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
@@ -51,8 +57,7 @@ class Family:
         own = {**self.config, **options}
         settings = {"vision_config": own, **self.others} if self.vision else own
         torch.manual_seed(0)
-        model = model_class(model_class.config_class(**settings)).eval()
-        return disturbed(model)
+        return disturbed(model_class(model_class.config_class(**settings)).eval(), seed=1)
 
     def images(self, count: int = 4, *, seed: int = 1) -> dict[str, torch.Tensor]:
         """Returns what the model takes for `count` images."""
@@ -68,15 +73,6 @@ class Family:
             images["pixel_values"][~wide, 4:] = 0
             images["spatial_shapes"] = torch.tensor([[2, 3] if is_wide else [2, 2] for is_wide in wide.tolist()])
         return images
-
-
-def disturbed(model: nn.Module) -> Any:
-    """Moves all weights, so that nothing starts at zero or one: biases, gains, tables of position biases."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return model
 
 
 def items(images: dict[str, torch.Tensor]) -> list[dict[str, torch.Tensor]]:
@@ -240,3 +236,15 @@ FAMILIES = {
         embedding=False,
     ),
 }  # fmt: skip
+
+every_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+def family(name: str) -> Family:
+    """Returns a family; skips the test where the installed transformers does not have it, or it is refused."""
+    found = FAMILIES[name]
+    if not found.available:
+        pytest.skip(f"transformers {transformers.__version__} has no {found.model}")
+    if name in NEVER_CALLED:
+        pytest.skip(f"refused under transformers {transformers.__version__}")
+    return found

@@ -42,7 +42,7 @@ from plasticity_peft import (
     load_adapter,
     measure_plasticity,
 )
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(4)
 FILES = ("plasticity.json", "adapter_config.json", "adapter_model.safetensors")
@@ -65,12 +65,12 @@ class TooLongError(BaseException):
 
 def valid_folders(folder: Path) -> list[Path]:
     """Returns adapters that load, of each kind."""
-    report = measure_plasticity(tiny_model(), IMAGES, inputs="embedding", pairs=4)
+    report = measure_plasticity(tiny_model(), IMAGES, inputs="embedding", max_samples=4)
     options: dict[str, Any] = {"report": report, "r": 2, "top_k": 2, "candidates": ("MHA", "LN1")}
     configs: dict[str, Any] = {
         "lora": PlasticityConfig(**options),
         "full": PlasticityConfig(training="full", **options),
-        "dora": PlasticityConfig(use_dora=True, granularity="block", **options),
+        "dora": PlasticityConfig(use_dora=True, granularity="component", **options),
     }
     paths = [path for part in find_components(tiny_model()) if part.kind == "FC1" for path in part.modules]
     configs["plain"] = LoraConfig(
@@ -275,7 +275,7 @@ def _read(load: Callable[[], PlasticityReport]) -> str:
         assert str(error)  # noqa: PT017
         return type(error).__name__
     assert str(report)
-    assert len(report.select(top_k=1, granularity="block").units) == 1
+    assert len(report.select(top_k=1, granularity="component").units) == 1
     assert PlasticityReport.from_dict(report.to_dict()) == report
     return "accepted"
 

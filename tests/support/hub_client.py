@@ -16,9 +16,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.conftest import REPOSITORY
 from tests.support.deprecations import IN_OTHER_PROCESSES
 from tests.support.hub_server import TOKEN, HubServer
+from tests.support.models import REPOSITORY
 
 WARM = """
 import json, os, sys, time, traceback

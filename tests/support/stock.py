@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
+
+from tests.support.processes import STRICT, python
 
 SCRIPT = """
 import pathlib, sys, torch
@@ -48,17 +47,8 @@ def run_stock(folder: Path, cases: dict[str, int | None], images: torch.Tensor) 
     that the loader needs, if any. Warnings are errors there, and no message may speak of unexpected or ignored keys.
     """
     save_file({"images": images}, folder / "images.safetensors")
-    ours = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
     names = [f"{name}:{num_labels or ''}" for name, num_labels in cases.items()]
-    result = subprocess.run(
-        [sys.executable, "-W", "error", "-W", ours, "-c", SCRIPT, str(folder), *names],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        cwd=folder,
-        timeout=240,
-        check=False,
-    )
+    result = python(*STRICT, "-c", SCRIPT, folder, *names, cwd=folder)
     assert result.returncode == 0, result.stderr
     for word in ("unexpected", "ignor", "not used"):
         assert word not in result.stderr.lower(), result.stderr

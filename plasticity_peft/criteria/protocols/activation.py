@@ -1,4 +1,4 @@
-"""The protocol "activation": every component gets what it receives in the running network."""
+"""The protocol "activation": each component gets what it receives in the running network."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from plasticity_peft.criteria.protocols.distances import Distance, Distances, eu
 
 
 class ActivationProtocol:
-    """Distances at the inputs and outputs that the components have in a forward pass; nothing is kept of them."""
+    """Distances between the inputs and between the outputs of the components in a forward pass. No tokens are kept."""
 
     def __init__(self, model: nn.Module, architecture: Architecture, distance: Distance = euclidean) -> None:
         self._model, self._architecture, self._distance = model, architecture, distance
         self._paths = [
-            (part.path,) if part.kind == "MHA" else part.modules  # what a gated FC1 returns is that of all its layers
+            (part.path,) if part.kind == "MHA" else part.modules  # a gated FC1 returns the outputs of all its layers
             for part in architecture.components
         ]
         self._modules = {path: model.get_submodule(path) for paths in self._paths for path in paths}
@@ -31,7 +31,7 @@ class ActivationProtocol:
         last: list[tuple[torch.Tensor, int, torch.Tensor]] = []
 
         def distance(tokens: torch.Tensor) -> torch.Tensor:
-            # What one component returns is often what the next one gets, unless it was changed in place (ReLU).
+            # The output of one component is often the input of the next one, unless it was changed in place (ReLU).
             version = -1 if tokens.is_inference() else tokens._version
             if not (last and last[0][0] is tokens and last[0][1] == version >= 0):
                 last[:] = [(tokens, version, self._distance(per_image(tokens, images)))]

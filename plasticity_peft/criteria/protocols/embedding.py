@@ -1,16 +1,17 @@
 """The paper's protocol, "embedding": every component of every block gets the tokens e that enter block 0.
 
-FC2, which takes a wider input, gets e padded with zeros. The distance of the inputs is ||e(x) - e(y)||_F for all.
+FC2 takes a wider input, so it gets e padded with zeros. The distance between the inputs is ||e(x) - e(y)||_F for all
+components.
 
-As all components get the same tokens, most need not be called. With D = e(x) - e(y), of shape (tokens, features):
+All components get the same tokens, so most need not be called. With D = e(x) - e(y), of shape (tokens, features):
 
     linear W     ||D W^T||^2 = <W^T W, D^T D>; the bias cancels, and the zeros meet the last columns of FC2
     norm         ||LN(x) - LN(y)||^2 = sum_j g_j^2 v_j, v_j the sum over tokens of (x^_j - y^_j)^2, x^ = e normalised
-    attention    the module itself, up to its output projection, which sees the difference alone
+    attention    the module itself up to its output projection, which is applied to the difference alone
 
-D^T D and v are computed once a pair, and W^T W once a model: what a linear layer costs for a pair depends neither on
-the number of tokens nor on the width of the MLP. What is no plain linear layer or layer norm (quantised, adapted,
-RMSNorm), and another distance than the Euclidean, are computed from the definition.
+D^T D and v are computed once per pair, and W^T W once per model. So the cost of a linear layer for a pair depends
+neither on the number of tokens nor on the width of the MLP. Modules that are not plain linear layers or layer norms
+(quantized, adapted, RMSNorm), and distances other than the Euclidean one, are computed from the definition.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from plasticity_peft.components.calls import (
     has_tensors,
 )
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.hooks import after_calls
 from plasticity_peft.components.offloading import execution_device, offloaded, onloaded
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.criteria.precision import full_precision, precise
@@ -37,7 +39,7 @@ from plasticity_peft.criteria.protocols.distances import Distance, Distances, di
 
 
 class EmbeddingProtocol:
-    """Distances of what the components make of the tokens that enter block 0."""
+    """Distances between the outputs of the components for the tokens that enter block 0."""
 
     def __init__(self, model: nn.Module, architecture: Architecture, distance: Distance = euclidean) -> None:
         self._model, self._architecture, self._distance = model, architecture, distance
@@ -83,14 +85,15 @@ class EmbeddingProtocol:
         return self._distance(first_tensor(attention(*attend.args, **attend.kwargs)))
 
     def _attention_call(self, index: int, call: Call) -> Call:
-        """Returns the call of a block's attention on the tokens, with what the block passes it: a mask, a bias."""
+        """Returns the call of a block's attention on the tokens, with the other arguments of the block: a mask, a
+        bias."""
         key = (index, call.tokens.shape[1:])
-        # What a block gets beside the tokens, such as a mask of padding, may be another for other images.
+        # Other arguments of a block, such as a padding mask, may differ between images.
         alike = not has_tensors(call.extras)
         attend = self._attends.get(key) if alike else None
         if attend is None:
             attend = attention_call(self._model, self._architecture, index, call)
-            if alike and not has_tensors(attend.extras):  # then it is the same for all images
+            if alike and not has_tensors(attend.extras):  # then the call is the same for all images
                 self._attends[key] = attend.with_tokens(attend.tokens[:0])
         return attend.with_tokens(call.tokens)
 
@@ -104,23 +107,20 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _ends_with(attention: nn.Module, projection: nn.Module, call: Call) -> bool:
-    """Returns whether what the attention returns is what its output projection, a plain linear layer, returns."""
+    """Returns whether the output of the attention is the output of its output projection, a plain linear layer."""
     if not _is_plain(projection):
         return False
     seen: list[torch.Tensor] = []
-    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
+    with after_calls(projection, lambda module, args, kwargs, output: seen.append(output)):
         output = first_tensor(attention(*call.args, **call.kwargs))
-    finally:
-        handle.remove()
     return len(seen) == 1 and seen[0].shape == output.shape and torch.equal(seen[0], output)
 
 
 class _Linears:
     """The plain linear layers of the MLPs, by their Gram matrices W^T W.
 
-    Single pairs in a pass, which need least memory, go through the layers themselves: all Gram matrices together are a
-    sixth of a model whose MLP is four times as wide.
+    A pass of a single pair, which needs the least memory, calls the layers themselves: all Gram matrices together take
+    a sixth of the memory of a model whose MLP is four times as wide as its tokens.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
@@ -155,7 +155,7 @@ class _Linears:
     def _make_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (features, features, layers), which is filled in place, and the scale of each.
 
-        So there is one matrix product a row of D^T D, summed over rows in double precision.
+        This layout gives one matrix product per row of D^T D, summed over rows in double precision.
         """
         found, scales = None, []
         for number, modules in enumerate(self._plain.values()):
@@ -172,7 +172,7 @@ class _Linears:
 def _gram(weights: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns W^T W / scale^2 and scale, the largest entry of W, for the rows of W in one or more matrices.
 
-    It is summed up part by part: no copy of a weight is made.
+    It is summed in parts, so no weight is copied.
     """
     width, dtype = weights[0].shape[1], precise(weights[0].dtype)
     largest = torch.stack([end for weight in weights for end in weight.aminmax()]).abs().max().to(dtype)

@@ -1,7 +1,7 @@
 """Writes small adapters, their logits and reports with the installed transformers, for tests under other releases.
 
-    python tests/support/releases/make.py            adapters and reports, into a folder named after the release
-    python tests/support/releases/make.py --bases    the base models too
+    python -m tests.support.releases.make            adapters and reports, into a folder named after the release
+    python -m tests.support.releases.make --bases    the base models too
 
 Run it in an environment of each release: 4.57.6, 5.17.0 and 5.23.0 made what is here. The base models were made once,
 with the oldest: files with the old names load everywhere.
@@ -14,7 +14,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
@@ -28,17 +27,17 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
+from tests.support.measures import MEASURES
+from tests.support.models import logits, moved, random_images
 
 HERE = Path(__file__).parent
 SIZES: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4,
     "num_labels": 3,
 }  # fmt: skip
-IMAGES = torch.rand(12, 3, 8, 8, generator=torch.Generator().manual_seed(1))
-MEASURES: dict[str, dict[str, Any]] = {
-    "embedding": {"inputs": "embedding"},
-    "activation": {"inputs": "activation"},
-    "parameter_plasticity": {},
+IMAGES = random_images()
+WRITTEN: dict[str, dict[str, Any]] = {
+    **MEASURES,
     "feature_norm": {"criterion": "feature_norm"},
     "bound": {"criterion": "bound"},
 }
@@ -50,15 +49,6 @@ LAYERS = {
 }
 
 
-def disturb(model: nn.Module, seed: int) -> None:
-    """Moves all that trains, as training would."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-
-
 def make_bases() -> None:
     """Writes the base models."""
     models = {
@@ -67,13 +57,13 @@ def make_bases() -> None:
         "dinov2-swiglu": Dinov2ForImageClassification(Dinov2Config(**SIZES, mlp_ratio=2, use_swiglu_ffn=True)),
     }
     for name, model in models.items():
-        disturb(model, seed=len(name))
+        moved(model, seed=len(name), scale=0.3)
         model.save_pretrained(HERE / name)
 
 
 def configs(name: str, model: nn.Module) -> dict[str, LoraConfig]:
     """Returns an adapter of each sort."""
-    ours: dict[str, Any] = {"target_data": IMAGES, "pairs": 8, "top_k": 3, "r": 2, "lora_alpha": 6}
+    ours: dict[str, Any] = {"target_data": IMAGES, "max_samples": 8, "top_k": 3, "r": 2, "lora_alpha": 6}
     present = {path.rpartition(".")[2] for part in find_components(model) for path in part.modules}
     layers = [layer for layer in LAYERS[name] if layer in present]
     return {
@@ -97,21 +87,19 @@ def main() -> None:
     shutil.rmtree(folder, ignore_errors=True)
     for name in LAYERS:
         base = AutoModelForImageClassification.from_pretrained(HERE / name).eval()
-        for measure, options in MEASURES.items():
+        for measure, options in WRITTEN.items():
             (folder / name / "reports").mkdir(parents=True, exist_ok=True)
-            report = measure_plasticity(base, IMAGES, pairs=8, **options)
+            report = measure_plasticity(base, IMAGES, max_samples=8, **options)
             report.save(folder / name / "reports" / f"{measure}.json")
         for case in configs(name, base):
             model = AutoModelForImageClassification.from_pretrained(HERE / name).eval()
             adapted = get_peft_model(model, configs(name, model)[case]).eval()
-            disturb(adapted, seed=len(case))
+            moved(adapted, seed=len(case), scale=0.3)
             for config in adapted.peft_config.values():
                 config.base_model_name_or_path = name
             adapted.save_pretrained(folder / name / case)
             (folder / name / case / "README.md").unlink(missing_ok=True)
-            with torch.no_grad():
-                logits = adapted(pixel_values=IMAGES).logits
-            save_file({"logits": logits}, folder / name / case / "logits.safetensors")
+            save_file({"logits": logits(adapted)}, folder / name / case / "logits.safetensors")
 
 
 if __name__ == "__main__":

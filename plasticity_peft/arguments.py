@@ -1,0 +1,284 @@
+"""The arguments that users give: one row per argument, with its help text and its constraint.
+
+`PlasticityConfig`, `measure_plasticity` and the command line share these rows. Nothing here imports torch, so that the
+command line starts quickly.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import partial
+from itertools import islice
+from textwrap import fill, indent
+from typing import Any, TypeVar
+
+from plasticity_peft.checks import (
+    DTYPES,
+    HIGHEST_SEED,
+    MOST_SAMPLES,
+    TRAINING_MODES,
+    canonical_granularity,
+    check_choice,
+    check_count,
+    check_flag,
+    check_forward_kwargs,
+    check_number,
+    check_path,
+    check_patterns,
+    is_number,
+    shown,
+)
+from plasticity_peft.components.component import KINDS
+from plasticity_peft.errors import ConfigError
+
+Check = Callable[[str, Any], Any]
+"""Takes the name of an argument and its value. Returns the value in its canonical form, or raises ConfigError."""
+
+
+def _not_checked(name: str, value: Any) -> Any:
+    return value
+
+
+@dataclass(frozen=True)
+class Argument:
+    """One argument."""
+
+    help: str = ""
+    """Empty for options that `peft.LoraConfig` documents."""
+    check: Check = _not_checked
+    """The constraint. Left out if the argument cannot be checked by itself."""
+
+
+def _or_none(check: Check) -> Check:
+    """Returns a check that accepts None as well."""
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _check_granularity(name: str, value: Any) -> str:
+    return canonical_granularity(value)
+
+
+def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
+    """Returns the kinds as a tuple.
+
+    Raises:
+        ConfigError: there is none, or one is unknown or named twice.
+
+    Examples:
+        >>> check_candidates("MHA")
+        ('MHA',)
+    """
+    if isinstance(candidates, (set, frozenset)):  # a set has no order that is the same in every run
+        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
+    names = (candidates,) if isinstance(candidates, str) else candidates
+    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
+    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
+    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
+        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
+    return kinds
+
+
+def _check_candidates(name: str, value: Any) -> tuple[str, ...]:
+    return check_candidates(value)
+
+
+def _check_budget(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value <= 1:
+        raise ConfigError(
+            f"{name} must be a share of the model's parameters, above 0 and at most 1 (0.01 is one percent). "
+            f"Got {shown(value)}."
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _check_settle(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 < value < 1:
+        raise ConfigError(
+            f"{name} must be a confidence above 0 and below 1 (0.95: a wrong selection is called settled in at most "
+            f"5 % of cases), or None to use all samples. Got {shown(value)}."
+        )
+    return value  # type: ignore[no-any-return]
+
+
+def _check_dtype(name: str, value: Any) -> str:
+    torch = sys.modules.get("torch")  # a torch.dtype can only come from a torch that is imported
+    text = str(value).removeprefix("torch.") if torch and isinstance(value, torch.dtype) else value
+    if not isinstance(text, str) or text not in DTYPES:
+        allowed = ", ".join(map(repr, DTYPES))
+        raise ConfigError(f"{name} must be one of {allowed}, or None for the model's own. Got {shown(value)}.")
+    return text
+
+
+def _check_rank_pattern(name: str, value: Any) -> Any:
+    for key, rank in check_patterns(name, value).items():
+        check_count(f"{name}[{key!r}]", rank, 1)
+    return value
+
+
+def _check_alpha_pattern(name: str, value: Any) -> Any:
+    for key, alpha in check_patterns(name, value).items():
+        check_number(f"{name}[{key!r}]", alpha)
+    return value
+
+
+def _check_dropout(name: str, value: Any) -> float:
+    if not is_number(value) or not 0 <= value < 1:
+        raise ConfigError(f"{name} must be a number from 0 to below 1. Got {shown(value)}.")
+    return value  # type: ignore[no-any-return]
+
+
+def _check_module_names(name: str, value: Any) -> list[str]:
+    if not isinstance(value, (list, tuple, set, frozenset)) or not all(isinstance(each, str) for each in value):
+        raise ConfigError(f"{name} must be a list of module names, or None. Got {shown(value)}.")
+    return sorted(value) if isinstance(value, (set, frozenset)) else list(value)
+
+
+ARGUMENTS: Mapping[str, Argument] = {
+    "target_data": Argument(
+        "Downstream images, without labels: a datasets.Dataset or torch Dataset with pixel_values, a DataLoader of "
+        "them, or a tensor of shape (images, channels, height, width). They are released after measuring and are "
+        "never saved.",
+    ),
+    "source_data": Argument(
+        "Pretraining-like images in the same forms. With them a pair is one source and one target image, as in the "
+        "paper. Without them it is two different target images.",
+    ),
+    "report": Argument(
+        "Scores to select from instead of measuring: a PlasticityReport, or the path of a saved one.",
+    ),
+    "criterion": Argument(
+        "Name of the criterion that ranks. 'parameter_plasticity', the default, measures how far the model's features "
+        "move with the component's parameters. 'rate_of_change' is the paper's measure. The others are "
+        "'relative_rate_of_change', 'token_sensitivity', 'bound', 'gradient_norm', 'relative_gradient_norm', "
+        "'condition_number', 'feature_norm', 'inverse' and 'random', and those that register_criterion added.",
+    ),
+    "inputs": Argument(
+        "What the paper's measure and its relatives feed to the components. 'embedding', the paper's protocol, feeds "
+        "each component the tokens that enter block 0. 'activation' feeds it what it receives in the running network. "
+        "If criterion is not given, this selects the paper's measure.",
+    ),
+    "granularity": Argument(
+        "What is ranked: 'kind' (MHA, FC1, ... over all blocks, as in the paper) or 'component' (3.MHA).",
+        _check_granularity,
+    ),
+    "candidates": Argument(
+        "Kinds that may be selected: LN1, MHA, LN2, FC1, FC2. All by default. The other kinds are still measured and "
+        "reported.",
+        _check_candidates,
+    ),
+    "top_k": Argument(
+        "Number of units to train, the best ones. Without top_k and budget it is 1.",
+        _or_none(partial(check_count, lowest=1)),
+    ),
+    "budget": Argument(
+        "Share of the model's parameters to train, such as 0.01, instead of top_k. The best units are taken in order "
+        "while they fit. Parameters are counted as they train; the head is not counted.",
+        _or_none(_check_budget),
+    ),
+    "training": Argument(
+        "How the selected components train: 'lora' (LoRA on their linear layers; a layer norm, which LoRA cannot "
+        "adapt, trains in full) or 'full' (all of their weights).",
+        partial(check_choice, allowed=TRAINING_MODES),
+    ),
+    "max_samples": Argument(
+        "Largest number of samples to measure on. A sample is a pair of images, an image or a batch of images, "
+        "depending on the criterion.",
+        partial(check_count, lowest=2, highest=MOST_SAMPLES),
+    ),
+    "batch_size": Argument(
+        "Number of pairs or images in one pass while measuring.",
+        partial(check_count, lowest=1),
+    ),
+    "seed": Argument(
+        "Seed of the drawing of images and of the criterion's random numbers.",
+        partial(check_count, lowest=0, highest=HIGHEST_SEED),
+    ),
+    "settle": Argument(
+        "Confidence for early stopping. Measuring stops once the selected units are statistically separated from the "
+        "others. None uses all samples.",
+        _or_none(_check_settle),
+    ),
+    "dtype": Argument(
+        "'bfloat16' or 'float16' measures in that precision (autocast). None uses the model's own.",
+        _or_none(_check_dtype),
+    ),
+    "backbone": Argument(
+        "Path of the vision transformer in a model that contains several, such as 'model.vision_tower'.",
+        check_path,
+    ),
+    "forward_kwargs": Argument(
+        "Arguments of each forward pass while measuring, such as {'interpolate_pos_encoding': True} for images of "
+        "another size than the model was made for.",
+        check_forward_kwargs,
+    ),
+    # The options of peft.LoraConfig whose values PEFT itself would not refuse, or not by name.
+    "r": Argument("Rank of LoRA.", partial(check_count, lowest=1)),
+    "lora_alpha": Argument("Scale of LoRA: its update is multiplied by lora_alpha / r.", check_number),
+    "lora_dropout": Argument(check=_check_dropout),
+    "lora_bias": Argument(check=check_flag),
+    "use_dora": Argument(check=check_flag),
+    "use_rslora": Argument(check=check_flag),
+    "fan_in_fan_out": Argument(check=check_flag),
+    "rank_pattern": Argument(check=_check_rank_pattern),
+    "alpha_pattern": Argument(check=_check_alpha_pattern),
+    "bias": Argument(check=partial(check_choice, allowed=("none", "all", "lora_only"))),
+    "modules_to_save": Argument(check=_or_none(_check_module_names)),
+}
+"""Every argument, by its name."""
+
+
+def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns arguments in their canonical form, such as `candidates` as a tuple and `dtype` as a name.
+
+    Args:
+        values: some of the arguments in `ARGUMENTS`, by name.
+
+    Raises:
+        ConfigError: a value is not allowed, or both `top_k` and `budget` are given.
+
+    Examples:
+        >>> check_arguments({"candidates": ["MHA", "FC1"], "seed": 0})
+        {'candidates': ('MHA', 'FC1'), 'seed': 0}
+        >>> check_arguments({"top_k": 0})
+        Traceback (most recent call last):
+        plasticity_peft.errors.ConfigError: top_k must be a whole number of at least 1. Got 0.
+    """
+    top_k, budget = values.get("top_k"), values.get("budget")
+    if top_k is not None and budget is not None:
+        raise ConfigError(f"Give top_k or budget, not both. Got top_k={shown(top_k)} and budget={shown(budget)}.")
+    return {name: ARGUMENTS[name].check(name, value) for name, value in values.items()}
+
+
+T = TypeVar("T")
+
+
+def with_documented_fields(cls: type[T]) -> type[T]:
+    """Returns a dataclass whose docstring has an `Args:` section, from the help texts of its own fields.
+
+    The section comes before `Examples:`. Inherited fields are left to the documentation of the parent class.
+
+    Examples:
+        >>> from dataclasses import dataclass, field
+        >>> @with_documented_fields
+        ... @dataclass
+        ... class Config:
+        ...     '''Two numbers.'''
+        ...
+        ...     width: int = field(default=1, metadata={"help": "Number of columns."})
+        >>> print(Config.__doc__)
+        Two numbers.
+        <BLANKLINE>
+            Args:
+                width: Number of columns.
+        <BLANKLINE>
+    """
+    if not cls.__doc__:  # python -OO
+        return cls
+    own = [each for each in fields(cls) if each.name in cls.__annotations__ and each.init]  # type: ignore[arg-type]
+    rows = [fill(f"{each.name}: {each.metadata['help']}", 107, subsequent_indent="    ") for each in own]
+    section = indent("\n".join(["Args:", *(indent(row, "    ") for row in rows)]), "    ")
+    before, examples, after = cls.__doc__.rstrip().partition("    Examples:\n")
+    cls.__doc__ = f"{before.rstrip()}\n\n{section}\n" + (f"\n{examples}{after}\n    " if examples else "    ")
+    return cls

@@ -1,0 +1,1 @@
+from .measure import measure_plasticity as measure_plasticity

@@ -1,0 +1,334 @@
+"""The classification head in closed form: ridge regression on the features of the frozen model.
+
+One pass over the labeled images gives sums of products, which merge over batches and processes. The head that they
+determine is what a linear probe reaches; finetuning has to beat it. A head that is fitted before training saves steps,
+and makes gradients mean something: those that come through a freshly initialized head are noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.optimize import minimize_scalar
+from scipy.special import log_expit, log_softmax
+from torch import nn
+
+from plasticity_peft.arguments import check_arguments
+from plasticity_peft.checks import MOST_SAMPLES, check_number
+from plasticity_peft.components.architecture import Architecture, find_architecture
+from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run
+from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
+from plasticity_peft.components.wrappers import bare, walk
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.images.indexed import Images
+from plasticity_peft.images.sampler import SingleImages
+from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
+from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
+from plasticity_peft.measuring.rounds import Progress
+
+MOST_HELD = 2**17
+"""Images whose features are held in memory to compute leave-one-out errors; of more images, the first ones drawn."""
+
+
+@dataclass(frozen=True)
+class HeadFit:
+    """What `fit_head` found."""
+
+    problem_type: str
+    """"single_label_classification", "multi_label_classification" or "regression", as in transformers."""
+    score: float
+    """Leave-one-out accuracy (of single labels, or mean over the labels of a multi-label problem); R squared of a
+    regression. It is the score of a linear probe that finetuning has to beat."""
+    loss: float
+    """Leave-one-out cross-entropy in nats per image, or mean squared error of a regression."""
+    penalty: float
+    """Penalty of ridge regression on standardized features."""
+    temperature: float
+    """Factor of the logits that fits the cross-entropy; 1 for a regression."""
+    images: int
+    """Number of images that the head was fitted on."""
+    features: int
+    """Number of features that the head receives."""
+    outputs: int
+    """Number of outputs of the head."""
+
+
+def fit_head(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    penalties: Any = None,
+    max_samples: int = MOST_SAMPLES,
+    batch_size: int = 32,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    backbone: str | None = None,
+) -> HeadFit:
+    """Fits the head of `model` in closed form, sets its weights in place, and returns what was found.
+
+    The features are what the head's linear layer receives from the frozen model. The head is ridge regression on the
+    standardized features, with the penalty that has the smallest squared leave-one-out error, and a temperature that
+    fits the leave-one-out logits to the cross-entropy of the labels. Nothing else of the model changes. Under
+    `accelerate launch` the images are spread over the processes, and each process sets the same weights.
+
+    Args:
+        model: a vision transformer of transformers with a head that ends in one linear layer.
+        dataset: labeled images in the forms of `measure_plasticity`. Labels are whole numbers (single-label), vectors
+            of 0 and 1 (multi-label) or floating-point numbers (regression), as the model's `config.problem_type` says.
+        penalties: penalties to choose from, positive numbers; 28 from 1e-6 to 1e3 times the number of images if None.
+        max_samples: largest number of images to fit on, at least 2.
+        batch_size: number of images in one pass on each process.
+        seed: seed of the drawing of images and of the dataset's own transforms.
+        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
+        backbone: path of the vision transformer in a model that contains several.
+
+    Raises:
+        ConfigError: an argument is out of its range.
+        DataError: there are too few images, or labels are missing or do not fit the head.
+        ModelError: the model has no head that ends in one linear layer.
+        NonFiniteError: a feature is NaN or infinite.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import ViTConfig, ViTForImageClassification
+        >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        ...                                             intermediate_size=64, image_size=8, patch_size=4))
+        >>> images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
+        >>> fit_head(model, images).score
+        1.0
+    """
+    given = {"max_samples": max_samples, "batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
+    precision = check_arguments(given)["dtype"]
+    wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
+    model = bare(model)
+    architecture = find_architecture(model, backbone)
+    share = this_process()
+    with left_as_found(model, seed, precision, dataset), trainable_after(model):
+        with failing_together(share):
+            sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
+            path = final_layer(model, architecture, sampler.example())
+            layer = _linear(model, path)
+            count = sampler.available(max_samples)
+            problem = _problem_type(model, sampler)
+        same(share, "number of images", count)
+        sums, features, targets = _collect(model, architecture, path, sampler, share, problem)
+    found = _solve(sums, features, targets, wanted, share, problem)
+    weights, biases = Ridge(sums).weights(found.penalty)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weights * found.temperature))
+        layer.bias.copy_(torch.from_numpy(biases * found.temperature))
+    return found
+
+
+def _checked(penalty: Any) -> float:
+    check_number("penalties", penalty)
+    return float(penalty)
+
+
+def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -> str:
+    """Returns the path of the one linear layer whose output is the model's output.
+
+    Raises:
+        ModelError: there is no such layer; the message names what the head consists of.
+    """
+    linears = {
+        f"{head}.{name}" if name else head: module
+        for head in architecture.heads
+        for name, module in walk(model.get_submodule(head))
+        if isinstance(module, nn.Linear)
+    }
+    outputs: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
+    hooks: dict[str, nn.Module] = {path: _linear(model, path) for path in linears}
+    with hooked(hooks, lambda path, call, output: outputs[path].append(output)):
+        logits = getattr(run(model, architecture, example), "logits", None)
+    ends = [
+        path
+        for path, seen in outputs.items()
+        if len(seen) == 1 and isinstance(logits, torch.Tensor) and seen[0].ndim == 2 and torch.equal(seen[0], logits)
+    ]
+    if len(ends) != 1 or not holds_plain_weights(linears[ends[0]]) or linears[ends[0]].bias is None:
+        parts = ", ".join(f"{path} ({type(model.get_submodule(path)).__name__})" for path in architecture.heads)
+        raise ModelError(
+            f"{type(model).__name__}: a head can be fitted if it ends in one linear layer with a bias, whose output "
+            f"is the logits of the model. Its head is: {parts or 'none'}. Train such a head instead."
+        )
+    return ends[0]
+
+
+def _linear(model: nn.Module, path: str) -> nn.Linear:
+    """Returns the linear layer at a path of the base model, or the copy that the active adapter trains."""
+    current: nn.Module = model
+    for name in path.split("."):
+        current = _active(current).get_submodule(name)
+    layer = _active(current)
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _active(module: nn.Module) -> nn.Module:
+    copies, active = getattr(module, "modules_to_save", None), getattr(module, "active_adapters", [])
+    trained = [copies[name] for name in active if name in copies] if isinstance(copies, nn.ModuleDict) else []
+    return trained[0] if trained else module
+
+
+def _sampler(
+    model: nn.Module, architecture: Architecture, dataset: Any, max_samples: int, batch_size: int, seed: int
+) -> SingleImages:
+    if dataset is None:
+        raise ConfigError("dataset must be labeled images to fit the head on. Got None.")
+    names = input_names(model, architecture)
+    images = Images(dataset, "dataset", read_at_most=max_samples, names=names, seed=seed)
+    if not images.has(1):
+        raise DataError(f"dataset must hold at least 2 images. Got {len(images)}.")
+    return SingleImages(
+        target=images,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+        device=execution_device(model),
+        dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+    )
+
+
+def _problem_type(model: nn.Module, sampler: SingleImages) -> str:
+    """Returns the problem type of the config, or that of the first labels, as transformers infers it."""
+    config = getattr(model, "config", None)
+    named = getattr(config, "problem_type", None)
+    if named is not None:
+        return str(named)
+    if getattr(config, "num_labels", None) == 1:
+        return "regression"
+    labels = sampler.labels(sampler.load(range(1)))
+    return "multi_label_classification" if labels.is_floating_point() else "single_label_classification"
+
+
+def _collect(
+    model: nn.Module, architecture: Architecture, path: str, sampler: SingleImages, share: Share, problem: str
+) -> tuple[Sums, np.ndarray, np.ndarray]:
+    """Returns the sums over all processes, and the features and targets that this process holds, as float32."""
+    layer = _linear(model, path)
+    held = -(-MOST_HELD // share.world_size)
+    sums, kept, count = Sums.of(np.empty((0, layer.in_features)), np.empty((0, layer.out_features))), [], 0
+    numbers = share.of(range(sampler.available(sampler.max_samples)))
+    with failing_together(share), Progress(sampler, share, "Fitting the head") as progress:
+        for start in range(0, len(numbers), sampler.batch_size):
+            batch = sampler.load(numbers[start : start + sampler.batch_size])
+            seen: list[torch.Tensor] = []
+
+            def keep(_: str, call: Call, output: Any, seen: list[torch.Tensor] = seen) -> None:
+                seen.append(call.tokens)
+
+            with hooked({path: layer}, keep):
+                run(model, architecture, batch.images)
+            features = seen[0].float().cpu().numpy()
+            _check_finite(features, path)
+            targets = _targets(sampler.labels(batch), layer.out_features, problem)
+            sums = sums.merge(Sums.of(features, targets))
+            if count < held:
+                kept.append((features[: held - count], targets[: held - count]))
+            count += len(features)
+            progress.advance(len(features))
+        progress.end()
+    for number, other in enumerate(gathered(share, sums)):
+        sums = other if number == 0 else sums.merge(other)
+    if not kept:
+        return sums, np.empty((0, layer.in_features), np.float32), np.empty((0, layer.out_features), np.float32)
+    return sums, np.concatenate([x for x, _ in kept]), np.concatenate([y for _, y in kept])
+
+
+def _check_finite(features: np.ndarray, path: str) -> None:
+    if not np.isfinite(features).all():
+        raise NonFiniteError(
+            f"The features that {path} receives are NaN or infinite. In half precision this is often overflow: run "
+            "the model in float32 or bfloat16."
+        )
+
+
+def _targets(labels: torch.Tensor, outputs: int, problem: str) -> np.ndarray:
+    """Returns what is regressed on: -1 and 1 for labels, the numbers themselves for a regression: (n, outputs)."""
+    given = labels.cpu().numpy()
+    if problem == "single_label_classification":
+        if given.ndim != 1 or given.min() < 0 or given.max() >= outputs:
+            raise DataError(
+                f"Labels must be whole numbers from 0 to {outputs - 1}, as the model's head has {outputs} outputs. "
+                f"Got {given.min()} to {given.max()}."
+            )
+        return np.asarray(2 * np.eye(outputs, dtype=np.float32)[given.astype(np.int64)] - 1)
+    given = given.reshape(len(given), -1).astype(np.float32)
+    if given.shape[1] != outputs:
+        raise DataError(f"Each label must have {outputs} numbers, one per output of the head. Got {given.shape[1]}.")
+    if problem == "regression":
+        return np.asarray(given)
+    if not np.isin(given, (0, 1)).all():
+        raise DataError(f"The labels of a multi-label problem must be 0 or 1. Got {given.min()} to {given.max()}.")
+    return np.asarray(2 * given - 1)
+
+
+def _solve(
+    sums: Sums, features: np.ndarray, targets: np.ndarray, penalties: list[float] | None, share: Share, problem: str
+) -> HeadFit:
+    """Returns the penalty and the temperature with the smallest leave-one-out errors, and these errors."""
+    ridge = Ridge(sums)
+
+    def total(of: Callable[[], float]) -> float:
+        return sum(gathered(share, of()))
+
+    def squared(penalty: float) -> float:
+        return total(lambda: float(((ridge.left_out(features, targets, penalty) - targets) ** 2).sum()))
+
+    tried = default_penalties(sums.count) if penalties is None else penalties
+    penalty = min(map(float, tried), key=squared)
+    left_out, held = ridge.left_out(features, targets, penalty), total(lambda: float(len(features)))
+    if problem == "regression":
+        spread = total(lambda: float(((targets - sums.y) ** 2).sum()))
+        error = squared(penalty)
+        score, loss, temperature = 1 - error / spread if spread > 0 else 0.0, error / held / targets.shape[1], 1.0
+    else:
+        right, log_likelihood = _OUTCOMES[problem]
+        score = total(lambda: float(right(left_out, targets))) / held
+
+        def entropy(log_temperature: float) -> float:
+            return -total(lambda: float(log_likelihood(left_out * np.exp(log_temperature), targets))) / held
+
+        best = minimize_scalar(entropy, bounds=(-5.0, 8.0), method="bounded", options={"xatol": 1e-4})
+        temperature, loss = float(np.exp(best.x)), float(best.fun)
+    return HeadFit(
+        problem_type=problem,
+        score=score,
+        loss=loss,
+        penalty=penalty,
+        temperature=temperature,
+        images=sums.count,
+        features=len(sums.x),
+        outputs=len(sums.y),
+    )
+
+
+def _right_single(predictions: np.ndarray, targets: np.ndarray) -> float:
+    return float((predictions.argmax(axis=1) == targets.argmax(axis=1)).sum())
+
+
+def _right_multi(predictions: np.ndarray, targets: np.ndarray) -> float:
+    return float(((predictions > 0) == (targets > 0)).mean(axis=1).sum())
+
+
+def _likelihood_single(logits: np.ndarray, targets: np.ndarray) -> float:
+    return float((log_softmax(logits, axis=1) * (targets > 0)).sum())
+
+
+def _likelihood_multi(logits: np.ndarray, targets: np.ndarray) -> float:
+    return float(log_expit(logits * targets).mean(axis=1).sum())
+
+
+_Outcome = Callable[[np.ndarray, np.ndarray], float]
+_OUTCOMES: dict[str, tuple[_Outcome, _Outcome]] = {
+    "single_label_classification": (_right_single, _likelihood_single),
+    "multi_label_classification": (_right_multi, _likelihood_multi),
+}
+"""Number of right answers and log likelihood, summed over images, by problem type."""

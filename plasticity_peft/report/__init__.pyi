@@ -1,0 +1,2 @@
+from .report import PlasticityReport as PlasticityReport
+from .selection import Selection as Selection

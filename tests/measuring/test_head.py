@@ -1,0 +1,170 @@
+"""The fitted head: equal to scikit-learn, to a model that is fitted without each image in turn, and on any split."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import log_softmax
+from sklearn.linear_model import Ridge as SklearnRidge
+from sklearn.linear_model import RidgeClassifierCV
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
+
+from plasticity_peft.errors import ConfigError, DataError, ModelError
+from plasticity_peft.measuring.head import HeadFit, fit_head
+from plasticity_peft.measuring.ridge import Ridge, Sums
+from tests.support.models import backbone, tiny_model
+
+PENALTIES = (0.1, 1.0, 10.0, 100.0)
+
+
+def labeled(count: int, labels: Any, *, seed: int = 0) -> list[dict[str, Any]]:
+    """Returns images whose mean depends on their label, and their labels."""
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, 3, 8, 8, generator=generator)
+    shift = torch.as_tensor(labels, dtype=torch.float32).reshape(count, -1).mean(dim=1)
+    return [
+        {"pixel_values": image + by, "labels": label} for image, by, label in zip(images, shift, labels, strict=True)
+    ]
+
+
+def features(model: nn.Module, items: list[dict[str, Any]]) -> np.ndarray:
+    """Returns what the classifier of a ViT receives, computed without the code under test."""
+    with torch.no_grad():
+        tokens = model.vit(pixel_values=torch.stack([item["pixel_values"] for item in items])).last_hidden_state
+    return tokens[:, 0].numpy()
+
+
+def logits(model: nn.Module, items: list[dict[str, Any]]) -> np.ndarray:
+    with torch.no_grad():
+        return model(pixel_values=torch.stack([item["pixel_values"] for item in items])).logits.numpy()
+
+
+def test_it_is_the_ridge_classifier_of_scikit_learn(vit: nn.Module) -> None:
+    items = labeled(40, [number % 3 for number in range(40)])
+    found = fit_head(vit, items, penalties=PENALTIES)
+    theirs = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES))
+    theirs.fit(features(vit, items), [item["labels"] for item in items])
+    assert found.penalty == theirs[-1].alpha_
+    decision = theirs.decision_function(features(vit, items))
+    np.testing.assert_allclose(logits(vit, items), found.temperature * decision, atol=2e-4)
+
+
+def test_leave_one_out_is_a_fit_without_each_sample_in_turn() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(12, 5)) @ rng.normal(size=(5, 5)), rng.normal(size=(12, 2))
+    ridge = Ridge(Sums.of(x, y))
+    z = (x - x.mean(axis=0)) / x.std(axis=0)  # the scale is that of all samples, as in scikit-learn's pipelines
+    for row, predicted in enumerate(ridge.left_out(x, y, 3.0)):
+        others = np.arange(12) != row
+        # With a free intercept, each sample left out also changes the means.
+        theirs = SklearnRidge(alpha=3.0).fit(z[others], y[others]).predict(z[[row]])[0]
+        np.testing.assert_allclose(predicted, theirs, rtol=1e-8)
+
+
+@pytest.mark.parametrize("splits", [(0, 7), (3, 3, 1), (20, 20), (39, 1)])
+def test_sums_of_parts_are_the_sums_of_all(splits: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(1)
+    count = sum(splits)
+    x, y = 100 + rng.normal(size=(count, 4)), rng.normal(size=(count, 2))
+    merged, start = Sums.of(x[:0], y[:0]), 0
+    for size in splits:
+        before = merged.xx.copy()
+        part = Sums.of(x[start : start + size], y[start : start + size])
+        previous, merged = merged, merged.merge(part)
+        np.testing.assert_array_equal(previous.xx, before)
+        start += size
+    whole = Sums.of(x, y)
+    assert merged.count == whole.count
+    for name in ("x", "y", "xx", "xy"):
+        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def test_the_temperature_is_the_best_for_the_loss_and_the_loss_is_that_of_images_left_out(vit: nn.Module) -> None:
+    items = labeled(60, [number % 3 for number in range(60)])
+    found = fit_head(vit, items)
+    x, labels = features(vit, items), np.array([item["labels"] for item in items])
+    y = 2 * np.eye(3)[labels] - 1
+    left_out = Ridge(Sums.of(x, y)).left_out(x, y, found.penalty)
+
+    def loss(temperature: float) -> float:
+        return float(-log_softmax(temperature * left_out, axis=1)[np.arange(60), labels].mean())
+
+    assert found.loss == pytest.approx(loss(found.temperature), rel=1e-4)
+    assert all(loss(found.temperature) <= loss(found.temperature * factor) for factor in (0.8, 0.95, 1.05, 1.25))
+    assert found.score == pytest.approx((left_out.argmax(axis=1) == labels).mean())
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64])
+def test_the_size_of_a_pass_changes_nothing(batch_size: int) -> None:
+    items = labeled(30, [number % 3 for number in range(30)])
+    one, other = tiny_model(), tiny_model()
+    first, second = fit_head(one, items), fit_head(other, items, batch_size=batch_size)
+    assert second.problem_type == first.problem_type
+    numbers = [
+        {key: value for key, value in asdict(found).items() if key != "problem_type"} for found in (first, second)
+    ]
+    assert numbers[1] == pytest.approx(numbers[0], rel=1e-3)
+    torch.testing.assert_close(other.classifier.weight, one.classifier.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_head_changes(vit: nn.Module) -> None:
+    before = {name: value.clone() for name, value in vit.state_dict().items()}
+    vit.train()
+    fit_head(vit, labeled(20, [number % 3 for number in range(20)]))
+    changed = {name for name, value in vit.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"classifier.weight", "classifier.bias"}
+    assert vit.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in vit.modules())
+
+
+def test_an_image_alone_decides_its_own_left_out_prediction_in_no_way() -> None:
+    """A wrong label is seen as wrong when its image is left out."""
+    items = labeled(40, [0] * 20 + [1] * 20)
+    for item in items[:20]:
+        item["pixel_values"] = item["pixel_values"] - 3
+    items[0]["labels"] = 1
+    found = fit_head(tiny_model(num_labels=2), items)
+    assert found.score == pytest.approx(39 / 40)
+
+
+def problem(problem_type: str, outputs: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=8, patch_size=4,
+        num_labels=outputs, problem_type=problem_type,
+    )  # fmt: skip
+    return ViTForImageClassification(config).eval()
+
+
+def test_a_label_that_does_not_fit_the_head_is_named(vit: nn.Module) -> None:
+    before = vit.classifier.weight.clone()
+    with pytest.raises(DataError, match=r"from 0 to 2, as the model's head has 3 outputs\. Got 0 to 7"):
+        fit_head(vit, labeled(10, [0, 7] * 5))
+    with pytest.raises(DataError, match="no label"):
+        fit_head(vit, torch.rand(4, 3, 8, 8))
+    with pytest.raises(ConfigError, match="penalties must be a number above 0"):
+        fit_head(vit, labeled(10, [0, 1] * 5), penalties=[0.0])
+    assert torch.equal(vit.classifier.weight, before)
+
+
+def test_a_model_without_a_head_is_refused_by_name() -> None:
+    with pytest.raises(ModelError, match=r"ViTModel: a head can be fitted if .* Its head is: none"):
+        fit_head(backbone(), labeled(10, [0, 1] * 5))
+
+
+def test_what_it_returns_says_what_was_fitted(vit: nn.Module) -> None:
+    found = fit_head(vit, labeled(10, [0, 1] * 5))
+    assert isinstance(found, HeadFit)
+    assert (found.problem_type, found.images, found.features, found.outputs) == (
+        "single_label_classification",
+        10,
+        16,
+        3,
+    )
