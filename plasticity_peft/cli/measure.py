@@ -68,6 +68,7 @@ def measure(
     r: options.Rank = 8,
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
+    forward_kwargs: options.ForwardKwargs = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     view: options.View = "overview",
@@ -108,6 +109,7 @@ def measure(
         training=training,
         dtype=dtype,
         backbone=backbone,
+        forward_kwargs=forward_kwargs,
         r=r,
     )
     if state.is_main_process:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import inspect
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from transformers import PreTrainedModel
 
 from plasticity_peft.components.blocks import find_stack
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.computed import check_plain_weights
 from plasticity_peft.components.layouts import BlockLayout
 from plasticity_peft.components.offloading import onloaded
 from plasticity_peft.components.quantized import matrix_of, parameter_count
@@ -46,6 +49,8 @@ class Architecture:
     """Number of weights and biases of the whole model, adapters not counted."""
     layout: BlockLayout
     """Names of the parts of a block."""
+    forward_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments that every forward pass gets beside the images."""
 
     @property
     def hierarchical(self) -> bool:
@@ -88,6 +93,7 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
         raise ModelError("Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)).")
     stack = find_stack(model, backbone)
     layout = stack.layout
+    check_plain_weights(model, stack.paths)
     names = [(path, _indices(path, layout)) for path in stack.paths]
     stages = sorted({indices[0] for _, indices in names}) if len(names[0][1]) == 2 else None
     components = []

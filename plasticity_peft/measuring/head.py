@@ -111,7 +111,7 @@ def fit_head(
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     architecture = find_architecture(model, backbone)
     share = this_process()
-    with left_as_found(model, seed, precision), trainable_after(model):
+    with left_as_found(model, seed, precision, dataset), trainable_after(model):
         with failing_together(share):
             sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
             path = final_layer(model, architecture, sampler.example())

@@ -64,7 +64,7 @@ class ForeignModel(LoraModel):
     calls: list[tuple[str, int]]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Takes the targets from the config only now, as PlasticityModel does."""
+        """Takes the targets from the config only now, as the tuners of LoRA do with a PlasticityConfig."""
         ForeignModel.calls.append((adapter_name, len(layers(model))))
         self.peft_config[adapter_name].target_modules = [linear(model)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -119,7 +119,8 @@ def test_a_method_outside_the_enum_can_only_be_registered_in_the_tables() -> Non
 
 def test_get_peft_model_asks_the_tables(foreign: type[ForeignModel]) -> None:
     with reliance(
-        "get_peft_model makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds", "adapters/model.py, PlasticityModel"
+        "get_peft_model makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds",
+        "adapters/model.py, which lets LoraModel, the tuner of LORA, choose components",
     ):
         model = get_peft_model(tiny_model(), ForeignConfig())
         assert type(model.base_model) is foreign
@@ -129,7 +130,7 @@ def test_get_peft_model_asks_the_tables(foreign: type[ForeignModel]) -> None:
 def test_transformers_add_adapter_asks_the_tables(foreign: type[ForeignModel]) -> None:
     with reliance(
         "PreTrainedModel.add_adapter makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds",
-        "adapters/model.py, PlasticityModel.inject_adapter, for model.add_adapter(PlasticityConfig(...))",
+        "adapters/model.py, choosing_first, for model.add_adapter(PlasticityConfig(...))",
     ):
         model = tiny_model()
         model.add_adapter(ForeignConfig(), "first")
@@ -177,12 +178,25 @@ def test_inject_adapter_runs_for_every_adapter_before_its_layers_are_made(foreig
     with reliance(
         "inject_adapter(model, adapter_name, ...) is called for the first adapter and for further ones, before any "
         "module is replaced, and reads peft_config[adapter_name] only then",
-        "adapters/model.py, PlasticityModel.inject_adapter, which measures and sets target_modules there",
+        "adapters/model.py, choosing_first, which measures and sets target_modules there",
     ):
         model = get_peft_model(tiny_model(), ForeignConfig(), "first")
         model.add_adapter("second", ForeignConfig())
         assert foreign.calls == [("first", 0), ("second", 1)]
         assert all(set(layer.lora_A) == {"first", "second"} for layer in layers(model))
+
+
+def test_two_tuners_take_a_lora_config_and_inject_as_the_base_does() -> None:
+    with reliance(
+        "LoraModel and MixedModel, whose inject_adapter(model, adapter_name, ...) is public, are the tuners of LoRA",
+        "adapters/model.py, register, which extends inject_adapter of these two",
+    ):
+        from peft.tuners.mixed import MixedModel
+
+        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is LoraModel
+        assert MixedModel.__mro__[1] is LoraModel.__mro__[1]
+        for tuner in (LoraModel, MixedModel):
+            assert list(inspect.signature(tuner.inject_adapter).parameters)[:3] == ["self", "model", "adapter_name"]
 
 
 def test_an_error_while_injecting_leaves_no_adapter_behind(
@@ -204,7 +218,7 @@ def test_transformers_marks_the_model_before_it_asks_the_tuner(
 ) -> None:
     with reliance(
         "add_adapter sets the instance attribute _hf_peft_config_loaded first, over a class attribute that is False",
-        "adapters/model.py, PlasticityModel.inject_adapter, which takes the mark away where choosing fails, and knows "
+        "adapters/model.py, choosing_first, which takes the mark away where choosing fails, and knows "
         "by it that transformers' own adapter methods will be used",
     ):
         model = tiny_model()
