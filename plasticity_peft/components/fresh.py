@@ -79,7 +79,7 @@ def _has_spread(weight: torch.Tensor | None, spread: float) -> bool:
         return False
     tolerance = 3 / (2 * weight.numel()) ** 0.5 + 0.02
     centered = abs(float(weight.detach().float().mean())) < 4 * spread / weight.numel() ** 0.5
-    return centered and abs(float(weight.detach().float().std()) / spread - 1) < tolerance
+    return bool(centered and abs(float(weight.detach().float().std()) / spread - 1) < tolerance)
 
 
 def _grouped(modules: list[str], parameters: set[str], missing: set[str], random: set[str]) -> list[str]:

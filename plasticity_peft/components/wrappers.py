@@ -47,7 +47,7 @@ def bare(model: nn.Module) -> nn.Module:
 
 def _without_one_wrapper(model: nn.Module) -> nn.Module:
     if isinstance(model, PARALLEL) or type(model).__name__ == "DeepSpeedEngine":
-        inner: nn.Module = model.module
+        inner: nn.Module = model.module  # type: ignore[assignment]
         return inner
     return uncompiled(model)
 

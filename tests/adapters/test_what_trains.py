@@ -24,8 +24,8 @@ from plasticity_peft import PlasticityConfig, find_components
 from plasticity_peft.adapters.what_trains import peft_names
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
-from tests.conftest import REPOSITORY, backbone, random_images, tiny_model
 from tests.support.families import PLAIN
+from tests.support.models import REPOSITORY, backbone, random_images, tiny_model
 
 IMAGES = random_images()
 LOGGER = "transformers.plasticity_peft.adapters.what_trains"
