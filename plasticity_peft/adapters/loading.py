@@ -17,6 +17,7 @@ from math import isclose
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
@@ -114,11 +115,8 @@ def load_adapter(
     if adapter is not None:
         with reading_record(source):
             adapter = check_description(adapter, architecture, renamed)
-    own = own_heads(base, left)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
-        Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed, own)), encoding="utf-8")
-        content = write_layers(renamed) | {key: value for head in own.values() for key, value in head.items()}
-        save_file(content, Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        _write_renamed(folder, options, renamed, own_heads(base, left))
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
             loaded = model
@@ -129,6 +127,15 @@ def load_adapter(
             adapter = replace(adapter, id2label=labels_of(base)) if left else adapter
             loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture, base)
     return loaded
+
+
+def _write_renamed(
+    folder: str, options: AdapterOptions, renamed: Mapping[str, Layer], heads: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """Writes an adapter under its new names, with the heads that the model keeps, for PEFT to load."""
+    Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed, heads)), encoding="utf-8")
+    content = write_layers(renamed) | {key: value for head in heads.values() for key, value in head.items()}
+    save_file(content, Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
 
 
 def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:

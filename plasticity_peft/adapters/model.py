@@ -32,7 +32,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from plasticity_peft.adapters.chosen import labels_of
-from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_labels,
@@ -65,6 +65,7 @@ NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 
 def register() -> None:
     """Adds the config and the adapted model to PEFT's tables, and lets the tuners choose components."""
+    CHOOSERS.append(choose_components)
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel
     for tuner in (LoraModel, MixedModel):
@@ -201,8 +202,10 @@ def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | Non
 
 
 def _labels(model: nn.Module, architecture: Architecture) -> dict[int, str] | None:
-    """Returns the names of the labels, from the config of the model or of the part of it that is run."""
-    found = (labels_of(model.get_submodule(path)) for path in ("", architecture.entry))
+    """Returns the names of the labels, from the config of the model or of the outermost part that has one."""
+    names = architecture.backbone.split(".") if architecture.backbone else []
+    paths = (".".join(names[:depth]) for depth in range(len(names) + 1))
+    found = (labels_of(model.get_submodule(path)) for path in (*paths, architecture.entry))
     labels = next((labels for labels in found if labels is not None), None)
     check_labels(labels)
     return labels

@@ -62,9 +62,9 @@ def _by_look(model: PreTrainedModel, path: str, blocks: tuple[str, ...]) -> Iter
     spread = getattr(model.config, "initializer_range", None)
     made, trained = [], False
     for name, layer in walk(model, path):
-        bias, weight = getattr(layer, "bias", None), getattr(layer, "weight", None)
-        if not (isinstance(layer, (nn.Linear, nn.Conv2d)) and bias is not None and holds_plain_weights(layer)):
+        if not isinstance(layer, (nn.Linear, nn.Conv2d)) or layer.bias is None or not holds_plain_weights(layer):
             continue
+        bias, weight = layer.bias, layer.weight
         with onloaded(layer):
             if bias.is_meta or bias.any():
                 trained = trained or not bias.is_meta

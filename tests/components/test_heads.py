@@ -22,8 +22,7 @@ from plasticity_peft.components.layouts import LAYOUTS
 from plasticity_peft.components.wrappers import bare, forward_parameters
 from plasticity_peft.errors import ModelError
 from plasticity_peft.report.report import PlasticityReport
-from tests.support.families import disturbed
-from tests.support.models import backbone, random_images, tiny_model
+from tests.support.models import backbone, disturbed, random_images, tiny_model
 
 IMAGES = random_images()
 CRITERIA = ("parameter_plasticity", "rate_of_change")

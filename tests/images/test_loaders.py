@@ -265,6 +265,13 @@ def test_batches_of_a_collator_are_those_of_the_criterion() -> None:
         assert torch.equal(found[len(images)][1], labels)
 
 
+def test_arrays_that_are_not_to_be_written_to_are_read(vit: PreTrainedModel) -> None:
+    arrays = [image.numpy() for image in IMAGES[:4]]
+    for array in arrays:
+        array.flags.writeable = False
+    assert means(measure_plasticity(vit, arrays)) == means(measure_plasticity(vit, IMAGES[:4]))
+
+
 # --------------------------------------------------------------------------------------------------- left as found
 
 
