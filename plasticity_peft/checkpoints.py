@@ -14,12 +14,12 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from plasticity_peft.errors import ReportError
 from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME
 from plasticity_peft.saved.record import AdapterRecord
+from plasticity_peft.saved.weights import read_header
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
@@ -95,7 +95,7 @@ def _damage(folder: Path) -> str:
         try:
             if check is not None and path.is_file():
                 check(path)
-        except (OSError, ValueError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             return f"{path.name} is damaged ({error})"
     try:
         AdapterRecord.find(folder)
@@ -118,9 +118,8 @@ def _check_json(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        if not file.keys():
-            raise ValueError("it holds no tensors")
+    if not read_header(path, path.parent.name):
+        raise ValueError("it contains no tensors")
 
 
 def _check_archive(path: Path) -> None:

@@ -279,7 +279,7 @@ class PlasticityConfig(LoraConfig):
         """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
         self.report = report
         # PEFT combines adapters only if their target_modules are sets.
-        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)
+        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)  # type: ignore[assignment]
         self.modules_to_save = modules_to_save
         self.target_data = self.source_data = None
         self.chosen = Chosen(

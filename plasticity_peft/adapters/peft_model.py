@@ -25,6 +25,7 @@ from transformers.utils import logging
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.card import complete_card
 from plasticity_peft.errors import PlasticityError
+from plasticity_peft.hub import PROCESSOR_NAME
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.record import digest, present_results
 from plasticity_peft.saved.trained import TrainedAdapter
@@ -62,7 +63,7 @@ class PlasticityPeftModel(PeftModel):
             here = [name for name in names if name in module._get_available_adapters()]
             if here and list(module.active_adapters) != here:
                 module.set_adapter(here)
-        self.base_model.active_adapter = names
+        self.base_model.active_adapter = names  # type: ignore[assignment]
         self.active_adapter = names[0]
 
     def _adapter_layers(self) -> list[Any]:
@@ -73,18 +74,20 @@ class PlasticityPeftModel(PeftModel):
 
         PEFT leaves all that `modules_to_save` trained as it is: as with LoRA, the head keeps what it has learnt.
         """
-        components = {path for config in self._chosen_configs().values() for path in config.selection.modules}
-        for path, module in self.base_model.model.named_modules():
+        selections = [config.selection for config in self._chosen_configs().values()]
+        components = {path for selection in selections if selection for path in selection.modules}
+        base: nn.Module = self.get_base_model()  # type: ignore[no-untyped-call]
+        for path, module in base.named_modules():
             if path in components and isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])
-        unloaded: nn.Module = self.base_model.unload()
+        unloaded: nn.Module = self.base_model.unload()  # type: ignore[operator]
         return unloaded
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names, layers = kwargs.get("adapter_names"), self._adapter_layers()
+        names, layers = kwargs.get("adapter_names") or (), self._adapter_layers()
         of_lora = {name for each in layers if isinstance(each, LoraLayer) for name in each.lora_A}
-        if not {name for name in names or () if name in self.peft_config and name not in of_lora}:
+        if not {name for name in names if name in self.peft_config and name not in of_lora}:
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return
@@ -127,13 +130,14 @@ class PlasticityPeftModel(PeftModel):
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
-    def _trained(self, name: str, config: PlasticityConfig, folder: str) -> TrainedAdapter:
-        """Returns what is known of an adapter; results only where they were measured with its present weights."""
+    def _trained(self, name: str, config: PlasticityConfig, output_dir: str) -> TrainedAdapter:
+        """Returns what the card describes of an adapter, with the results of its present weights."""
         assert isinstance(config.report, PlasticityReport)
         assert config.selection is not None
         weights = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
         base = self.get_base_model()  # type: ignore[no-untyped-call]
-        results = present_results(folder if name == "default" else Path(folder, name))
+        folder = Path(output_dir, "" if name == "default" else name)
+        results = present_results(folder)
         if results:
             content = save({key: value.contiguous() for key, value in weights.items()}, metadata={"format": "pt"})
             results = tuple(one for one in results if one.weights == digest(content))
@@ -146,6 +150,7 @@ class PlasticityPeftModel(PeftModel):
             base_class=type(base).__name__ if type(base).__module__.startswith("transformers.") else None,
             id2label=config.id2label,
             options=config.to_dict(),
+            has_image_processor=Path(folder, PROCESSOR_NAME).is_file(),
             results=results,
             name=name,
         )

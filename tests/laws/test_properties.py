@@ -27,7 +27,8 @@ from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.report.scores import KindScore, Score
-from plasticity_peft.saved.renames import Layer, rename
+from plasticity_peft.saved.layers import Layer
+from plasticity_peft.saved.renames import rename
 from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
@@ -211,7 +212,7 @@ def test_what_is_promised_is_understood() -> None:
 
 def test_every_field_is_looked_at() -> None:
     own = {field.name for field in dataclasses.fields(PlasticityConfig) if field.init and not _of_lora(field.name)}
-    assert own == {*OWN, "target_data", "source_data", "report"}
+    assert own == {*OWN, "target_data", "source_data", "report", "chosen", "forward_kwargs"}
 
 
 def _of_lora(name: str) -> bool:
