@@ -202,9 +202,8 @@ def test_duplicated_images_are_skipped_and_counted() -> None:
         model = tiny_model().double()
         report = measure_plasticity(model, target, source, inputs=inputs, max_samples=6, settle=None)
         assert (report.samples, report.skipped) == (len(unique), 6 - len(unique))
-        expected = oracles.rates(
-            model, inputs, *({"pixel_values": torch.stack(half)} for half in zip(*unique, strict=True))
-        )
+        halves = ({"pixel_values": torch.stack(half)} for half in zip(*unique, strict=True))
+        expected = oracles.rates(model, inputs, *halves)
         assert [row.mean for row in report.scores] == pytest.approx(expected.mean(axis=0), rel=1e-9)
     same = images[:1].expand(6, -1, -1, -1)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
