@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -26,6 +26,9 @@ from plasticity_peft.registration import PEFT_TYPE
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, present_results
+
+CHOOSERS: list[Callable[[nn.Module, PlasticityConfig], PlasticityConfig]] = []
+"""The function behind `PlasticityConfig.choose`. The tuner, which imports this module, adds it."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -227,10 +230,7 @@ class PlasticityConfig(LoraConfig):
             >>> (len(config.target_modules), config.modules_to_save)
             (2, ['classifier'])
         """
-        # This file is imported by the one that knows how to choose.
-        from plasticity_peft.adapters.model import choose_components
-
-        return choose_components(model, self)
+        return CHOOSERS[-1](model, self)
 
     def check_is_for(self, model: nn.Module) -> None:
         """Raises ConfigError if the components were selected for another model, or by other options than there are."""
@@ -279,7 +279,7 @@ class PlasticityConfig(LoraConfig):
         """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
         self.report = report
         # PEFT combines adapters only if their target_modules are sets.
-        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)
+        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)  # type: ignore[assignment]
         self.modules_to_save = modules_to_save
         self.target_data = self.source_data = None
         self.chosen = Chosen(

@@ -31,17 +31,28 @@ from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.chosen import labels_of
+from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
+    check_labels,
     check_not_in_other_mode,
+    check_not_wrapped,
     check_only_chosen_match,
     check_switchable,
     check_trainable,
-    warn_of_frozen_head,
 )
 from plasticity_peft.adapters.rollback import restored_on_failure
-from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.adapters.what_trains import (
+    Training,
+    check_has_head,
+    check_named_are_not_chosen,
+    heads_that_train,
+    named_by_the_user,
+    names_to_save,
+    report_what_trains,
+)
+from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.measuring.measure import measure_by
@@ -54,6 +65,7 @@ NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 
 def register() -> None:
     """Adds the config and the adapted model to PEFT's tables, and lets the tuners choose components."""
+    CHOOSERS.append(choose_components)
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel
     for tuner in (LoraModel, MixedModel):
@@ -161,31 +173,42 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+    check_not_wrapped(model)
     architecture = find_architecture(model, config.backbone)
-    check_trainable(model, architecture, config)
+    check_has_head(model, architecture, config.modules_to_save)
+    heads = heads_that_train(model, architecture.heads)
+    named = named_by_the_user(model, config.modules_to_save, config.task_type)
+    check_trainable(model, architecture, config, heads)
+    labels = _labels(model, architecture) if heads else None
     report = config.load_report()
     if report is None:
         report = _measure(model, config)
     else:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
-    linears, others = _split(architecture.components, selection.components, config.training)
-    if not architecture.heads and not config.modules_to_save:
-        warn_of_frozen_head(model, architecture)
-    check_not_in_other_mode(model, linears, others)
-    check_only_chosen_match(model, linears, [*others, *architecture.heads])
-    config.resolve(
-        model,
-        report,
-        selection,
-        **lora_arguments(
-            architecture.components,
-            selection.components,
-            config.training,
-            heads=[*architecture.heads, *(config.modules_to_save or ())],
-        ),
-        id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
-    )
+    training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+    names = _lora_names(model, training, config.modules_to_save)
+    config.resolve(model, report, selection, **names, id2label=labels)
+    report_what_trains(model, architecture, training, selection.units)
+
+
+def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | None) -> dict[str, Any]:
+    """Returns the `target_modules` and `modules_to_save` by which PEFT finds what trains, and nothing else."""
+    check_named_are_not_chosen(training)
+    check_not_in_other_mode(model, training.linears, training.others)
+    names = names_to_save(model, training, given)
+    check_only_chosen_match(model, training.linears, [name for name in names if name not in (given or ())])
+    return {"target_modules": list(training.linears) or NO_TARGET_MODULES, "modules_to_save": names or None}
+
+
+def _labels(model: nn.Module, architecture: Architecture) -> dict[int, str] | None:
+    """Returns the names of the labels, from the config of the model or of the outermost part that has one."""
+    names = architecture.backbone.split(".") if architecture.backbone else []
+    paths = (".".join(names[:depth]) for depth in range(len(names) + 1))
+    found = (labels_of(model.get_submodule(path)) for path in (*paths, architecture.entry))
+    labels = next((labels for labels in found if labels is not None), None)
+    check_labels(labels)
+    return labels
 
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
@@ -206,7 +229,7 @@ def lora_arguments(
     """
     linears, others = _split(components, chosen, training)
     modules_to_save = list(dict.fromkeys([*others, *heads]))
-    return {"target_modules": linears or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+    return {"target_modules": list(linears) or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
@@ -227,7 +250,9 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _split(components: Iterable[Component], chosen: Iterable[str], training: str) -> tuple[list[str], list[str]]:
+def _split(
+    components: Iterable[Component], chosen: Iterable[str], training: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
     linears: list[str] = []
     others: list[str] = []
@@ -236,7 +261,7 @@ def _split(components: Iterable[Component], chosen: Iterable[str], training: str
         if component.id in chosen:
             lora = training == "lora" and component.features
             (linears if lora else others).extend(component.modules)
-    return linears, others
+    return tuple(linears), tuple(others)
 
 
 @contextmanager

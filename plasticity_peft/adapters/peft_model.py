@@ -63,7 +63,7 @@ class PlasticityPeftModel(PeftModel):
             here = [name for name in names if name in module._get_available_adapters()]
             if here and list(module.active_adapters) != here:
                 module.set_adapter(here)
-        self.base_model.active_adapter = names
+        self.base_model.active_adapter = names  # type: ignore[assignment]
         self.active_adapter = names[0]
 
     def _adapter_layers(self) -> list[Any]:
@@ -74,18 +74,20 @@ class PlasticityPeftModel(PeftModel):
 
         PEFT leaves all that `modules_to_save` trained as it is: as with LoRA, the head keeps what it has learnt.
         """
-        components = {path for config in self._chosen_configs().values() for path in config.selection.modules}
-        for path, module in self.base_model.model.named_modules():
+        selections = [config.selection for config in self._chosen_configs().values()]
+        components = {path for selection in selections if selection for path in selection.modules}
+        base: nn.Module = self.get_base_model()  # type: ignore[no-untyped-call]
+        for path, module in base.named_modules():
             if path in components and isinstance(module, AuxiliaryTrainingWrapper):
                 module.set_adapter([])
-        unloaded: nn.Module = self.base_model.unload()
+        unloaded: nn.Module = self.base_model.unload()  # type: ignore[operator]
         return unloaded
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        names, layers = kwargs.get("adapter_names"), self._adapter_layers()
+        names, layers = kwargs.get("adapter_names") or (), self._adapter_layers()
         of_lora = {name for each in layers if isinstance(each, LoraLayer) for name in each.lora_A}
-        if not {name for name in names or () if name in self.peft_config and name not in of_lora}:
+        if not {name for name in names if name in self.peft_config and name not in of_lora}:
             with super()._enable_peft_forward_hooks(*args, **kwargs):
                 yield
             return

@@ -6,7 +6,6 @@ Every hook here lives inside a context manager, so that none outlasts an excepti
 from __future__ import annotations
 
 import difflib
-import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
@@ -17,9 +16,18 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.heads import lineage, within
 from plasticity_peft.components.hooks import after_calls, before_calls
 from plasticity_peft.components.offloading import offloaded
-from plasticity_peft.components.wrappers import main_input
+from plasticity_peft.components.wrappers import (
+    PIXELS,
+    as_written,
+    forward_parameters,
+    main_input,
+    takes_anything,
+    takes_images_alone,
+    unwrap,
+)
 from plasticity_peft.errors import ConfigError, DataError, ModelError, PlasticityError
 
 Inputs = dict[str, torch.Tensor]
@@ -112,8 +120,10 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
     entry = model.get_submodule(architecture.entry)
     if architecture.layout.random_masking:
         inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
+    images, others = _by_position(unwrap(entry), inputs)
     try:
-        return entry(**inputs, **architecture.forward_kwargs, **arguments)
+        with as_written(unwrap(entry)):
+            return entry(*images, **others, **architecture.forward_kwargs, **arguments)
     except PlasticityError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:
@@ -122,16 +132,33 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
         given = ", ".join(
             f"{name} of shape {tuple(value.shape[1:])} ({value.dtype})" for name, value in inputs.items()
         )
-        advice = _advice(entry, architecture, str(error))
+        advice = _advice(naming_arguments(model, architecture), architecture, str(error))
         raise DataError(f"{type(entry).__name__} refused {given}: {error}{advice}") from error
 
 
 def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
     """Returns the names of what a forward pass may take for an image, the images themselves first."""
-    entry = model.get_submodule(architecture.entry)
-    main = main_input(entry)
+    named = naming_arguments(model, architecture)
+    main = main_input(named)
     taken = {main, *architecture.forward_kwargs, *LABEL_KEYS, *label_names(model, architecture)}
-    return (main, *(name for name in inspect.signature(entry.forward).parameters if name not in taken))
+    return (main, *(name for name in forward_parameters(named) if name not in taken))
+
+
+def naming_arguments(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """Returns the module that names the arguments: the one that is run, or what it hands its arguments on to."""
+    paths = [path for path in lineage(architecture.backbone) if within(path, architecture.entry)]
+    modules = [unwrap(model.get_submodule(path)) for path in paths]
+    return next((module for module in modules if takes_images_alone(module)), modules[0])
+
+
+def _by_position(entry: nn.Module, inputs: Inputs) -> tuple[list[torch.Tensor], Inputs]:
+    """Returns what to pass by position and what by name: a module may call its images otherwise than data do."""
+    parameters = forward_parameters(entry)
+    by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    main = next(name for name in inputs if name.startswith(PIXELS))
+    if main in parameters or (by_name and takes_anything(entry)):
+        return [], inputs
+    return [inputs[main]], {name: value for name, value in inputs.items() if name != main}
 
 
 def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
@@ -139,10 +166,11 @@ def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]
 
     They are `labels`, or several such as `mask_labels` and `class_labels`.
     """
-    parameters = inspect.signature(model.get_submodule(architecture.entry).forward).parameters
+    parameters = forward_parameters(naming_arguments(model, architecture))
     found = sorted((name for name in parameters if name.endswith("labels")), key=lambda name: name != "labels")
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return tuple(found) or (("labels",) if anything and "label" not in parameters else ())
+    # Unpack[TransformersKwargs] says what it takes, and labels are not among it.
+    anything = any(p.kind is p.VAR_KEYWORD and not get_args(p.annotation) for p in parameters.values())
+    return tuple(found) or (("labels",) if anything else ())
 
 
 def with_forward_kwargs(
@@ -155,7 +183,7 @@ def with_forward_kwargs(
     """
     if not forward_kwargs:
         return architecture
-    entry = model.get_submodule(architecture.entry)
+    entry = naming_arguments(model, architecture)
     from_data = {main_input(entry), *LABEL_KEYS, *label_names(model, architecture)}
     known = _arguments(entry)
     for name in forward_kwargs:
@@ -172,7 +200,7 @@ def with_forward_kwargs(
 
 def _arguments(entry: nn.Module) -> set[str]:
     """Returns the names of the arguments of a forward pass, and of what it hands on to its modules."""
-    parameters = inspect.signature(entry.forward).parameters.values()
+    parameters = forward_parameters(entry).values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
     if rest is None:
@@ -182,7 +210,7 @@ def _arguments(entry: nn.Module) -> set[str]:
     tops = {id(module): module for module in entry.modules() if hasattr(module, "config")}
     for module in (*tops.values(), *entry.children()):
         if module is not entry:
-            inner = inspect.signature(module.forward).parameters.values()
+            inner = forward_parameters(module).values()
             names |= {p.name for p in inner if p.default is not p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
     return names
 

@@ -76,10 +76,12 @@ def features(model: nn.Module, architecture: Architecture, images: Inputs) -> to
     def keep(name: str, call: Call, output: Any) -> None:
         found.extend(_tensors([*call.args, *call.kwargs.values()][:1]))
 
-    with hooked({name: model.get_submodule(name) for name in architecture.heads}, keep):
+    with hooked({name: model.get_submodule(name) for name in architecture.called_heads}, keep):
         output = run(model, architecture, images)
-    if architecture.heads and not found:
-        raise ModelError(f"{type(model).__name__} ran without calling its head, {', '.join(architecture.heads)}.")
+    if architecture.called_heads and not found:
+        raise ModelError(
+            f"{type(model).__name__} ran without calling its head, {', '.join(architecture.called_heads)}."
+        )
     if not found:
         found = list(_tensors([getattr(output, "last_hidden_state", output)]))
     count = len(next(iter(images.values())))

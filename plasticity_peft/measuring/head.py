@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 from torch import nn
@@ -24,7 +23,7 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
-from plasticity_peft.components.wrappers import uncompiled, walk
+from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import SingleImages
@@ -107,8 +106,7 @@ def fit_head(
     given = {"max_samples": max_samples, "batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     precision = check_arguments(given)["dtype"]
     wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
-    model = uncompiled(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = bare(model)
     architecture = find_architecture(model, backbone)
     share = this_process()
     with left_as_found(model, seed, precision, dataset), trainable_after(model):

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
@@ -28,7 +27,7 @@ from plasticity_peft.components.calls import (
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
-from plasticity_peft.components.wrappers import uncompiled, walk
+from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
 from plasticity_peft.criteria.registry import CRITERIA, resolve
 from plasticity_peft.deprecation import renamed_arguments
@@ -208,8 +207,7 @@ def measure_by(
     """Returns the report of a measurement that stops when what `rule` selects is settled; see `measure_plasticity`."""
     criterion = CRITERIA[settings.criterion]
     check_target(criterion, target_data)
-    model = uncompiled(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = bare(model)
     architecture = find_architecture(model, settings.backbone)
     architecture = with_forward_kwargs(model, architecture, settings.forward_kwargs)
     _check_device(model)

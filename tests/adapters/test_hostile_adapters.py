@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -151,11 +152,11 @@ def test_ids_of_plasticity_json(where: str, name: str, good: dict[str, Path], tm
         try:
             unchanged(folder, good["lora"])  # by the known names of the architecture
         except PlasticityError:
-            refused(folder, "plasticity.json|twice", PlasticityError)
+            refused(folder, r"scores\.1\.modules|twice|Invalid JSON: unexpected end of hex escape", PlasticityError)
         return
     values["adapter"][where][0] = name
     path.write_text(json.dumps(values))
-    refused(folder, rf"plasticity\.json of .*: adapter\.{where}", ReportError)
+    refused(folder, rf"plasticity\.json of .*: (adapter\.{where}|.* unexpected end of hex escape)", ReportError)
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,8 @@ def test_what_plasticity_json_says_of_the_adapter(
     values = json.loads(path.read_text())
     values["adapter"].update(changes)
     path.write_text(json.dumps(values))
-    refused(folder, "plasticity.json", ReportError)
+    (name,) = changes
+    refused(folder, rf"Cannot read plasticity\.json of .*: adapter\.{name}", ReportError)
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -193,7 +195,7 @@ def test_weights_of_a_type_that_no_weights_have(dtype: str, part: str, good: dic
         )
     except KeyError:
         pytest.skip(f"this release of safetensors cannot write {dtype}")
-    refused(folder, "contains")
+    refused(folder, rf"contains \S+ for .*{re.escape(part)}|{re.escape(part)} is torch\.{dtype}, in the model")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])

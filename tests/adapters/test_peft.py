@@ -342,9 +342,7 @@ def test_a_report_replaces_data_and_probing(
     model: PreTrainedModel, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = measure_plasticity(model, IMAGES, max_samples=8)
-    monkeypatch.setattr(
-        "plasticity_peft.adapters.model.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured")
-    )
+    monkeypatch.setattr("plasticity_peft.adapters.model.measure_by", lambda *args, **kwargs: pytest.fail("measured"))
     chosen = config(report=report, training=training, top_k=2)
     get_peft_model(model, chosen)
     assert chosen.selection == report.select(top_k=2, r=2)

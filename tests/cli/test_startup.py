@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -61,6 +62,6 @@ def test_completing_a_word_imports_nothing_heavy(words: str, completed: str) -> 
     assert modules & {*HEAVY, "numpy"} == set()
 
 
-def test_a_heavy_command_would_be_seen() -> None:
-    _, modules = run("select", REPORT, "--head", "classifier")
-    assert {"torch", "peft", "transformers"} <= modules
+def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
+    _, modules = run("show", REPORT, "--plot", str(tmp_path / "a.png"))
+    assert modules & HEAVY == {"matplotlib"}

@@ -130,7 +130,8 @@ def publishing() -> dict[str, Any]:
 def architectures() -> dict[str, Any]:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     vision = {**sizes, "image_size": 8, "patch_size": 4}
-    return {"clip": CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8))}
+    clip = CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8))
+    return {"clip": clip, "larger_images": random_images(8, size=16)}
 
 
 def distributed() -> dict[str, Any]:
