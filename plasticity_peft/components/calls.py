@@ -141,8 +141,9 @@ def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]
     """
     parameters = inspect.signature(model.get_submodule(architecture.entry).forward).parameters
     found = sorted((name for name in parameters if name.endswith("labels")), key=lambda name: name != "labels")
-    anything = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    return tuple(found) or (("labels",) if anything and "label" not in parameters else ())
+    # Unpack[TransformersKwargs] says what it takes, and labels are not among it.
+    anything = any(p.kind is p.VAR_KEYWORD and not get_args(p.annotation) for p in parameters.values())
+    return tuple(found) or (("labels",) if anything else ())
 
 
 def with_forward_kwargs(

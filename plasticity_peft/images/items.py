@@ -101,7 +101,8 @@ def tensor_of(value: Any, place: str) -> torch.Tensor:
     try:
         array = np.asarray(value)
         # A list of Python floats is float64, and no image is: processors and models work in float32.
-        return torch.from_numpy(array.astype(np.float32) if isinstance(value, list) else array)
+        array = array.astype(np.float32) if isinstance(value, list) else array
+        return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch warns of the others
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{place}: cannot make a tensor of {type(value).__name__}. Expected {ALLOWED}.") from error
 

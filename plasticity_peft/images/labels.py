@@ -95,4 +95,4 @@ def _array(label: Any) -> np.ndarray:
     array = np.asarray(label)
     if array.dtype.kind not in "biuf" or (array.dtype == np.uint64 and bool((array > 2**63 - 1).any())):
         raise TypeError
-    return np.ascontiguousarray(array).reshape(array.shape)
+    return array if array.flags.writeable and min(array.strides, default=0) >= 0 else array.copy()

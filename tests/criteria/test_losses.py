@@ -27,7 +27,7 @@ from transformers import (
 from plasticity_peft import measure_plasticity
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images.labels import collated
-from tests.conftest import random_images, tiny_model
+from tests.support.models import random_images, tiny_model
 
 COUNT = 8
 IMAGES = random_images(COUNT)
@@ -65,7 +65,7 @@ def score(model: nn.Module, data: Any, **options: Any) -> float:
     """Returns the score of the first FC1, for batches of the images in their order."""
     loader = DataLoader(data, COUNT // 2, collate_fn=options.pop("collate", as_items))
     report = measure_plasticity(model, loader, criterion="gradient_norm", settle=None, **options)
-    assert report.pairs == 2
+    assert report.samples == 2
     return next(row.mean for row in report.scores if row.id == "0.FC1")
 
 
@@ -142,7 +142,9 @@ def test_labels_of_every_form_reach_the_loss_of_a_classifier(form: str, holder: 
 def test_segmentation_maps(form: str) -> None:
     from PIL import Image
 
-    config = BeitConfig(**SMALL, num_labels=3, out_indices=[0, 1, 1, 1], use_auxiliary_head=False)
+    config = BeitConfig(
+        **{**SMALL, "num_hidden_layers": 4}, num_labels=3, out_indices=[1, 2, 3, 4], use_auxiliary_head=False
+    )
     model = disturbed(BeitForSemanticSegmentation(config))
     images = random_images(COUNT, size=16)
     maps = torch.randint(0, 3, (COUNT, 16, 16), generator=torch.Generator().manual_seed(2))
@@ -233,7 +235,7 @@ def test_a_loss_for_each_image_is_meaned() -> None:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "too few columns": (
         lambda: vit(num_labels=3), VECTORS[:, :2],
-        r"loss of ViTForImageClassification refuses labels, a tensor of shape \(4, 2\) \(torch\.float32\),: ValueError",
+        r"loss of ViTForImageClassification refuses labels, a tensor of shape \(4, 2\) \(torch\.float32\),: Value",
     ),
     "a class too many": (lambda: vit(num_labels=3), [3] * COUNT, "Labels must be from 0 to 2, .* Got 3 to 3"),
     "words": (lambda: vit(num_labels=3), ["cat"] * COUNT, r"its label must be a whole number\. Got 'cat'"),
@@ -242,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
         "refuses labels, a list of 4, each a tensor",
     ),
     "maps for a classifier": (lambda: vit(num_labels=3), [np.zeros((8, 8), int)] * COUNT, "refuses labels, a tensor"),
-    "dictionaries for a classifier": (lambda: vit(num_labels=3), [{"boxes": [1.0]}] * COUNT, "a dictionary with boxes"),
+    "dictionaries for a classifier": (lambda: vit(num_labels=3), [{"boxes": [1.0]}] * COUNT, "dictionary with boxes"),
     "a type that only the gradient refuses": (
         lambda: Own(loss=lambda logits, labels: _refusing(logits)).eval(), NUMBERS, "refuses .*only backwards",
     ),
@@ -295,5 +297,5 @@ def test_labels_are_collated_as_numbers(labels: list[Any], expected: torch.Tenso
 
 @pytest.mark.parametrize("label", ["cat", None, object(), 10**30, -(10**30), 1j, [None], np.array(["a"]), {"a": "b"}])
 def test_labels_that_are_no_numbers_are_refused(label: Any) -> None:
-    with pytest.raises(DataError, match="x.*its label must be a whole number"):
+    with pytest.raises(DataError, match=r"x.*its label must be a whole number"):
         collated([label], ["x"])

@@ -34,7 +34,7 @@ from plasticity_peft.errors import ConfigError, DataError
 from plasticity_peft.images import sources
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Batches, Pairs, SingleImages
-from tests.conftest import random_images
+from tests.support.models import random_images
 
 IMAGES = random_images(48)
 LABELS = torch.arange(48) % 3
@@ -98,13 +98,13 @@ def test_only_the_images_of_the_sampler_are_measured(
     loader = DataLoader(data, collate_fn=collate, **sampler_of(name, data))
     report = measure_plasticity(vit, loader, settle=None)
     assert data.read == set(KEPT)
-    assert report.pairs == report.target_data.images == 20
+    assert report.samples == report.target_provenance.images == 20
     # The numbers of images in whole batches, and with them the directions of the estimate, are those of the loader.
     ordered = collate is not stacked or name in ("a list of batches", "drop_last")
     expected = means(measure_plasticity(vit, IMAGES[:20], settle=None))
     assert means(report) == pytest.approx(expected, rel=1e-6 if ordered else 0.5)
     pairs = measure_plasticity(vit, loader, IMAGES[40:], inputs="embedding", settle=None, max_samples=64)
-    assert pairs.pairs == 64
+    assert pairs.samples == 64
     assert data.read == set(KEPT)
 
 
@@ -149,7 +149,7 @@ def test_batches_are_padded_each_as_it_needs(vit: PreTrainedModel, options: dict
     loader = DataLoader(rows, 4, collate_fn=padded)
     kwargs = {"forward_kwargs": {"interpolate_pos_encoding": True}, "settle": None}
     report = measure_plasticity(vit, loader, **kwargs, **options)
-    assert report.pairs >= (2 if options.get("criterion") else 12)
+    assert report.samples >= (2 if options.get("criterion") else 12)
 
 
 def test_passes_are_made_of_images_of_one_width() -> None:
@@ -263,6 +263,13 @@ def test_batches_of_a_collator_are_those_of_the_criterion() -> None:
     for images, labels in ((batch["pixel_values"], batch["labels"]) for batch in loader):
         assert torch.equal(found[len(images)][0], images)
         assert torch.equal(found[len(images)][1], labels)
+
+
+def test_arrays_that_are_not_to_be_written_to_are_read(vit: PreTrainedModel) -> None:
+    arrays = [image.numpy() for image in IMAGES[:4]]
+    for array in arrays:
+        array.flags.writeable = False
+    assert means(measure_plasticity(vit, arrays)) == means(measure_plasticity(vit, IMAGES[:4]))
 
 
 # --------------------------------------------------------------------------------------------------- left as found
@@ -488,6 +495,6 @@ def test_an_argument_of_the_backbone_that_the_model_hands_on(vit: PreTrainedMode
     images = random_images(4, size=24)
     with pytest.raises(DataError, match="forward_kwargs="):
         measure_plasticity(model, images)
-    assert measure_plasticity(model, images, forward_kwargs=INTERPOLATED).pairs == 4
+    assert measure_plasticity(model, images, forward_kwargs=INTERPOLATED).samples == 4
     with pytest.raises(ConfigError, match="has no argument 'interpolate'"):
         measure_plasticity(model, images, forward_kwargs={"interpolate": True})

@@ -21,8 +21,8 @@ from plasticity_peft import find_components, measure_plasticity
 from plasticity_peft.components.hooks import OwnHook
 from plasticity_peft.errors import ModelError
 from plasticity_peft.measuring.left_as_found import left_as_found
-from tests.conftest import random_images, tiny_model
 from tests.support.interrupts import interrupted, moments
+from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(12)
@@ -306,7 +306,7 @@ def test_layers_whose_weights_are_computed_are_refused_by_name(name: str) -> Non
     if remedy:
         for layer in model.vit.layers:
             remedy(layer.mlp.fc1)
-        assert measure_plasticity(model, IMAGES, max_samples=4).pairs == 4
+        assert measure_plasticity(model, IMAGES, max_samples=4).samples == 4
 
 
 def test_a_head_whose_weights_are_computed_is_measured_with(vit: PreTrainedModel) -> None:
@@ -322,7 +322,7 @@ def test_a_hook_that_detaches_is_an_error_where_gradients_are_needed(where: str,
     model.vit.get_submodule(where).register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(ModelError, match=r"has no gradient by the tokens .* A hook or a forward pass detaches"):
         measure_plasticity(model, IMAGES)
-    assert measure_plasticity(model, IMAGES, criterion="rate_of_change").pairs > 2
+    assert measure_plasticity(model, IMAGES, criterion="rate_of_change").samples > 2
     if where == "layernorm":
         model.classifier.requires_grad_(False)
         with pytest.raises(ModelError, match="its loss has no gradient"):
