@@ -1,4 +1,4 @@
-"""Heads of an adapter that do not fit the model that it is put on: `load_adapter(..., ignore_mismatched_sizes=True)`."""
+"""Heads of an adapter that do not fit the model it is put on: `load_adapter(..., ignore_mismatched_sizes=True)`."""
 
 from __future__ import annotations
 
