@@ -322,7 +322,7 @@ def test_a_wrong_token_publishes_nothing(world: World) -> None:
 
 
 SHORT = [
-    "--model_name_or_path", "user/base", "--max_train_samples", "48", "--max_steps", "2", "--pairs", "16",
+    "--model_name_or_path", "user/base", "--max_train_samples", "48", "--max_steps", "2", "--max_samples", "16",
     "--disable_tqdm", "true", "--push_to_hub", "true", "--validation_fraction", "0.1", "--test_fraction", "0.1",
 ]  # fmt: skip
 
