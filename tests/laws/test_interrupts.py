@@ -111,6 +111,7 @@ def test_an_interrupt_at_every_moment_leaves_nothing_behind(measure: str, opcode
     assert list(interrupts_at(model, work, moments(SETTING if opcodes else OURS, work, opcodes), opcodes))
 
 
+@pytest.mark.slow
 def test_the_law_sees_a_hook_that_an_interrupt_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the sweep over hooks, some moments leave one."""
     monkeypatch.setattr("plasticity_peft.measuring.left_as_found.remove_own_hooks", lambda model: None)
