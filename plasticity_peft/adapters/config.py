@@ -6,7 +6,7 @@ import copy
 import os
 import weakref
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from peft import LoraConfig
@@ -241,6 +241,8 @@ class PlasticityConfig(LoraConfig):
                 "Make a new one to measure this model. To adapt the same modules here without measuring, use "
                 "config.to_lora()."
             )
+        # PiSSA and others change the weights that were measured. Further adapters are for the same model.
+        self.chosen = replace(self.chosen, model=weakref.ref(model))
 
     def _measured_modules(self) -> list[str]:
         scores = self.report.scores if isinstance(self.report, PlasticityReport) else ()
