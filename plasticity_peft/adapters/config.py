@@ -5,8 +5,13 @@ from __future__ import annotations
 import copy
 import os
 import weakref
+<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields
+=======
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass, field, fields, replace
+>>>>>>> h-live
 from typing import Any
 
 from peft import LoraConfig
@@ -243,6 +248,8 @@ class PlasticityConfig(LoraConfig):
                 "Make a new one to measure this model. To adapt the same modules here without measuring, use "
                 "config.to_lora()."
             )
+        # PiSSA and others change the weights that were measured. Further adapters are for the same model.
+        self.chosen = replace(self.chosen, model=weakref.ref(model))
 
     def _measured_modules(self) -> list[str]:
         scores = self.report.scores if isinstance(self.report, PlasticityReport) else ()
