@@ -5,13 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import weakref
-<<<<<<< HEAD
 from collections.abc import Callable, Iterable, Mapping, Sized
-from dataclasses import dataclass, field, fields
-=======
-from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
->>>>>>> h-live
 from typing import Any
 
 from peft import LoraConfig
