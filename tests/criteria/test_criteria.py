@@ -455,7 +455,7 @@ def test_the_papers_measure_selects_what_it_ranks_first_with_a_warning(vit: PreT
     best = report.ranking()[0].unit
     assert best.startswith("LN")
     config = PlasticityConfig(target_data=IMAGES, criterion="rate_of_change")
-    with pytest.warns(UserWarning, match=f"{best} ranks high because a layer norm divides by the spread"):
+    with pytest.warns(UserWarning, match=f"{best} ranks high because a layer norm divides by the standard deviation"):
         get_peft_model(vit, config)
     assert config.selection.units == (best,)
 
