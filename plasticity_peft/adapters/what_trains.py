@@ -28,7 +28,7 @@ from plasticity_peft.components.heads import (
     outermost,
     within,
 )
-from plasticity_peft.components.quantized import parameter_count
+from plasticity_peft.components.quantized import holds_plain_weights, parameter_count
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
 
@@ -84,6 +84,9 @@ def _adapted(model: nn.Module) -> bool:
 def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
     """Yields a module if it trains, or the modules in it that do; a layer that is frozen in part counts as trained."""
     module = modules[path]
+    if not all(holds_plain_weights(part) for _, part in walk(module)):  # whose flags are not the user's
+        yield path
+        return
     flags = [parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point()]
     if all(flags):
         yield path

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import accelerate.utils
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
@@ -23,6 +24,19 @@ from plasticity_peft.components.wrappers import bare, forward_parameters
 from plasticity_peft.errors import ModelError
 from plasticity_peft.report.report import PlasticityReport
 from tests.support.models import backbone, disturbed, random_images, tiny_model
+
+
+def in_bfloat16(model: nn.Module) -> nn.Module:
+    """Returns the model as Accelerate prepares it for mixed precision."""
+    AcceleratorState._reset_state(reset_partial_state=True)  # the precision of a process is fixed
+    return Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_as_it_was() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
 
 IMAGES = random_images()
 CRITERIA = ("parameter_plasticity", "rate_of_change")
@@ -72,7 +86,7 @@ WRAPPERS: dict[str, Callable[[PreTrainedModel], nn.Module]] = {
     "compiled and parallel": lambda model: nn.DataParallel(torch.compile(model, backend="eager")),
     "parallel and compiled": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
     "compiled regions": lambda model: accelerate.utils.compile_regions(model, backend="eager"),
-    "mixed precision": lambda model: Accelerator(mixed_precision="bf16", cpu=True).prepare(model),
+    "mixed precision": lambda model: in_bfloat16(model),
 }
 
 
@@ -86,7 +100,7 @@ def test_a_known_wrapper_changes_nothing(name: str, criterion: str) -> None:
 
 
 def test_mixed_precision_is_left_as_it_was() -> None:
-    model = Accelerator(mixed_precision="bf16", cpu=True).prepare(tiny_model())
+    model = in_bfloat16(tiny_model())
     before = vars(model).copy()
     scores(model)
     assert {name: vars(model)[name] for name in before} == before

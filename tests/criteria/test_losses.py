@@ -24,7 +24,7 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from plasticity_peft import measure_plasticity
+from plasticity_peft import find_components, measure_plasticity
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images.labels import collated
 from tests.support.models import random_images, tiny_model
@@ -132,7 +132,7 @@ def test_labels_of_every_form_reach_the_loss_of_a_classifier(form: str, holder: 
     model = vit(**options)
     before = model.config.problem_type
     data = rows(labels) if holder == "items" else [(row["pixel_values"], row["labels"]) for row in rows(labels)]
-    layer = model.vit.layers[0].mlp.fc1
+    layer = model.get_submodule(find_components(model)[3].path)
     expected = norms(model, lambda part: loss(model(pixel_values=IMAGES[part]).logits, part), layer)
     assert score(model, data, collate=lambda items: items) == pytest.approx(expected, rel=1e-5)
     assert model.config.problem_type == before
@@ -217,7 +217,9 @@ def test_a_loss_of_the_user(form: str) -> None:
     model = Own(form).eval()
     data = rows(NUMBERS)
     expected = norms(
-        model, lambda part: F.l1_loss(_logits(model, IMAGES[part]), NUMBERS[part]), model.vit.layers[0].mlp.fc1
+        model,
+        lambda part: F.l1_loss(_logits(model, IMAGES[part]), NUMBERS[part]),
+        model.get_submodule(find_components(model)[3].path),
     )
     assert score(model, data) == pytest.approx(expected, rel=1e-5)
 

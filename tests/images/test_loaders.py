@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from peft import get_peft_model
 from torch.nn import functional as F
 from torch.utils.data import (
@@ -29,7 +30,7 @@ from torch.utils.data import (
 )
 from transformers import PreTrainedModel, default_data_collator
 
-from plasticity_peft import PlasticityConfig, measure_plasticity
+from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
 from plasticity_peft.errors import ConfigError, DataError
 from plasticity_peft.images import sources
 from plasticity_peft.images.indexed import Images
@@ -209,7 +210,7 @@ def test_batches_of_any_form_are_told_apart_with_their_labels(vit: PreTrainedMod
         part = slice(start, min(start + 5, 12))
         model = vit.train().eval()
         loss = model(pixel_values=IMAGES[part], labels=LABELS[part][: 12 - start]).loss
-        gradients = torch.autograd.grad(loss, list(model.vit.layers[0].mlp.fc1.parameters()))
+        gradients = torch.autograd.grad(loss, list(model.get_submodule(find_components(model)[3].path).parameters()))
         expected.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
     assert next(row.mean for row in report.scores if row.id == "0.FC1") == pytest.approx(
         float(torch.stack(expected).mean()), rel=1e-4
@@ -414,6 +415,7 @@ def test_large_images_fill_a_buffer_sooner(monkeypatch: pytest.MonkeyPatch) -> N
     assert len(read) == 10
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 logs and checks sizes otherwise")
 @pytest.mark.parametrize(
     ("data", "level", "text"),
     [
@@ -487,6 +489,7 @@ def test_forward_kwargs_that_the_model_does_not_take_are_refused(vit: PreTrained
         get_peft_model(vit, PlasticityConfig(target_data=IMAGES, forward_kwargs=value))
 
 
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 logs and checks sizes otherwise")
 def test_an_argument_of_the_backbone_that_the_model_hands_on(vit: PreTrainedModel) -> None:
     """Not in the signature of CLIPForImageClassification.forward, which takes anything."""
     from tests.support.families import FAMILIES
