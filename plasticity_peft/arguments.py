@@ -148,6 +148,11 @@ ARGUMENTS: Mapping[str, Argument] = {
     "report": Argument(
         "Scores to select from instead of measuring: a PlasticityReport, or the path of a saved one.",
     ),
+    "fit_head": Argument(
+        "Fits the classification head to target_data in closed form before anything is measured, see fit_head. The "
+        "images need labels. With report, target_data is used for the head alone.",
+        check_flag,
+    ),
     "criterion": Argument(
         "Name of the criterion that ranks. 'parameter_plasticity', the default, measures how far the model's features "
         "move with the component's parameters. 'rate_of_change' is the paper's measure. The others are "

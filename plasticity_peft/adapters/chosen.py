@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.wrappers import walk
+from plasticity_peft.report.head import HeadFit
 from plasticity_peft.report.selection import Selection
 
 SAMPLED_VALUES = 16
@@ -27,6 +28,8 @@ class Chosen:
     """Paths of the modules that LoRA adapts."""
     id2label: dict[int, str] | None
     """Names of the labels, from the config of the model."""
+    head_fit: HeadFit | None
+    """What fitting the head found; None if it was not fitted."""
     options: Mapping[str, Any]
     """The options of the config that the choice depends on."""
     fingerprint: str

@@ -23,6 +23,7 @@ from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.hub import CONFIG_NAME
 from plasticity_peft.measuring.measure import Settings
 from plasticity_peft.registration import PEFT_TYPE
+from plasticity_peft.report.head import HeadFit
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, present_results
@@ -92,6 +93,7 @@ class PlasticityConfig(LoraConfig):
     report: PlasticityReport | Mapping[str, Any] | str | os.PathLike[str] | None = field(
         default=None, repr=False, metadata=_described("report")
     )
+    fit_head: bool = field(default=False, metadata=_described("fit_head"))
     criterion: str | None = field(default=None, metadata=_described("criterion"))
     inputs: str | None = field(default=None, metadata=_described("inputs"))
     granularity: str = field(default="kind", metadata=_described("granularity"))
@@ -137,6 +139,11 @@ class PlasticityConfig(LoraConfig):
         return None if self.chosen is None else self.chosen.selection
 
     @property
+    def head_fit(self) -> HeadFit | None:
+        """What fitting the head found; None without `fit_head`, and before that."""
+        return None if self.chosen is None else self.chosen.head_fit
+
+    @property
     def id2label(self) -> dict[int, str] | None:
         """Names of the labels of the model that was adapted, from its config."""
         return None if self.chosen is None else self.chosen.id2label
@@ -159,7 +166,7 @@ class PlasticityConfig(LoraConfig):
         """Raises ConfigError unless there is one thing to rank by: a report, or data."""
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
             raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
-        if self.report is not None and self.target_data is not None:
+        if self.report is not None and self.target_data is not None and not self.fit_head:
             raise ConfigError("Give report, to select from scores, or target_data, to measure. Got both.")
         if self.source_data is not None and self.target_data is None:
             raise ConfigError("source_data is the other half of each pair: give target_data with it.")
@@ -216,7 +223,7 @@ class PlasticityConfig(LoraConfig):
 
         Args:
             model: a vision transformer as in `find_components`, or a PeftModel, whose base model is measured. It is
-                left as it is.
+                left as it is, except that `fit_head` sets the weights of its head.
 
         Raises:
             ConfigError: this config has selected for another model, or an option was changed since it selected.
@@ -277,6 +284,7 @@ class PlasticityConfig(LoraConfig):
         target_modules: Iterable[str] | str,
         modules_to_save: list[str] | None,
         id2label: dict[int, str] | None,
+        head_fit: HeadFit | None = None,
     ) -> None:
         """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
         self.report = report
@@ -288,6 +296,7 @@ class PlasticityConfig(LoraConfig):
             selection=selection,
             linears=() if isinstance(target_modules, str) else tuple(sorted(target_modules)),
             id2label=id2label,
+            head_fit=head_fit,
             options=self._options(),
             fingerprint=fingerprint(model, self._measured_modules()),
             model=weakref.ref(model),
@@ -345,5 +354,5 @@ class PlasticityConfig(LoraConfig):
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if isinstance(self.report, PlasticityReport) and self.selection is not None and self.is_as_chosen:
-                adapter = AdapterDescription.of(self.selection, self.training, self.id2label)
+                adapter = AdapterDescription.of(self.selection, self.training, self.id2label, self.head_fit)
                 AdapterRecord(self.report, adapter, present_results(save_directory)).write(folder)

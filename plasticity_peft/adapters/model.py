@@ -30,6 +30,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from transformers.utils import logging
 
 from plasticity_peft.adapters.chosen import labels_of
 from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
@@ -54,10 +55,15 @@ from plasticity_peft.adapters.what_trains import (
 )
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
-from plasticity_peft.errors import ModelError
+from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.measuring.head import fitted_head
 from plasticity_peft.measuring.measure import measure_by
 from plasticity_peft.registration import PEFT_TYPE
+from plasticity_peft.report.head import HeadFit
 from plasticity_peft.report.report import PlasticityReport
+
+# Below the logger of transformers, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
 
 NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 """Value of `target_modules` for an adapter without any LoRA layer."""
@@ -181,15 +187,40 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     check_trainable(model, architecture, config, heads)
     labels = _labels(model, architecture) if heads else None
     report = config.load_report()
-    if report is None:
-        report = _measure(model, config)
-    else:
+    if report is not None:
         report.check_matches(architecture.model_type, architecture.components)
-    selection = config.select(report)
-    training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
-    names = _lora_names(model, training, config.modules_to_save)
-    config.resolve(model, report, selection, **names, id2label=labels)
+    with _head_fitted(model, config) as head_fit:
+        if report is None:
+            report = _measure(model, config)
+        selection = config.select(report)
+        training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+        names = _lora_names(model, training, config.modules_to_save)
+        config.resolve(model, report, selection, **names, id2label=labels, head_fit=head_fit)
     report_what_trains(model, architecture, training, selection.units)
+
+
+@contextmanager
+def _head_fitted(model: nn.Module, config: PlasticityConfig) -> Iterator[HeadFit | None]:
+    """Inside, and after it, the head is fitted if the config asks for it. An exception inside takes that back."""
+    if not config.fit_head:
+        yield None
+        return
+    if config.target_data is None:
+        raise ConfigError("fit_head=True needs labeled images: give them as target_data. Got None.")
+    with _adapters_hidden(model):
+        fitted = fitted_head(
+            model,
+            config.target_data,
+            batch_size=config.batch_size,
+            seed=config.seed,
+            dtype=config.dtype,
+            backbone=config.backbone,
+            forward_kwargs=config.forward_kwargs,
+        )
+    with fitted.restored_on_failure():
+        fitted.set()
+        logger.info("%s", fitted.found)
+        yield fitted.found
 
 
 def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | None) -> dict[str, Any]:

@@ -51,6 +51,14 @@ def measure(
     ] = None,
     revision: options.Revision = None,
     plugin: options.Plugin = None,
+    fit_head: Annotated[
+        bool,
+        typer.Option(
+            "--fit_head",
+            help="Fit the classification head to the labels of the images in closed form first, for criteria with "
+            "gradients. The leave-one-out accuracy is printed.",
+        ),
+    ] = False,
     criterion: Annotated[str | None, options.one_of("--criterion", CRITERIA, options.HELP["criterion"])] = None,
     inputs: Annotated[str | None, options.one_of("--inputs", PROTOCOLS, options.HELP["inputs"])] = None,
     max_samples: Annotated[int, typer.Option("--max_samples", help=options.HELP["max_samples"])] = 1024,
@@ -92,9 +100,12 @@ def measure(
         others.load()
     loaded = _load_model(model, target, seed, revision).to("cpu" if state.device.type == "mps" else state.device)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
+    images = target.prepared(processor)
+    if fit_head:
+        _fit_head(loaded, images, batch_size, seed, dtype, backbone, forward_kwargs)
     report = measure_plasticity(
         loaded,
-        target.prepared(processor),
+        images,
         others.prepared(processor),
         criterion=criterion,
         inputs=inputs,
@@ -115,6 +126,17 @@ def measure(
     if state.is_main_process:
         _hand_out(report, output, plot, view, as_json)
     state.destroy_process_group()
+
+
+def _fit_head(model: PreTrainedModel, images: Any, *options: Any) -> None:
+    """Fits the head of the model, and prints what was found to standard error."""
+    from plasticity_peft.errors import ConfigError
+    from plasticity_peft.measuring.head import fit_head
+
+    if images is None:
+        raise ConfigError("--fit_head needs labeled images. Name a dataset after the model.")
+    names = ("batch_size", "seed", "dtype", "backbone", "forward_kwargs")
+    typer.echo(str(fit_head(model, images, **dict(zip(names, options, strict=True)))), err=True)
 
 
 def _state() -> PartialState:

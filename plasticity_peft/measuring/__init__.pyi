@@ -1,1 +1,2 @@
+from .head import fit_head as fit_head
 from .measure import measure_plasticity as measure_plasticity

@@ -7,7 +7,8 @@ and makes gradients mean something: those that come through a freshly initialize
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch import nn
 from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import MOST_SAMPLES, check_number
 from plasticity_peft.components.architecture import Architecture, find_architecture
-from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run
+from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run, with_forward_kwargs
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
 from plasticity_peft.components.wrappers import bare, walk
@@ -31,32 +32,10 @@ from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
+from plasticity_peft.report.head import HeadFit
 
 MOST_HELD = 2**17
 """Images whose features are held in memory to compute leave-one-out errors; of more images, the first ones drawn."""
-
-
-@dataclass(frozen=True)
-class HeadFit:
-    """What `fit_head` found."""
-
-    problem_type: str
-    """"single_label_classification", "multi_label_classification" or "regression", as in transformers."""
-    score: float
-    """Leave-one-out accuracy (of single labels, or mean over the labels of a multi-label problem); R squared of a
-    regression. It is the score of a linear probe that finetuning has to beat."""
-    loss: float
-    """Leave-one-out cross-entropy in nats per image, or mean squared error of a regression."""
-    penalty: float
-    """Penalty of ridge regression on standardized features."""
-    temperature: float
-    """Factor of the logits that fits the cross-entropy; 1 for a regression."""
-    images: int
-    """Number of images that the head was fitted on."""
-    features: int
-    """Number of features that the head receives."""
-    outputs: int
-    """Number of outputs of the head."""
 
 
 def fit_head(
@@ -69,6 +48,7 @@ def fit_head(
     seed: int = 0,
     dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> HeadFit:
     """Fits the head of `model` in closed form, sets its weights in place, and returns what was found.
 
@@ -87,6 +67,7 @@ def fit_head(
         seed: seed of the drawing of images and of the dataset's own transforms.
         dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
         backbone: path of the vision transformer in a model that contains several.
+        forward_kwargs: arguments of each forward pass, as in `measure_plasticity`.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -104,27 +85,109 @@ def fit_head(
         >>> (found.images, found.outputs)
         (16, 2)
     """
-    given = {"max_samples": max_samples, "batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
-    precision = check_arguments(given)["dtype"]
+    fitted = fitted_head(
+        model,
+        dataset,
+        penalties=penalties,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        backbone=backbone,
+        forward_kwargs=forward_kwargs,
+    )
+    with fitted.restored_on_failure():
+        fitted.set()
+    return fitted.found
+
+
+@dataclass(frozen=True, eq=False)
+class FittedHead:
+    """Weights for the last layer of a head, which are not set yet."""
+
+    layer: nn.Linear
+    weights: np.ndarray
+    """float64 of shape (outputs, features)."""
+    biases: np.ndarray
+    """float64 of shape (outputs,)."""
+    found: HeadFit
+
+    def set(self) -> None:
+        """Sets the weights and biases of the layer, in place."""
+        with torch.no_grad():
+            self.layer.weight.copy_(torch.from_numpy(self.weights))
+            self.layer.bias.copy_(torch.from_numpy(self.biases))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Afterwards, the layer has the weights that it has now."""
+        with ExitStack() as stack:
+            stack.callback(self._restore, self._copies())
+            yield
+
+    @contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """An exception inside gives the layer back the weights that it has now."""
+        copies = self._copies()
+        try:
+            yield
+        except BaseException:
+            self._restore(copies)
+            raise
+
+    def _copies(self) -> list[torch.Tensor]:
+        return [parameter.detach().clone() for parameter in (self.layer.weight, self.layer.bias)]
+
+    def _restore(self, copies: Sequence[torch.Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, copied in zip((self.layer.weight, self.layer.bias), copies, strict=True):
+                parameter.copy_(copied)
+
+
+def fitted_head(
+    model: nn.Module,
+    dataset: Any,
+    *,
+    penalties: Any = None,
+    max_samples: int = MOST_SAMPLES,
+    batch_size: int = 32,
+    seed: int = 0,
+    dtype: str | torch.dtype | None = None,
+    backbone: str | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> FittedHead:
+    """Returns the head that `fit_head` sets, and changes nothing; the arguments and errors are the same."""
+    options = check_arguments(
+        {
+            "max_samples": max_samples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "dtype": dtype,
+            "backbone": backbone,
+            "forward_kwargs": forward_kwargs,
+        }
+    )
     wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
     model = bare(model)
-    architecture = find_architecture(model, backbone)
+    architecture = with_forward_kwargs(model, find_architecture(model, backbone), options["forward_kwargs"])
     share = this_process()
-    with ONE_AT_A_TIME, left_as_found(model, seed, precision, dataset), trainable_after(model):
-        with failing_together(share):
-            sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
-            path = final_layer(model, architecture, sampler.example())
-            layer = _linear(model, path)
-            count = sampler.available(max_samples)
-            problem = _problem_type(model, sampler)
-        same(share, "number of images", count)
-        sums, features, targets = _collect(model, architecture, path, sampler, share, problem)
-    found = _solve(sums, features, targets, wanted, share, problem)
-    weights, biases = Ridge(sums).weights(found.penalty)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weights * found.temperature))
-        layer.bias.copy_(torch.from_numpy(biases * found.temperature))
-    return found
+    with ONE_AT_A_TIME:
+        found = left_as_found(model, seed, options["dtype"], dataset)
+        try:
+            with found, trainable_after(model):
+                with failing_together(share):
+                    sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
+                    path = final_layer(model, architecture, sampler.example())
+                    layer = _linear(model, path)
+                    count = sampler.available(max_samples)
+                    problem = _problem_type(model, sampler)
+                same(share, "number of images", count)
+                sums, features, targets = _collect(model, architecture, path, sampler, share, problem)
+        finally:
+            found.put_back()  # an interrupt may have cut short what the context does at its end
+    fit = _solve(sums, features, targets, wanted, share, problem)
+    weights, biases = Ridge(sums).weights(fit.penalty)
+    return FittedHead(layer, weights * fit.temperature, biases * fit.temperature, fit)
 
 
 def _checked(penalty: Any) -> float:
@@ -163,7 +226,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
 
 
 def _linear(model: nn.Module, path: str) -> nn.Linear:
-    """Returns the linear layer at a path of the base model, or the copy that the active adapter trains."""
+    """Returns the linear layer at a path of the base model, or the copy that an enabled adapter trains."""
     current: nn.Module = model
     for name in path.split("."):
         current = _active(current).get_submodule(name)
@@ -173,9 +236,13 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 
 def _active(module: nn.Module) -> nn.Module:
-    copies, active = getattr(module, "modules_to_save", None), getattr(module, "active_adapters", [])
-    trained = [copies[name] for name in active if name in copies] if isinstance(copies, nn.ModuleDict) else []
-    return trained[0] if trained else module
+    """Returns the module itself, or what PEFT calls in its place: the copy of the active adapter, or the original."""
+    original = module._modules.get("original_module")
+    if original is None:
+        return module
+    copies, active = module.modules_to_save, [] if module.disable_adapters else module.active_adapters
+    trained = [copies[name] for name in active if name in copies]  # type: ignore[index, union-attr, operator]
+    return trained[0] if trained else original
 
 
 def _sampler(

@@ -23,6 +23,7 @@ from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, WEIGHTS_NAME, find_json, without_report
 from plasticity_peft.report.format import current, reading
+from plasticity_peft.report.head import HeadFit
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
@@ -36,14 +37,22 @@ class AdapterDescription(Selection):
     """"lora" or "full"."""
     id2label: dict[int, str] | None = None
     """Names of the labels; None for a model without a head."""
+    head_fit: HeadFit | None = None
+    """What fitting the head in closed form found, before training; None if it was not fitted."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
     @classmethod
-    def of(cls, selection: Selection, training: str, id2label: Mapping[int, str] | None) -> AdapterDescription:
+    def of(
+        cls,
+        selection: Selection,
+        training: str,
+        id2label: Mapping[int, str] | None,
+        head_fit: HeadFit | None = None,
+    ) -> AdapterDescription:
         """Returns the description of an adapter that trains `selection`."""
         labels = None if id2label is None else dict(id2label)
-        return cls(**_fields(selection), training=training, id2label=labels)
+        return cls(**_fields(selection), training=training, id2label=labels, head_fit=head_fit)
 
     @property
     def selection(self) -> Selection:

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from scipy.special import log_softmax
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
-from transformers import ViTConfig, ViTForImageClassification
+from transformers import DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
+from plasticity_peft import PlasticityConfig, fit_head, measure_plasticity
 from plasticity_peft.errors import ConfigError, DataError, ModelError
-from plasticity_peft.measuring.head import HeadFit, fit_head
 from plasticity_peft.measuring.ridge import Ridge, Sums
+from plasticity_peft.report.head import HeadFit
+from plasticity_peft.saved.record import AdapterRecord
 from tests.support.models import backbone, tiny_model
+from tests.support.processes import launch
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
 
@@ -168,3 +174,175 @@ def test_what_it_returns_says_what_was_fitted(vit: nn.Module) -> None:
         16,
         3,
     )
+
+
+def test_several_labels_per_image_are_fitted_one_by_one() -> None:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, (40, 3)).astype(np.float32)
+    items = labeled(40, labels)
+    model = problem("multi_label_classification", 3)
+    found = fit_head(model, items, penalties=[10.0])
+    x, y = features(model, items), 2 * labels - 1
+    theirs = make_pipeline(StandardScaler(), SklearnRidge(alpha=10.0)).fit(x, y)
+    np.testing.assert_allclose(logits(model, items), found.temperature * theirs.predict(x), atol=2e-4)
+    left_out = Ridge(Sums.of(x, y)).left_out(x, y, 10.0)
+    assert found.score == pytest.approx(((left_out > 0) == (labels > 0)).mean())
+    own = torch.nn.functional.binary_cross_entropy_with_logits(
+        torch.from_numpy(found.temperature * left_out), torch.from_numpy(labels).double()
+    )
+    assert found.loss == pytest.approx(float(own), rel=1e-4)
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_numbers_are_fitted_as_they_are(outputs: int) -> None:
+    rng = np.random.default_rng(0)
+    values = rng.normal(size=(40, outputs)).astype(np.float32)
+    items = labeled(40, values if outputs > 1 else values[:, 0])
+    model = problem("regression", outputs)
+    found = fit_head(model, items, penalties=[1.0])
+    x = features(model, items)
+    theirs = make_pipeline(StandardScaler(), SklearnRidge(alpha=1.0)).fit(x, values)
+    np.testing.assert_allclose(logits(model, items), theirs.predict(x).reshape(40, outputs), atol=2e-4)
+    left_out = Ridge(Sums.of(x, values)).left_out(x, values, 1.0)
+    assert found.temperature == 1.0
+    assert found.loss == pytest.approx(((left_out - values) ** 2).mean())
+    assert found.score == pytest.approx(1 - ((left_out - values) ** 2).sum() / ((values - values.mean(0)) ** 2).sum())
+
+
+def test_a_config_fits_the_head_before_it_measures() -> None:
+    """A gradient criterion ranks by what comes through the fitted head."""
+    items = labeled(40, [number % 3 for number in range(40)])
+    options = {"criterion": "gradient_norm", "max_samples": 16, "batch_size": 8, "settle": None}
+    by_hand = tiny_model()
+    found = fit_head(by_hand, items, batch_size=8)
+    expected = measure_plasticity(by_hand, items, **options)
+    config = PlasticityConfig(target_data=items, fit_head=True, **options)
+    model = get_peft_model(tiny_model(), config)
+    assert config.head_fit == found
+    assert config.report.scores == expected.scores
+    assert config.report.scores != measure_plasticity(tiny_model(), items, **options).scores
+    np.testing.assert_array_equal(logits(model, items), logits(by_hand, items))
+    with model.disable_adapter():
+        np.testing.assert_array_equal(logits(model, items), logits(by_hand, items))
+
+
+def test_what_was_found_is_saved_beside_the_adapter(tmp_path: Path) -> None:
+    items = labeled(20, [number % 3 for number in range(20)])
+    config = PlasticityConfig(target_data=items, fit_head=True, criterion="bound")
+    get_peft_model(tiny_model(), config).save_pretrained(str(tmp_path))
+    assert AdapterRecord.read(tmp_path).adapter.head_fit == config.head_fit
+
+
+def test_a_report_and_images_to_fit_the_head_go_together() -> None:
+    items = labeled(20, [number % 3 for number in range(20)])
+    report = measure_plasticity(tiny_model(), items, max_samples=8)
+    config = PlasticityConfig(report=report, target_data=items, fit_head=True)
+    get_peft_model(tiny_model(), config)
+    assert config.report == report
+    assert config.head_fit.images == 20
+    with pytest.raises(ConfigError, match="fit_head=True needs labeled images"):
+        get_peft_model(tiny_model(), PlasticityConfig(report=report, fit_head=True))
+
+
+def test_a_head_that_was_fitted_in_vain_is_as_it_was() -> None:
+    items = labeled(20, [number % 3 for number in range(20)])
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ConfigError, match="top_k"):  # found out after measuring
+        get_peft_model(model, PlasticityConfig(target_data=items, fit_head=True, top_k=9, max_samples=8))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_further_adapter_leaves_the_head_of_the_first_alone() -> None:
+    items = labeled(20, [number % 3 for number in range(20)])
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    first = logits(model, items)
+    config = PlasticityConfig(target_data=items, fit_head=True, criterion="bound", candidates="FC1")
+    model.add_adapter("fitted", config)
+    np.testing.assert_array_equal(logits(model, items), first)
+    model.set_adapter("fitted")
+    fitted = tiny_model()
+    fit_head(fitted, items)
+    np.testing.assert_allclose(logits(model, items), logits(fitted, items), atol=1e-5)
+
+
+def test_an_adapter_that_is_trained_has_its_own_head_fitted() -> None:
+    """`fit_head` sets the head that the model uses: that of the active adapter."""
+    items = labeled(20, [number % 3 for number in range(20)])
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    with model.disable_adapter():
+        before = logits(model, items)
+    fit_head(model, items)
+    fitted = tiny_model()
+    fit_head(fitted, items)
+    np.testing.assert_allclose(logits(model, items), logits(fitted, items), atol=1e-5)
+    with model.disable_adapter():
+        np.testing.assert_array_equal(logits(model, items), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [
+        (
+            lambda: DeiTForImageClassificationWithTeacher(tiny_model("deit").config),
+            r"cls_classifier \(Linear\), distillation_classifier \(Linear\)",
+        ),
+        (lambda: tiny_model_with(nn.Sequential(nn.Linear(16, 3), nn.Softmax(-1))), r"classifier \(Sequential\)"),
+        (lambda: tiny_model_with(nn.Linear(16, 3, bias=False)), r"classifier \(Linear\)"),
+    ],
+    ids=["two heads", "not linear at the end", "no bias"],
+)
+def test_other_heads_are_refused_by_name(make: Any, parts: str) -> None:
+    with pytest.raises(ModelError, match=f"whose output is the logits of the model. Its head is: {parts}"):
+        fit_head(make(), labeled(10, [0, 1] * 5))
+
+
+def tiny_model_with(head: nn.Module) -> nn.Module:
+    model = tiny_model()
+    model.classifier = head
+    return model
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2"])
+def test_other_architectures_have_their_head_fitted(name: str) -> None:
+    """The head of DINOv2 receives the first token and the mean of the others."""
+    items = labeled(40, [number % 3 for number in range(40)])
+    model = tiny_model(name)
+    received: list[torch.Tensor] = []
+    model.classifier.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+    logits(model, items)
+    theirs = make_pipeline(StandardScaler(), RidgeClassifierCV(alphas=PENALTIES))
+    theirs.fit(received[0].numpy(), [item["labels"] for item in items])
+    found = fit_head(model, items, penalties=PENALTIES)
+    decision = theirs.decision_function(received[0].numpy())
+    np.testing.assert_allclose(logits(model, items), found.temperature * decision, atol=5e-4)
+
+
+SCRIPT = """
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from accelerate import PartialState
+from plasticity_peft import fit_head
+from tests.measuring.test_head import labeled, tiny_model
+state = PartialState(cpu=True)
+model = tiny_model()
+found = fit_head(model, labeled(50, [number % 3 for number in range(50)]), batch_size=4)
+row = {**asdict(found), "weights": float(model.classifier.weight.detach().abs().sum())}
+Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(row))
+state.destroy_process_group()
+"""
+
+
+def test_several_processes_fit_the_head_of_one(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    (run,) = launch(tmp_path / "script.py", tmp_path)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    alone = tiny_model()
+    one = asdict(fit_head(alone, labeled(50, [number % 3 for number in range(50)]), batch_size=4))
+    for row in rows:
+        assert row.pop("problem_type") == one["problem_type"]
+        assert row.pop("weights") == pytest.approx(float(alone.classifier.weight.detach().abs().sum()), rel=1e-6)
+        assert row == pytest.approx({name: value for name, value in one.items() if name in row}, rel=1e-6)

@@ -1,0 +1,247 @@
+"""Learning rates for Adam, one for each group of what trains in a model.
+
+What a step of Adam changes depends on the learning rate and on how many weights move together: to first order the loss
+falls by `rate * ||gradient||_1`. So weights that train in full get a rate that is inversely proportional to the sum of
+the absolute values of their gradient. LoRA has no gradient to speak of before it trains, as one of its two matrices is
+zero; its rate follows from the sizes of the layers. `examples/benchmarks/rates.py` compares these rates with grids.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.utils import logging
+
+from plasticity_peft.components.architecture import Architecture, find_architecture
+from plasticity_peft.components.calls import input_names, label_names, with_forward_kwargs
+from plasticity_peft.components.heads import within
+from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.components.wrappers import bare
+from plasticity_peft.criteria.losses import own_loss
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.images.indexed import Images
+from plasticity_peft.images.items import LABELS
+from plasticity_peft.images.sampler import Batches
+from plasticity_peft.measuring.head import FittedHead, fitted_head
+from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
+
+# Below the logger of transformers, so that its verbosity holds here too.
+logger = logging.get_logger(f"transformers.{__name__}")
+
+GROUPS = ("head", "vector", "matrix", "lora_A", "lora_B")
+"""Names of the groups: the head; what is no matrix of a layer, such as norms, biases and embeddings; weights of linear
+and convolutional layers that train in full; the two matrices of LoRA."""
+IN_FULL = ("vector", "matrix")
+
+FALL = 1.2
+"""Rate of what trains in full times the sum of the absolute values of its gradient, in nats."""
+MOST_OVER_MATRICES = 10.0
+"""Largest rate of vectors that train beside matrices, as a multiple of the rate of the matrices."""
+OF_LORA = 5.0
+"""Rate of LoRA, times its scale, its rank, and the root of the summed widths of the layers that it adapts."""
+OF_FITTED_HEAD, OF_FRESH_HEAD = 0.03, 0.3
+"""Rate of a head times the number of its features."""
+WITHOUT_DATA = {"matrix": 0.3, "vector": 3.0}
+"""Rate of what trains in full, times the root of the number of its parameters, if there are no labels to ask."""
+IMAGES = 256
+"""Number of images whose mean gradient is taken."""
+TO_FIT = 1024
+"""Number of images that a head is fitted on for the gradient alone."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate."""
+
+    name: str
+    """One of `GROUPS`."""
+    parameters: tuple[tuple[str, nn.Parameter], ...]
+    """By their names in the model."""
+
+    @property
+    def count(self) -> int:
+        """Number of values."""
+        return sum(parameter.numel() for _, parameter in self.parameters)
+
+
+def trained_groups(model: nn.Module) -> list[Group]:
+    """Returns what trains in a model, in the order of `GROUPS`; groups without parameters are left out.
+
+    Raises:
+        ConfigError: nothing trains.
+    """
+    base = bare(model)
+    heads = find_architecture(base).heads
+    owners = {id(parameter): module for module in base.modules() for parameter in module.parameters(recurse=False)}
+    found: dict[str, list[tuple[str, nn.Parameter]]] = {name: [] for name in GROUPS}
+    for name, parameter in base.named_parameters():
+        if parameter.requires_grad:
+            found[_group(name, parameter, owners[id(parameter)], heads)].append((name, parameter))
+    groups = [Group(name, tuple(members)) for name, members in found.items() if members]
+    if not groups:
+        raise ConfigError(f"No parameter of {type(base).__name__} trains. Adapt the model first, with get_peft_model.")
+    return groups
+
+
+def _group(name: str, parameter: nn.Parameter, module: nn.Module, heads: Iterable[str]) -> str:
+    parts = name.split(".")
+    if any(part.endswith("_A") for part in parts) and "lora" in name:
+        return "lora_A"
+    if any(part.startswith("lora_") for part in parts):
+        return "lora_B"
+    if any(within(name, head) for head in heads):
+        return "head"
+    weighs = isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)) and parameter is module.weight
+    return "matrix" if weighs or (parameter.ndim == 2 and parts[-1] == "weight") else "vector"
+
+
+def recommended_rates(
+    model: nn.Module,
+    groups: Sequence[Group],
+    train_dataset: Any = None,
+    *,
+    batch_size: int = 32,
+    seed: int = 0,
+    head_is_fitted: bool = False,
+    backbone: str | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Returns a learning rate of Adam for each of the groups, by name; see `create_plasticity_optimizer`."""
+    by_name = {group.name: group for group in groups}
+    rates = {}
+    if "head" in by_name:
+        rates["head"] = (OF_FITTED_HEAD if head_is_fitted else OF_FRESH_HEAD) / _features(by_name["head"])
+    lora = [by_name[name] for name in ("lora_A", "lora_B") if name in by_name]
+    rates |= dict.fromkeys((group.name for group in lora), _rate_of_lora(bare(model))) if lora else {}
+    in_full = [by_name[name] for name in IN_FULL if name in by_name]
+    if not in_full:
+        return rates
+    if train_dataset is None:
+        wanted = {group.name: WITHOUT_DATA[group.name] / math.sqrt(group.count) for group in in_full}
+    else:
+        gradient = _Gradient(model, train_dataset, batch_size, seed, backbone, forward_kwargs)
+        sums = gradient.sums_of_magnitudes(in_full)
+        wanted = {name: FALL / total for name, total in sums.items() if total > 0}
+    return rates | _balanced(wanted, [group.name for group in in_full])
+
+
+def _balanced(wanted: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
+    """Returns the rates of what trains in full; vectors beside matrices get no more than a multiple of their rate."""
+    rates = dict(wanted)
+    if "matrix" in rates and "vector" in names:
+        rates["vector"] = min(rates.get("vector", math.inf), MOST_OVER_MATRICES * rates["matrix"])
+    missing = [name for name in names if name not in rates]
+    if missing:
+        raise ModelError(
+            f"The loss does not depend on what trains of the {missing[0]} group. Give its rate ({missing[0]}_lr)."
+        )
+    return rates
+
+
+def _features(head: Group) -> int:
+    """Returns the number of features that the largest matrix of a head receives."""
+    sizes = [parameter.shape[1:].numel() for _, parameter in head.parameters if parameter.ndim > 1]
+    return max(sizes, default=max(parameter.numel() for _, parameter in head.parameters))
+
+
+def _rate_of_lora(model: nn.Module) -> float:
+    """Returns the rate at which a step moves the adapted layers together by about the same, whatever their sizes."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    adapted = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.r]
+    strength = max(layer.scaling[name] * layer.r[name] for layer, name in adapted)
+    widths = sum(layer.in_features + layer.out_features for layer, _ in adapted)
+    return OF_LORA / (strength * math.sqrt(widths))
+
+
+@dataclass(frozen=True, eq=False)
+class _Gradient:
+    """The mean gradient of the loss over labeled images, through a head that is fitted to them."""
+
+    model: nn.Module
+    dataset: Any
+    batch_size: int
+    seed: int
+    backbone: str | None
+    forward_kwargs: Mapping[str, Any] | None
+
+    def sums_of_magnitudes(self, groups: Sequence[Group]) -> dict[str, float]:
+        """Returns the sum of the absolute values of the mean gradient by each group, by name."""
+        head = self._head()
+        if head is None:
+            return self._measured(groups)
+        with head.restored():
+            head.set()
+            return self._measured(groups)
+
+    def _head(self) -> FittedHead | None:
+        """Returns a fitted head: what comes through a fresh one is noise. None if the head cannot be fitted."""
+        try:
+            return fitted_head(
+                self.model,
+                self.dataset,
+                max_samples=TO_FIT,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                backbone=self.backbone,
+                forward_kwargs=self.forward_kwargs,
+            )
+        except ModelError as error:
+            logger.info("The gradient is taken through the head as it is. %s", error)
+            return None
+
+    def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
+        model = bare(self.model)
+        architecture = find_architecture(model, self.backbone)
+        architecture = with_forward_kwargs(model, architecture, self.forward_kwargs)
+        parameters = [parameter for group in groups for _, parameter in group.parameters]
+        with ONE_AT_A_TIME:
+            found = left_as_found(model, self.seed, None, self.dataset)
+            try:
+                with found, torch.enable_grad():
+                    gradients = iter(self._mean(model, architecture, parameters))
+                    sums = {g.name: sum(float(next(gradients).abs().sum()) for _ in g.parameters) for g in groups}
+            finally:
+                found.put_back()
+        for name, total in sums.items():
+            if not math.isfinite(total):
+                raise NonFiniteError(f"The gradient of the {name} group is NaN or infinite. Train in float32.")
+        return sums
+
+    def _mean(
+        self, model: nn.Module, architecture: Architecture, parameters: Sequence[nn.Parameter]
+    ) -> list[torch.Tensor]:
+        sampler = self._sampler(model, architecture)
+        batches = range(sampler.available(IMAGES))
+        total: list[torch.Tensor] = []
+        for number in batches:
+            loss = own_loss(model, architecture, sampler, sampler.load([number]))
+            found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+            total = list(found) if not total else [a.add_(b) for a, b in zip(total, found, strict=True)]
+        return [gradient.double() / len(batches) for gradient in total]
+
+    def _sampler(self, model: nn.Module, architecture: Architecture) -> Batches:
+        images = Images(
+            self.dataset,
+            "train_dataset",
+            read_at_most=IMAGES,
+            names=input_names(model, architecture),
+            seed=self.seed,
+            label_names=label_names(model, architecture) or LABELS,
+            whole_batches=True,
+        )
+        if not images.has(1):
+            raise DataError(f"train_dataset must hold at least 2 images. Got {len(images)}.")
+        return Batches(
+            target=images,
+            max_samples=IMAGES,
+            batch_size=self.batch_size,
+            seed=self.seed,
+            device=execution_device(model),
+            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
+        )

@@ -1,0 +1,143 @@
+"""Learning rates by group: which parameter is in which group, and what the recommended rates depend on."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from plasticity_peft import PlasticityConfig, create_plasticity_optimizer
+from plasticity_peft.errors import ConfigError, DataError
+from plasticity_peft.measuring.rates import FALL, MOST_OVER_MATRICES, TO_FIT, trained_groups
+from tests.support.models import tiny_model
+
+LABELED = [
+    {"pixel_values": torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) + n % 3, "labels": n % 3}
+    for n in range(40)
+]
+
+
+def rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    return {group["name"]: group["lr"] for group in optimizer.param_groups}
+
+
+def adapted(training: str = "full", **options: Any) -> nn.Module:
+    images = torch.stack([item["pixel_values"] for item in LABELED[:8]])
+    config = PlasticityConfig(target_data=images, training=training, max_samples=8, **options)
+    return get_peft_model(tiny_model(), config)
+
+
+def test_every_parameter_that_trains_is_in_one_group() -> None:
+    model = adapted("lora", candidates=("LN1", "MHA"), top_k=2)
+    optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, weight_decay=0.1)
+    grouped = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    assert len(grouped) == len({id(parameter) for parameter in grouped})
+    assert {id(parameter) for parameter in grouped} == {id(p) for p in model.parameters() if p.requires_grad}
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            expected = (
+                "lora_A" if "lora_A" in name else "lora_B" if "lora_B" in name else
+                "head" if "classifier" in name else "vector"
+            )  # fmt: skip
+            assert group["name"] == expected, name
+            assert group["weight_decay"] == (0.1 if parameter.ndim > 1 else 0.0)
+
+
+def test_a_model_without_an_adapter_has_groups_too() -> None:
+    groups = {group.name: {name for name, _ in group.parameters} for group in trained_groups(tiny_model())}
+    assert groups["head"] == {"classifier.weight", "classifier.bias"}
+    assert "vit.embeddings.patch_embeddings.projection.weight" in groups["matrix"]
+    assert {"vit.embeddings.cls_token", "vit.embeddings.position_embeddings"} <= groups["vector"]
+    assert all(name.endswith("weight") for name in groups["matrix"])
+
+
+def test_a_step_of_what_trains_in_full_lowers_the_loss_by_the_same_whatever_trains() -> None:
+    """The rate is inversely proportional to the sum of the magnitudes of the gradient, computed here by hand."""
+    for kind in ("MHA", "FC1", "FC2"):
+        model = adapted(candidates=kind)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        found = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED, batch_size=40))
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+        assert all(parameter.grad is None for parameter in model.parameters())
+        total = by_hand(model)
+        assert found["matrix"] == pytest.approx(FALL / total["matrix"], rel=1e-3)
+        expected = min(FALL / total["vector"], MOST_OVER_MATRICES * FALL / total["matrix"])
+        assert found["vector"] == pytest.approx(expected, rel=1e-3)
+
+
+def by_hand(model: nn.Module) -> dict[str, float]:
+    """Returns the sums of magnitudes of the gradient through a head that scikit-learn fitted."""
+    from plasticity_peft import fit_head
+
+    assert len(LABELED) <= TO_FIT
+    fit_head(model, LABELED)
+    images = torch.stack([item["pixel_values"] for item in LABELED])
+    model.eval()(pixel_values=images, labels=torch.tensor([item["labels"] for item in LABELED])).loss.backward()
+    sums = {"matrix": 0.0, "vector": 0.0}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and "classifier" not in name:
+            sums["matrix" if parameter.ndim > 1 else "vector"] += float(parameter.grad.abs().sum())
+    return sums
+
+
+def test_the_head_does_not_matter_for_the_rates_of_what_trains_in_full() -> None:
+    """A fresh head lets through almost no gradient, which is no reason for large steps."""
+    found = []
+    for scale in (1.0, 1e-3):
+        model = adapted(candidates="MHA")
+        with torch.no_grad():
+            model.base_model.model.classifier.modules_to_save["default"].weight.mul_(scale)
+        found.append(rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED)))
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+
+
+def test_lora_has_a_rate_that_follows_from_its_sizes() -> None:
+    def of(**options: Any) -> float:
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+        return rates(create_plasticity_optimizer(model, torch.optim.AdamW))["lora_B"]
+
+    one = of(r=4, lora_alpha=8)
+    assert of(r=2, lora_alpha=8) == pytest.approx(one)  # the update has the same size
+    assert of(r=4, lora_alpha=16) == pytest.approx(one / 2)
+    assert of(r=4, lora_alpha=8, use_rslora=True) == pytest.approx(one / 2)
+
+
+def test_without_labels_the_rates_follow_from_the_number_of_parameters() -> None:
+    model = adapted(candidates="MHA")
+    found = rates(create_plasticity_optimizer(model, torch.optim.AdamW))
+    count = next(group.count for group in trained_groups(model) if group.name == "matrix")
+    assert found["matrix"] == pytest.approx(0.3 / math.sqrt(count))
+
+
+def test_a_head_that_was_fitted_gets_smaller_steps_than_a_fresh_one() -> None:
+    found = []
+    for fit_head in (False, True):
+        config = PlasticityConfig(target_data=LABELED, fit_head=fit_head, candidates="MHA", max_samples=8)
+        model = get_peft_model(tiny_model(), config)
+        found.append(rates(create_plasticity_optimizer(model, torch.optim.AdamW))["head"])
+    assert found[0] == pytest.approx(10 * found[1])
+
+
+def test_given_rates_are_used_and_nothing_is_recommended_then() -> None:
+    model = adapted(candidates="MHA")
+    optimizer = create_plasticity_optimizer(model, torch.optim.SGD, lr=0.5, matrix_lr=0.1, momentum=0.9)
+    assert rates(optimizer) == {"head": 0.5, "matrix": 0.1, "vector": 0.5}
+    assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
+
+
+def test_what_cannot_be_is_named() -> None:
+    model = adapted(candidates="MHA")
+    with pytest.raises(ConfigError, match=r"for Adam and its variants only\. Give lr, or head_lr, vector_lr, matrix_lr"):
+        create_plasticity_optimizer(model, torch.optim.SGD)
+    with pytest.raises(ConfigError, match="matrix_lr must be a number above 0"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, matrix_lr=-1)
+    with pytest.raises(DataError, match="label"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=torch.rand(8, 3, 8, 8))
+    with pytest.raises(ConfigError, match="No parameter of ViTForImageClassification trains"):
+        create_plasticity_optimizer(tiny_model().requires_grad_(False), torch.optim.AdamW)
