@@ -1,7 +1,8 @@
 """Finetune the components of a vision transformer that are worth it, on images with labels.
 
-With no argument it needs no network: the small ViT beside this file, pretrained on Fashion-MNIST by pretrain.py, is
-finetuned to scikit-learn's handwritten digits, once with the head alone and once with the selected components.
+The head is fitted to frozen features in closed form, and each group of parameters gets a learning rate of its own. With
+no argument it needs no network: the small ViT beside this file, pretrained on Fashion-MNIST by pretrain.py, is finetuned
+to scikit-learn's handwritten digits, and compared with stock PEFT and with finetuning everything.
 
     python examples/train.py
     python examples/train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \
@@ -13,17 +14,16 @@ finetuned to scikit-learn's handwritten digits, once with the head alone and onc
 
 from __future__ import annotations
 
-import copy
 import logging
 import shutil
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import evaluate
 import numpy as np
 import torch
+from baselines import compare, methods, quiet, table
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -46,7 +46,13 @@ from transformers import (
 )
 from transformers.trainer_utils import EvalPrediction
 
-from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
+from plasticity_peft import (
+    PlasticityConfig,
+    PlasticityError,
+    PlasticityReport,
+    create_plasticity_optimizer,
+    find_components,
+)
 from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
@@ -59,6 +65,7 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
+NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
 logger = logging.getLogger(__name__)
 
@@ -116,6 +123,9 @@ class PlasticityArguments:
     """What is measured and trained; see PlasticityConfig."""
 
     training: str = field(default="lora", metadata={"help": "lora or full", "choices": ["lora", "full"]})
+    fit_head: bool = field(
+        default=True, metadata={"help": "Fit the head to frozen features in closed form before training."}
+    )
     top_k: int | None = field(default=None, metadata={"help": "How many of the best units to train (default 1)."})
     budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, for top_k."})
     report: str | None = field(default=None, metadata={"help": "Choose from this saved report; measure nothing."})
@@ -146,10 +156,12 @@ class PlasticityArguments:
     r: int = field(default=8, metadata={"help": "Rank of LoRA."})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA."})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
-    head_only: bool | None = field(
+    compare: bool | None = field(
         default=None,
-        metadata={"help": "First train the head alone, by the same recipe, to compare with (default: in the demo)."},
-    )
+        metadata={"help": "Train stock PEFT's LoRA and everything in full as well, and print a table (default: in the "
+                  "demo)."},
+    )  # fmt: skip
+    compare_seeds: int = field(default=3, metadata={"help": "Seeds of the runs of this table."})
 
 
 @dataclass
@@ -157,15 +169,20 @@ class FinetuningArguments(TrainingArguments):
     """transformers' TrainingArguments, with defaults for finetuning a part of a model."""
 
     output_dir: str | None = field(default="outputs/train", metadata={"help": "Where the adapter is written."})
-    learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
+    )
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images a step on each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images a step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=20, metadata={"help": "Steps of warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
+    eval_on_start: bool = field(default=True, metadata={"help": "Evaluate the fitted head before training."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
+    logging_strategy: str = field(default="steps", metadata={"help": "When to log."})
+    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1, a share of all steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What is best."})
@@ -309,6 +326,12 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     )
 
 
+def on_device(model: PreTrainedModel, arguments: FinetuningArguments) -> PreTrainedModel:
+    """Returns the model on the device that trains it, unless Accelerate is to place it, or it cannot be measured there."""
+    placed = arguments.fsdp or arguments.deepspeed or arguments.device.type == "mps"
+    return model if placed else model.to(arguments.device)
+
+
 def with_head_alone(model: PreTrainedModel) -> PeftModel:
     """Returns the model with nothing to train but its head: stock PEFT without a LoRA layer."""
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
@@ -338,6 +361,17 @@ def finetune(
     checkpoint: str | None,
 ) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after training, and its metrics on the test images."""
+    optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    learning_rate = options.pop("lr")
+    optimizer = create_plasticity_optimizer(
+        model,
+        optimizer_cls,
+        train_dataset=splits["target"],
+        lr=learning_rate,
+        weight_decay=arguments.weight_decay,
+        batch_size=arguments.per_device_train_batch_size,
+        **options,
+    )
     trainer = ResumableTrainer(
         model=model,
         args=arguments,
@@ -346,6 +380,7 @@ def finetune(
         processing_class=processor,
         data_collator=default_data_collator,
         compute_metrics=compute_metrics,
+        optimizers=(optimizer, None),
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
@@ -384,16 +419,6 @@ def check_writable(folder: str) -> None:
         raise SystemExit(f"Cannot write into --output_dir {folder}: {error.strerror}.") from None
 
 
-def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
-    """Returns the same recipe, with a folder of its own and nothing to publish."""
-    arguments = copy.copy(arguments)
-    arguments.output_dir = str(Path(arguments.output_dir) / "_head_only")  # Trainer publishes nothing with that "_"
-    resumes = str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
-    arguments.resume_from_checkpoint = "True" if resumes else None
-    arguments.push_to_hub = False
-    return arguments
-
-
 def load_splits(
     data: DataArguments, source_name: str | None, processor: BaseImageProcessor, arguments: FinetuningArguments
 ) -> tuple[dict[str, Dataset], list[str]]:
@@ -415,7 +440,8 @@ def load_splits(
 def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: dict[str, Dataset]) -> PlasticityConfig:
     """Returns the config to measure and select by; a run that goes on selects from the report of its checkpoint."""
     options = asdict(plasticity)
-    del options["head_only"]
+    for name in ("compare", "compare_seeds"):
+        del options[name]
     pairs = options.pop("pairs")
     if pairs is not None:
         warn_renamed("--pairs", "--max_samples", stacklevel=1)
@@ -424,27 +450,26 @@ def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: d
     report = str(Path(checkpoint) / "plasticity.json") if checkpoint else options["report"]
     if report is None:
         return PlasticityConfig(**options, target_data=splits["target"], source_data=splits.get("source"))
-    return PlasticityConfig(**{**options, "report": PlasticityReport.load(report)})
+    images = splits["target"] if options["fit_head"] else None
+    return PlasticityConfig(**{**options, "report": PlasticityReport.load(report)}, target_data=images)
 
 
-class Result(NamedTuple):
-    """What a training came to."""
-
-    trained: str
-    trainable: int
-    """How many parameters were trained, of how many."""
-    parameters: int
-    accuracy: float
-    """On the test images."""
-
-
-def train_head_alone(
-    model: PreTrainedModel, arguments: FinetuningArguments, processor: BaseImageProcessor, splits: dict[str, Dataset]
-) -> Result:
-    """Returns what the same recipe comes to with the head alone: what the selected components are compared with."""
-    adapted, recipe = with_head_alone(model), head_only_arguments(arguments)
-    _, metrics = finetune(adapted, recipe, processor, splits, find_checkpoint(recipe))
-    return Result("head only", *adapted.get_nb_trainable_parameters(), metrics["test_accuracy"])
+def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: FinetuningArguments) -> None:
+    """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
+    image = splits["target"][0]["pixel_values"]
+    tokens: list[int] = []
+    block = model.get_submodule(f"base_model.model.{find_components(model)[0].modules[0]}")
+    hook = block.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    with torch.no_grad():
+        model(pixel_values=image[None].to(model.device))
+    hook.remove()
+    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+    steps = arguments.max_steps
+    if steps <= 0:
+        steps = int(np.ceil(len(splits["train"]) / batch) * arguments.num_train_epochs)
+    logger.info(
+        "Images of %d x %d pixels, %d tokens each; %d steps of %d images", *image.shape[1:], tokens[0], steps, batch
+    )
 
 
 def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
@@ -492,18 +517,16 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     config = configure(plasticity, checkpoint, splits)  # its errors come before any training
 
-    results = []
-    if demo if plasticity.head_only is None else plasticity.head_only:
-        set_seed(arguments.seed)
-        results.append(train_head_alone(load_model(model_arguments, labels), arguments, processor, splits))
-
     set_seed(arguments.seed)
     revision = None if model_arguments.revision == "main" else model_arguments.revision
-    model = get_peft_model(load_model(model_arguments, labels), config, revision=revision)
-    logger.info("\n%s\n\nSelected: %s (%s)\n", config.report, ", ".join(config.selection.units), config.training)
+    model = get_peft_model(on_device(load_model(model_arguments, labels), arguments), config, revision=revision)
+    units = config.selection.units
+    logger.info("\n%s\n\nSelected: %s (%s)", config.report, ", ".join(units), config.training)
+    if config.head_fit is not None:
+        logger.info("%s", str(config.head_fit).capitalize())
+    log_size(model, splits, arguments)
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
-    selected = " + ".join(("head", *config.selection.units))
-    results.append(Result(selected, *model.get_nb_trainable_parameters(), metrics["test_accuracy"]))
+    selected = " + ".join(("head", *units))
 
     about = {
         "dataset": splits["test"].info.dataset_name,
@@ -511,11 +534,11 @@ def main() -> None:
         "finetuned_from": base_model,  # or Trainer's card says "trained from scratch"
     }
     save(trainer, metrics, splits["test"], about)
-    for name, trainable, total, accuracy in results:
-        logger.info(
-            "%-20s trains %7d of %d parameters (%.2f %%), test accuracy %.2f %%",
-            name, trainable, total, 100 * trainable / total, 100 * accuracy,
-        )  # fmt: skip
+    trainable, total = model.get_nb_trainable_parameters()
+    logger.info(
+        "%s trains %d of %d parameters (%.2f %%), test accuracy %.2f %%",
+        selected, trainable, total, 100 * trainable / total, 100 * metrics["test_accuracy"],
+    )  # fmt: skip
     logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
     if repository is not None:
         publish(trainer, repository, **about)
@@ -528,6 +551,35 @@ def main() -> None:
             trained=f"{selected} ({config.training})",
             metrics=metrics,
         )
+    if demo if plasticity.compare is None else plasticity.compare:
+        print_table(config, model_arguments, labels, arguments, splits, plasticity.compare_seeds)
+    if demo:
+        logger.info("\nNext, with images of your own, in one folder for each label:\n    %s", NEXT)
+
+
+def print_table(
+    config: PlasticityConfig,
+    model_arguments: ModelArguments,
+    labels: list[str],
+    arguments: FinetuningArguments,
+    splits: dict[str, Dataset],
+    seeds: int,
+) -> None:
+    """Trains what the selection is compared with, each at its recommended rates, and logs a table."""
+
+    def load() -> PreTrainedModel:
+        set_seed(arguments.seed)
+        return on_device(load_model(model_arguments, labels), arguments)
+
+    def accuracy(trainer: Trainer) -> float:
+        trainer.compute_metrics = compute_metrics
+        return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"]
+
+    wanted = methods(load(), config.report, config.selection.units, config.training)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = compare(load, wanted, quiet(arguments, folder), splits, seeds, accuracy)
+    parameters = sum(parameter.numel() for parameter in load().parameters())
+    logger.info("\n%s", table(rows, parameters, len(splits["test"])))
 
 
 def run() -> None:

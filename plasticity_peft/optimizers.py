@@ -98,13 +98,12 @@ def create_plasticity_optimizer(
             train_dataset,
             batch_size=batch_size,
             seed=seed,
-            head_is_fitted=_head_is_fitted(model),
             backbone=backbone,
             forward_kwargs=forward_kwargs,
         )
     logger.info("Learning rates: %s", _shown(groups, rates, given))
     parameters = [row for group in groups for row in _rows(group, rates[group.name], weight_decay)]
-    return optimizer_cls(parameters, **kwargs)  # type: ignore[arg-type]
+    return optimizer_cls(parameters, **kwargs)
 
 
 def _check_recommended_for(optimizer_cls: type[torch.optim.Optimizer], groups: list[Group]) -> None:
@@ -114,12 +113,6 @@ def _check_recommended_for(optimizer_cls: type[torch.optim.Optimizer], groups: l
             f"Learning rates are recommended for Adam and its variants only. Give lr, or {missing}, for "
             f"optimizer_cls={shown(optimizer_cls)}."
         )
-
-
-def _head_is_fitted(model: nn.Module) -> bool:
-    """Returns whether the head was fitted when the model was adapted, by `PlasticityConfig(fit_head=True)`."""
-    configs = getattr(model, "peft_config", {})
-    return any(getattr(config, "head_fit", None) is not None for config in configs.values())
 
 
 def _rows(group: Group, rate: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -217,8 +217,7 @@ def _head_fitted(model: nn.Module, config: PlasticityConfig) -> Iterator[HeadFit
             backbone=config.backbone,
             forward_kwargs=config.forward_kwargs,
         )
-    with fitted.restored_on_failure():
-        fitted.set()
+    with fitted.kept():
         logger.info("%s", fitted.found)
         yield fitted.found
 

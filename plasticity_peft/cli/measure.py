@@ -102,7 +102,8 @@ def measure(
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
     if fit_head:
-        _fit_head(loaded, images, batch_size, seed, dtype, backbone, forward_kwargs)
+        shared = {"batch_size": batch_size, "seed": seed, "dtype": dtype}
+        _fit_head(loaded, images, state, **shared, backbone=backbone, forward_kwargs=forward_kwargs)
     report = measure_plasticity(
         loaded,
         images,
@@ -128,15 +129,16 @@ def measure(
     state.destroy_process_group()
 
 
-def _fit_head(model: PreTrainedModel, images: Any, *options: Any) -> None:
+def _fit_head(model: Any, images: Any, state: PartialState, **options: Any) -> None:
     """Fits the head of the model, and prints what was found to standard error."""
     from plasticity_peft.errors import ConfigError
     from plasticity_peft.measuring.head import fit_head
 
     if images is None:
         raise ConfigError("--fit_head needs labeled images. Name a dataset after the model.")
-    names = ("batch_size", "seed", "dtype", "backbone", "forward_kwargs")
-    typer.echo(str(fit_head(model, images, **dict(zip(names, options, strict=True)))), err=True)
+    found = fit_head(model, images, **options)
+    if state.is_main_process:
+        typer.echo(str(found), err=True)
 
 
 def _state() -> PartialState:

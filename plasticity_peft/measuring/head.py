@@ -96,9 +96,8 @@ def fit_head(
         backbone=backbone,
         forward_kwargs=forward_kwargs,
     )
-    with fitted.restored_on_failure():
-        fitted.set()
-    return fitted.found
+    with fitted.kept():
+        return fitted.found
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,13 +125,16 @@ class FittedHead:
             yield
 
     @contextmanager
-    def restored_on_failure(self) -> Iterator[None]:
-        """An exception inside gives the layer back the weights that it has now."""
-        copies = self._copies()
+    def kept(self) -> Iterator[None]:
+        """Inside, and afterwards, the layer is the fitted one. An exception inside takes that back."""
+        copies, before = self._copies(), is_fitted(self.layer)
         try:
+            self.set()
+            vars(self.layer)[_FITTED] = True
             yield
         except BaseException:
             self._restore(copies)
+            vars(self.layer)[_FITTED] = before
             raise
 
     def _copies(self) -> list[torch.Tensor]:
@@ -142,6 +144,14 @@ class FittedHead:
         with torch.no_grad():
             for parameter, copied in zip((self.layer.weight, self.layer.bias), copies, strict=True):
                 parameter.copy_(copied)
+
+
+_FITTED = "fitted_in_closed_form"
+
+
+def is_fitted(module: nn.Module) -> bool:
+    """Returns whether `fit_head` has fitted a layer of this module, or of the module that it was copied from."""
+    return any(vars(part).get(_FITTED, False) for part in module.modules())
 
 
 def fitted_head(

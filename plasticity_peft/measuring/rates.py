@@ -28,7 +28,7 @@ from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFinite
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches
-from plasticity_peft.measuring.head import FittedHead, fitted_head
+from plasticity_peft.measuring.head import FittedHead, fitted_head, is_fitted
 from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 
 # Below the logger of transformers, so that its verbosity holds here too.
@@ -108,7 +108,6 @@ def recommended_rates(
     *,
     batch_size: int = 32,
     seed: int = 0,
-    head_is_fitted: bool = False,
     backbone: str | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> dict[str, float]:
@@ -116,7 +115,7 @@ def recommended_rates(
     by_name = {group.name: group for group in groups}
     rates = {}
     if "head" in by_name:
-        rates["head"] = (OF_FITTED_HEAD if head_is_fitted else OF_FRESH_HEAD) / _features(by_name["head"])
+        rates["head"] = (OF_FITTED_HEAD if is_fitted(bare(model)) else OF_FRESH_HEAD) / _features(by_name["head"])
     lora = [by_name[name] for name in ("lora_A", "lora_B") if name in by_name]
     rates |= dict.fromkeys((group.name for group in lora), _rate_of_lora(bare(model))) if lora else {}
     in_full = [by_name[name] for name in IN_FULL if name in by_name]

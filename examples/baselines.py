@@ -1,0 +1,184 @@
+"""What the selected components are compared with: the fitted head, stock PEFT's LoRA, and everything in full.
+
+Every method starts from the same fitted head, trains at its own recommended rates, for the same steps, on the same
+images, over several seeds.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+
+from plasticity_peft import PlasticityConfig, PlasticityReport, create_plasticity_optimizer, find_components, fit_head
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to choose what trains."""
+
+    name: str
+    adapt: Callable[[PreTrainedModel], nn.Module]
+    """Returns a model with a fitted head, with nothing but the chosen part and the head to train."""
+
+
+class Row(NamedTuple):
+    """What a method came to."""
+
+    name: str
+    parameters: int
+    """How many train."""
+    accuracies: tuple[float, ...]
+    """On the test images, one for each seed."""
+    seconds: float
+    """Time of training, mean over the seeds."""
+    memory: int
+    """Bytes of activations that are kept for the backward pass, of gradients and of Adam's state, of one batch."""
+
+
+def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[str], training: str) -> list[Method]:
+    """Returns the methods of the table: those of stock PEFT, what was selected in both modes, and everything."""
+    parts, units = find_components(model), tuple(units)
+    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    linears = [path for part in parts if part.features for path in part.modules]
+    query_and_value = [path for part in parts if part.kind == "MHA" for path in part.modules[0:3:2]]
+
+    def lora(targets: list[str]) -> Callable[[PreTrainedModel], nn.Module]:
+        config = LoraConfig(target_modules=targets, modules_to_save=heads, r=8, lora_alpha=16)
+        return lambda model: get_peft_model(model, copy.copy(config))
+
+    def selected(mode: str) -> Callable[[PreTrainedModel], nn.Module]:
+        options = {"report": report, "top_k": len(units), "training": mode, "r": 8, "lora_alpha": 16}
+        if all("." in unit for unit in units):
+            options |= {"granularity": "component"}
+        else:
+            options |= {"candidates": units}
+        return lambda model: get_peft_model(model, PlasticityConfig(**options))
+
+    modes = [training, "full" if training == "lora" else "lora"]
+    return [
+        Method("stock LoRA on query and value", lora(query_and_value)),
+        Method("stock LoRA on all linear layers", lora(linears)),
+        *(Method(f"selected: {' + '.join(units)} ({mode})", selected(mode)) for mode in modes),
+        Method("everything in full", lambda model: model),
+    ]
+
+
+def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
+    """Returns the recipe for one run of many: only the last weights count, and nothing is written or logged."""
+    arguments = copy.copy(arguments)
+    arguments.output_dir = folder
+    arguments.eval_strategy = arguments.save_strategy = arguments.logging_strategy = "no"
+    arguments.load_best_model_at_end = arguments.eval_on_start = arguments.push_to_hub = False
+    arguments.resume_from_checkpoint = None
+    arguments.disable_tqdm = True
+    return arguments
+
+
+def compare(
+    load: Callable[[], PreTrainedModel],
+    wanted: Iterable[Method],
+    arguments: TrainingArguments,
+    splits: Mapping[str, Dataset],
+    seeds: int,
+    accuracy: Callable[[Trainer], float],
+) -> list[Row]:
+    """Returns a row for the fitted head alone and for each method."""
+    model = load()
+    fit_head(model, splits["target"])
+    fitted = copy.deepcopy(model)
+    head = Trainer(fitted, arguments, data_collator=default_data_collator)
+    trained = sum(p.numel() for name, p in fitted.named_parameters() if not name.startswith(fitted.base_model_prefix))
+    rows = [Row("fitted head alone", trained, (accuracy(head),), 0.0, 0)]
+    for method in wanted:
+        runs = [_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy) for seed in range(seeds)]
+        rows.append(
+            Row(method.name, runs[0][0], tuple(r[1] for r in runs), float(np.mean([r[2] for r in runs])), runs[0][3])
+        )
+    return rows
+
+
+def _run(
+    method: Method,
+    model: PreTrainedModel,
+    arguments: TrainingArguments,
+    splits: Mapping[str, Dataset],
+    seed: int,
+    accuracy: Callable[[Trainer], float],
+) -> tuple[int, float, float, int]:
+    """Returns the number of trained parameters, the accuracy, the seconds of training, and the bytes of a step."""
+    set_seed(seed)
+    arguments = copy.copy(arguments)
+    arguments.seed = seed
+    model = method.adapt(model)
+    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    options.pop("lr")
+    optimizer = create_plasticity_optimizer(
+        model, cls, train_dataset=splits["target"], lr=arguments.learning_rate, **options
+    )
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=splits["train"],
+        data_collator=default_data_collator,
+        optimizers=(optimizer, None),
+    )
+    memory = step_memory(trainer)
+    start = time.perf_counter()
+    trainer.train()
+    seconds = time.perf_counter() - start
+    return sum(p.numel() for p in model.parameters() if p.requires_grad), accuracy(trainer), seconds, memory
+
+
+def step_memory(trainer: Trainer) -> int:
+    """Returns the bytes that a step of training keeps beside the weights: activations, gradients, Adam's two moments.
+
+    Activations are what autograd saves for the backward pass of one batch, each storage once.
+    """
+    kept: dict[int, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    model = trainer.model.train()
+    batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        loss = model(**batch).loss
+    for weight in model.parameters():
+        kept.pop(weight.untyped_storage().data_ptr(), None)
+    del loss
+    return sum(kept.values()) + sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def table(rows: Iterable[Row], parameters: int, images: int) -> str:
+    """Returns the rows as a Markdown table; `parameters` is how many the model has, `images` how many were tested."""
+    rows = list(rows)
+    full = rows[-1]
+    lines = [
+        "| trained, at its recommended rates | parameters | test accuracy | time | memory |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        values = 100 * np.array(row.accuracies)
+        error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.2f}" if len(values) > 1 else ""
+        share = 100 * row.parameters / parameters
+        cost = [f"{row.seconds / full.seconds:.2f}", f"{row.memory / full.memory:.2f}"] if row.seconds else ["", ""]
+        lines.append(f"| {row.name} | {share:.2f} % | {values.mean():.2f} %{error} | {' | '.join(cost)} |")
+    seeds = max(len(row.accuracies) for row in rows)
+    lines.append("")
+    lines.append(
+        f"Accuracy on {images} test images: mean and standard error over {seeds} seeds. Time of training, and memory of "
+        "activations, gradients and optimizer, are ratios to training everything in full."
+    )
+    return "\n".join(lines)
