@@ -138,7 +138,7 @@ WHEN_USED = {
     "an error of the dataset": Case("is damaged", data(Broken())),
     "wrong size": Case(r"refused pixel_values of shape \(3, 12, 12\)", data(random_images(size=12))),
     "wrong channels": Case(r"refused pixel_values of shape \(1, 8, 8\)", data(torch.rand(5, 1, 8, 8))),
-    "bytes": Case("must hold floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
+    "bytes": Case("must be floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
     "one image": Case("target_data must hold at least 2 images. Got 1", data(random_images(1))),
     "no image": Case("target_data must hold at least 2 images. Got 0", data(random_images(0))),
     "one source image": Case("source_data must hold at least 2 images. Got 1", data(IMAGES, random_images(1))),
@@ -146,7 +146,7 @@ WHEN_USED = {
         r"must have one shape. target_data\[\d+\] has .*, target_data\[\d+\] has",
         data([{"pixel_values": torch.rand(3, 8, side)} for side in (8, 9, 10)]),
     ),
-    "NaN in an image": Case(r"target_data\[\d+\] holds NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
+    "NaN in an image": Case(r"target_data\[\d+\] contains NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
     "equal images": Case(
         "Only 0 of .* pairs have a rate of change", given(target_data=torch.ones(4, 3, 8, 8), inputs="embedding")
     ),

@@ -280,9 +280,7 @@ def test_the_vision_tower_of_a_bigger_model(build: Callable[[], PreTrainedModel]
 
 def test_of_several_vision_towers_one_must_be_named() -> None:
     model = nn.ModuleDict({"left": FAMILIES["vit"].build(), "right": FAMILIES["clip-vision"].build()})
-    with pytest.raises(
-        ModelError, match=r"2 vision transformers. Say which one with backbone=, one of .left., .right."
-    ):
+    with pytest.raises(ModelError, match=r"2 vision transformers. Choose one with backbone=, one of .left., .right."):
         find_components(model)
     assert find_components(model, "right")[0].path.startswith("right.")
     with pytest.raises(ModelError, match=r"has no module 'middle' .* found in it: left, right"):

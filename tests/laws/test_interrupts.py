@@ -291,7 +291,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str, Callable[[nn.Module],
         r"is parametrized \(Doubled\)",
         lambda layer: torch.nn.utils.parametrize.remove_parametrizations(layer, "weight"),
     ),
-    "by hand": (by_hand, "has a weight that is no parameter", None),
+    "by hand": (by_hand, "has a weight that is not a parameter", None),
 }  # fmt: skip
 
 
