@@ -126,7 +126,7 @@ WHEN_WRITTEN = {
 }
 
 WHEN_USED = {
-    "nothing to rank by": Case("nothing to rank by: give images .*target_data .* or a report", lambda folder: {}),
+    "needs images to measure on": Case("needs images to measure on .*target_data .* or a report", lambda folder: {}),
     "top_k above the units": Case("top_k must be a whole number from 1 to 5, the number of units", given(top_k=6)),
     "top_k above the blocks": Case(
         "top_k must be a whole number from 1 to 10", given(top_k=11, granularity="component")
@@ -139,9 +139,9 @@ WHEN_USED = {
     "wrong size": Case(r"refused pixel_values of shape \(3, 12, 12\)", data(random_images(size=12))),
     "wrong channels": Case(r"refused pixel_values of shape \(1, 8, 8\)", data(torch.rand(5, 1, 8, 8))),
     "bytes": Case("must be floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
-    "one image": Case("target_data must hold at least 2 images. Got 1", data(random_images(1))),
-    "no image": Case("target_data must hold at least 2 images. Got 0", data(random_images(0))),
-    "one source image": Case("source_data must hold at least 2 images. Got 1", data(IMAGES, random_images(1))),
+    "one image": Case("target_data must contain at least 2 images. Got 1", data(random_images(1))),
+    "no image": Case("target_data must contain at least 2 images. Got 0", data(random_images(0))),
+    "one source image": Case("source_data must contain at least 2 images. Got 1", data(IMAGES, random_images(1))),
     "sizes that differ": Case(
         r"must have one shape. target_data\[\d+\] has .*, target_data\[\d+\] has",
         data([{"pixel_values": torch.rand(3, 8, side)} for side in (8, 9, 10)]),
@@ -171,7 +171,7 @@ WHEN_USED = {
     "a text model": Case(
         "BertForSequenceClassification .*'bert'.* has no vision transformer whose components are known", given(), bert
     ),
-    "NaN in the weights": Case("weights of the model hold NaN or infinity: vit.*weight", given(), with_nan),
+    "NaN in the weights": Case("weights of the model contain NaN or infinity: vit.*weight", given(), with_nan),
     "a report of a deeper model": Case(
         "measured on another architecture: 'vit', 15 components", report_of(tiny_model(num_hidden_layers=3))
     ),

@@ -214,7 +214,7 @@ def test_overflow_is_an_error_that_names_the_component(vit: PreTrainedModel, inp
     part = next(part for part in find_components(vit) if part.id == name)
     with torch.no_grad():
         vit.get_submodule(part.modules[-1]).weight.fill_(3e38)
-    with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) hold NaN or infinity"):
+    with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) contain NaN or infinity"):
         measure(vit, IMAGES, max_samples=4, inputs=inputs)
 
 
