@@ -126,7 +126,7 @@ WHEN_WRITTEN = {
 }
 
 WHEN_USED = {
-    "needs images to measure on": Case("needs images to measure on .*target_data .* or a report", lambda folder: {}),
+    "needs images to measure on": Case("needs images to measure on.*target_data, or a report", lambda folder: {}),
     "top_k above the units": Case("top_k must be a whole number from 1 to 5, the number of units", given(top_k=6)),
     "top_k above the blocks": Case(
         "top_k must be a whole number from 1 to 10", given(top_k=11, granularity="component")
