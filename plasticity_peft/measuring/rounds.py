@@ -28,7 +28,7 @@ from plasticity_peft.measuring.processes import Share, failing_together, gathere
 from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.selection import Choice
 
-# Below the logger of transformers, so that its verbosity holds here too.
+# A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 Observe = Callable[[Any], Observations]

@@ -269,7 +269,7 @@ def test_transformers_switches_between_two_adapters(vit: PreTrainedModel, traini
 def test_adapters_that_transformers_could_not_switch_between_are_refused(vit: PreTrainedModel) -> None:
     vit.add_adapter(config(training="full", candidates="FC1"), adapter_name="first")
     before = snapshot(vit)
-    with pytest.raises(ConfigError, match=r"only one trains .*(fc1|fc2|dense) in full.*make a PeftModel"):
+    with pytest.raises(ConfigError, match=r"Only one of this .* trains .*(fc1|fc2|dense) in full.*use a PeftModel"):
         vit.add_adapter(config(training="full", candidates="FC2"), adapter_name="second")
     assert_same(before, snapshot(vit))
     vit.set_adapter("first")

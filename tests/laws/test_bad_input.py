@@ -120,9 +120,9 @@ WHEN_WRITTEN = {
     "batch of none": Case("batch_size must be a whole number of at least 1", given(batch_size=0)),
     "seed below 0": Case("seed must be a whole number from 0 to 18446744073709551615. Got -1", given(seed=-1)),
     "own target_modules": Case("target_modules is chosen by the ranking", given(target_modules=["q_proj"])),
-    "report and data": Case("Give report, .* or target_data", given(report="plasticity.json")),
+    "report and data": Case(r"Give report .* or target_data .*, not both", given(report="plasticity.json")),
     "a report that is none": Case("report must be a PlasticityReport or the path", lambda folder: {"report": 5}),
-    "source alone": Case("give target_data with it", lambda folder: {"source_data": IMAGES}),
+    "source alone": Case("Give target_data too", lambda folder: {"source_data": IMAGES}),
 }
 
 WHEN_USED = {

@@ -296,7 +296,7 @@ def test_a_module_whose_path_ends_like_a_chosen_one_is_not_trained_along() -> No
         inner = inner.get_submodule(part)
     inner.add_module(name.split(".")[-1], nn.Linear(2, 2))
     report = measure_plasticity(model, criterion="bound")
-    with pytest.raises(ModelError, match=rf"extra.{name} would be trained along with {name}"):
+    with pytest.raises(ModelError, match=rf"extra.{name} would train together with {name}"):
         get_peft_model(model, PlasticityConfig(report=report, candidates=("FC1",)))
 
 
