@@ -112,7 +112,7 @@ WHEN_WRITTEN = {
         "criterion must be one of 'parameter_plasticity', .* Got 'best'", given(criterion="best")
     ),
     "a protocol for a criterion without": Case(
-        "inputs says what .* criterion='bound' feeds them nothing", given(criterion="bound", inputs="embedding")
+        "inputs selects what .* criterion='bound' feeds nothing to them", given(criterion="bound", inputs="embedding")
     ),
     "unknown granularity": Case("granularity must be one of", given(granularity="layer")),
     "unknown mode": Case("training must be one of 'lora', 'full'. Got 'dora'", given(training="dora")),
@@ -160,7 +160,7 @@ WHEN_USED = {
         given(criterion="relative_gradient_norm", target_data=[(image, "cat") for image in IMAGES]),
     ),
     "a report of another criterion": Case(
-        "scores by criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
+        "scores of criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
         lambda folder: {**report_of(tiny_model())(folder), "inputs": "embedding"},
     ),
     "a ResNet": Case(
