@@ -214,7 +214,7 @@ def test_training_that_ends_within_an_epoch(tmp_path: Path) -> None:
         ((), {"max_samples": 3}, "Got every=None and no target_data"),
         ((IMAGES,), {"every": 0}, "every must be a whole number of at least 1. Got 0"),
         ((IMAGES,), {"every": 1.5}, "every must be a whole number"),
-        ((IMAGES,), {"every": 1, "pair": 3}, "Measuring takes criterion, .*pairs, .*r, .* Got pair"),
+        ((IMAGES,), {"every": 1, "pair": 3}, "Measuring takes criterion, .*max_samples, .*r, .* Got pair"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: Any, options: Any, message: str, tmp_path: Path) -> None:
