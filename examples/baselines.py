@@ -178,7 +178,7 @@ def table(rows: Iterable[Row], parameters: int, images: int) -> str:
     seeds = max(len(row.accuracies) for row in rows)
     lines.append("")
     lines.append(
-        f"Accuracy on {images} test images: mean and standard error over {seeds} seeds. Time of training, and memory of "
-        "activations, gradients and optimizer, are ratios to training everything in full."
+        f"Accuracy on {images} test images: mean and standard error over {seeds} seeds. Time of training, and memory "
+        "of activations, gradients and optimizer, are ratios to training everything in full."
     )
     return "\n".join(lines)
