@@ -7,6 +7,7 @@ images, over several seeds.
 from __future__ import annotations
 
 import copy
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,11 +16,21 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from datasets import Dataset
+from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel, Trainer, TrainingArguments, default_data_collator, set_seed
+from transformers import (
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, create_plasticity_optimizer, find_components, fit_head
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,13 +104,14 @@ def compare(
     accuracy: Callable[[Trainer], float],
 ) -> list[Row]:
     """Returns a row for the fitted head alone and for each method."""
+    disable_progress_bars()
     model = load()
     fit_head(model, splits["target"])
-    fitted = copy.deepcopy(model)
-    head = Trainer(fitted, arguments, data_collator=default_data_collator)
-    trained = sum(p.numel() for name, p in fitted.named_parameters() if not name.startswith(fitted.base_model_prefix))
+    head = _quiet_trainer(copy.deepcopy(model), arguments, splits)
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(model.base_model_prefix))
     rows = [Row("fitted head alone", trained, (accuracy(head),), 0.0, 0)]
     for method in wanted:
+        logger.info("Training %s, with %d seeds", method.name, seeds)
         runs = [_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy) for seed in range(seeds)]
         rows.append(
             Row(method.name, runs[0][0], tuple(r[1] for r in runs), float(np.mean([r[2] for r in runs])), runs[0][3])
@@ -125,18 +137,20 @@ def _run(
     optimizer = create_plasticity_optimizer(
         model, cls, train_dataset=splits["target"], lr=arguments.learning_rate, **options
     )
-    trainer = Trainer(
-        model,
-        arguments,
-        train_dataset=splits["train"],
-        data_collator=default_data_collator,
-        optimizers=(optimizer, None),
-    )
+    trainer = _quiet_trainer(model, arguments, splits, optimizers=(optimizer, None))
     memory = step_memory(trainer)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
     return sum(p.numel() for p in model.parameters() if p.requires_grad), accuracy(trainer), seconds, memory
+
+
+def _quiet_trainer(
+    model: nn.Module, arguments: TrainingArguments, splits: Mapping[str, Dataset], **options: object
+) -> Trainer:
+    trainer = Trainer(model, arguments, train_dataset=splits["train"], data_collator=default_data_collator, **options)
+    trainer.remove_callback(PrinterCallback)
+    return trainer
 
 
 def step_memory(trainer: Trainer) -> int:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 import shutil
 import tempfile
+import warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,7 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import EvalPrediction
+from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
     PlasticityConfig,
@@ -314,15 +316,26 @@ def load_processor(arguments: ModelArguments) -> BaseImageProcessor:
 
 def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     """Returns the pretrained model with a fresh head for these labels, and their names in its config."""
-    return AutoModelForImageClassification.from_pretrained(
-        arguments.model_name_or_path,
-        revision=arguments.revision,
-        num_labels=len(labels),
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-        ignore_mismatched_sizes=True,
-        dtype=torch.float32,  # weights in half precision train badly; use --bf16 or --fp16 for speed
-    )
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # the head is always fresh, which needs no report
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            arguments.model_name_or_path,
+            revision=arguments.revision,
+            num_labels=len(labels),
+            id2label=dict(enumerate(labels)),
+            label2id={label: index for index, label in enumerate(labels)},
+            ignore_mismatched_sizes=True,
+            dtype=torch.float32,  # weights in half precision train badly; use --bf16 or --fp16 for speed
+            output_loading_info=True,
+        )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    rows = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
+    missing = sorted(name for name in rows if name.startswith(model.base_model_prefix))
+    if missing:
+        logger.warning("%s has no weights for %s, which are random.", arguments.model_name_or_path, ", ".join(missing))
+    return model
 
 
 def on_device(model: PreTrainedModel, arguments: FinetuningArguments) -> PreTrainedModel:
@@ -491,6 +504,8 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     parsed = parser.parse_args_into_dataclasses()
     arguments = parsed[-1]
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
+    # peft reads an attribute that transformers renamed.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
     for noisy in ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     check_writable(arguments.output_dir)

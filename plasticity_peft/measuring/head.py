@@ -250,8 +250,9 @@ def _active(module: nn.Module) -> nn.Module:
     original = module._modules.get("original_module")
     if original is None:
         return module
-    copies, active = module.modules_to_save, [] if module.disable_adapters else module.active_adapters
-    trained = [copies[name] for name in active if name in copies]  # type: ignore[index, union-attr, operator]
+    wrapper: Any = module
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    trained: list[nn.Module] = [wrapper.modules_to_save[name] for name in active if name in wrapper.modules_to_save]
     return trained[0] if trained else original
 
 

@@ -151,11 +151,11 @@ def _features(head: Group) -> int:
 
 def _rate_of_lora(model: nn.Module) -> float:
     """Returns the rate at which a step moves the adapted layers together by about the same, whatever their sizes."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     adapted = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.r]
     strength = max(layer.scaling[name] * layer.r[name] for layer, name in adapted)
     widths = sum(layer.in_features + layer.out_features for layer, _ in adapted)
-    return OF_LORA / (strength * math.sqrt(widths))
+    return float(OF_LORA / (strength * math.sqrt(widths)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,9 +133,7 @@ def test_given_rates_are_used_and_nothing_is_recommended_then() -> None:
 
 def test_what_cannot_be_is_named() -> None:
     model = adapted(candidates="MHA")
-    with pytest.raises(
-        ConfigError, match=r"for Adam and its variants only\. Give lr, or head_lr, vector_lr, matrix_lr"
-    ):
+    with pytest.raises(ConfigError, match=r"Adam and its variants only\. Give lr, or head_lr, vector_lr, matrix_lr"):
         create_plasticity_optimizer(model, torch.optim.SGD)
     with pytest.raises(ConfigError, match="matrix_lr must be a number above 0"):
         create_plasticity_optimizer(model, torch.optim.AdamW, matrix_lr=-1)
