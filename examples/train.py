@@ -68,6 +68,7 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
+TEST_FRACTION = 0.25
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
 logger = logging.getLogger(__name__)
@@ -111,8 +112,11 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.15, metadata={"help": "Share of the training images for validation, if there is no such split."}
     )
-    test_fraction: float = field(
-        default=0.25, metadata={"help": "Share of the images for the test, if there is no test split."}
+    test_fraction: float | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the images for the test, if there is no test split (default: 0.25; 0.5 in the demo)."
+        },
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
@@ -176,7 +180,9 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images."})
+    num_train_epochs: float | None = field(
+        default=None, metadata={"help": "Passes over the training images (default: 12; 5 in the demo)."}
+    )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
@@ -274,7 +280,8 @@ def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
     dataset = with_named_labels(dataset, data)
     train = dataset["train"]
     parts = {"validation": dataset.get("validation"), "test": dataset.get("test")}
-    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
+    test_fraction = TEST_FRACTION if data.test_fraction is None else data.test_fraction
+    for name, fraction in (("test", test_fraction), ("validation", data.validation_fraction)):
         if parts[name] is None:
             cut = train.train_test_split(fraction, seed=seed, stratify_by_column=data.label_column)
             train, parts[name] = cut["train"], cut["test"]
@@ -498,11 +505,21 @@ def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict
         update_card(arguments.output_dir, metrics={"accuracy": metrics["test_accuracy"]}, dataset=test, split="test")
 
 
+def is_demo(model: ModelArguments, data: DataArguments) -> bool:
+    """Returns whether neither a model nor images are given."""
+    return data.dataset_name is None and model.model_name_or_path == str(DEMO_MODEL)
+
+
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
     parsed = parser.parse_args_into_dataclasses()
-    arguments = parsed[-1]
+    model_arguments, data, _, arguments = parsed
+    demo = is_demo(model_arguments, data)
+    if arguments.num_train_epochs is None:
+        arguments.num_train_epochs = 5 if demo else 12
+    if data.test_fraction is None:
+        data.test_fraction = 0.5 if demo else TEST_FRACTION
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
     # peft reads an attribute that transformers renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -524,7 +541,7 @@ def main() -> None:
             repository = claim_repository(arguments, base_model)
         arguments.hub_model_id = repository
 
-    demo = data.dataset_name is None and base_model == str(DEMO_MODEL)
+    demo = is_demo(model_arguments, data)
     processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
     splits, labels = load_splits(data, source_name, processor, arguments)
