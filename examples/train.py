@@ -181,7 +181,7 @@ class FinetuningArguments(TrainingArguments):
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
     num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the training images (default: 12; 5 in the demo)."}
+        default=None, metadata={"help": "Passes over the training images (default: 12; 4 in the demo)."}
     )
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
@@ -517,7 +517,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     model_arguments, data, _, arguments = parsed
     demo = is_demo(model_arguments, data)
     if arguments.num_train_epochs is None:
-        arguments.num_train_epochs = 5 if demo else 12
+        arguments.num_train_epochs = 4 if demo else 12
     if data.test_fraction is None:
         data.test_fraction = 0.5 if demo else TEST_FRACTION
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)

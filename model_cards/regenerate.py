@@ -31,7 +31,7 @@ def regenerate(name: str) -> None:
     """Trains an adapter and copies its card and picture to the folder `name`."""
     with tempfile.TemporaryDirectory() as folder:
         trained = Path(folder, name)
-        options = ["--head_only", "false", "--disable_tqdm", "true", "--output_dir", str(trained)]
+        options = ["--compare", "false", "--disable_tqdm", "true", "--output_dir", str(trained)]
         subprocess.run([sys.executable, str(TRAIN), *RUNS[name], *options], check=True)
         card = HERE / name
         card.mkdir(exist_ok=True)

@@ -28,7 +28,7 @@ from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--head_only", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--pairs", "16",
+    "--compare", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--pairs", "16",
     "--test_fraction", "0.05", "--validation_fraction", "0.05", "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
 
@@ -80,9 +80,9 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    """The whole demo, the head alone included: 24 kills, half of them while something is written."""
+    """The whole demo: 24 kills, half of them while something is written."""
     generator = random.Random(0)
-    common = ["--use_cpu", "true", "--disable_tqdm", "true"]
+    common = ["--use_cpu", "true", "--disable_tqdm", "true", "--compare", "false"]
     killed = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
     places = ["weights", "optimizer", "random state", "state", "report", "config", "deleting"]
     kills: list[dict[str, Any]] = []
@@ -99,7 +99,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
     assert ends.count(-signal.SIGKILL) >= 20
     check_equal(tmp_path / "whole", tmp_path / "killed")
     lines = [[line for line in log.splitlines() if "test accuracy" in line] for log in (logs[0], logs[-1])]
-    assert len(lines[0]) == 2
+    assert len(lines[0]) == 1
     assert lines[0] == lines[1]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import sys
 from io import BytesIO
 from pathlib import Path
@@ -40,13 +41,26 @@ def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
     return result.stderr + result.stdout
 
 
-def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> None:
-    log = run(*SHORT, "--output_dir", tmp_path)
+def test_without_arguments_it_compares_with_stock_peft_and_with_everything(tmp_path: Path) -> None:
+    log = run(*SHORT, "--compare_seeds", "2", "--output_dir", tmp_path)
     assert "| rank | kind | parameter plasticity |" in log
     assert "Parameter plasticity of vit" in log
-    for name in ("head only", "head + MHA"):
-        assert f"{name} " in log
-    assert log.count("test accuracy") == 2
+    assert log.count("head + MHA trains") == 1
+    rows = dict(re.findall(r"^\| ([^|]+) \| [\d.]+ % \| ([\d.]+ %[^|]*) \|", log, re.MULTILINE))
+    assert list(rows) == [
+        "fitted head alone",
+        "stock LoRA on query and value",
+        "stock LoRA on all linear layers",
+        "selected: MHA (lora)",
+        "selected: MHA (full)",
+        "everything in full",
+    ]
+    assert ["±" in row for row in rows.values()] == [False, *[True] * 5]
+    assert re.search(r"Images of 28 x 28 pixels, 50 tokens each; 3 steps of 32 images", log)
+    first = re.search(r"'eval_accuracy': '?([\d.]+)", log)  # of the fitted head, before any step
+    assert float(first.group(1)) > 0.5
+    assert "LOAD REPORT" not in log
+    assert "Warning" not in log
     report = PlasticityReport.load(tmp_path / "plasticity.json")
     assert (report.criterion, report.observed, report.samples) == ("parameter_plasticity", "images", 16)
     written = json.loads((tmp_path / "plasticity.json").read_text())
@@ -57,7 +71,7 @@ def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> No
 
 
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
-    short = [*SHORT, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
+    short = [*SHORT, "--compare", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
     short += ["--load_best_model_at_end", "false", "--save_total_limit", "10"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
@@ -69,7 +83,7 @@ def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
 
 
 def test_chooses_again_from_a_report(tmp_path: Path) -> None:
-    short = [*SHORT, "--head_only", "false", "--max_steps", "1"]
+    short = [*SHORT, "--compare", "false", "--max_steps", "1"]
     first = run(*short, "--output_dir", tmp_path / "first")
     log = run(
         *short, "--output_dir", tmp_path / "second", "--report", tmp_path / "first" / "plasticity.json",
@@ -95,13 +109,13 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
         "--criterion", "rate_of_change", "--candidates", "MHA", "FC1", "FC2",
     )  # fmt: skip
     assert "pairs of two target images" in log
-    assert "head only" not in log
+    assert "fitted head alone" not in log
     labels = json.loads((tmp_path / "plasticity.json").read_text())["adapter"]["id2label"]
     assert labels["0"] == ("dark" if form == "folder" else "T-shirt/top")
 
 
 def test_launched_by_accelerate(tmp_path: Path) -> None:
-    log = run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, processes=2)
+    log = run(*SHORT, "--compare", "false", "--output_dir", tmp_path, processes=2)
     assert log.count("test accuracy") == 1
     assert (tmp_path / "adapter_model.safetensors").is_file()
 
