@@ -39,7 +39,7 @@ GROUPS = ("head", "vector", "matrix", "lora_A", "lora_B")
 and convolutional layers that train in full; the two matrices of LoRA."""
 IN_FULL = ("vector", "matrix")
 
-FALL = 1.2
+FALL = 1.8
 """Rate of what trains in full times the sum of the absolute values of its gradient, in nats."""
 MOST_OVER_MATRICES = 10.0
 """Largest rate of vectors that train beside matrices, as a multiple of the rate of the matrices."""
@@ -53,6 +53,8 @@ IMAGES = 256
 """Number of images whose mean gradient is taken."""
 TO_FIT = 1024
 """Number of images that a head is fitted on for the gradient alone."""
+USUAL_SHARE = 0.67
+"""Loss of images that a head was fitted on, as a share of their loss when they are left out, if it is not known."""
 
 
 @dataclass(frozen=True)
@@ -170,13 +172,17 @@ class _Gradient:
     forward_kwargs: Mapping[str, Any] | None
 
     def sums_of_magnitudes(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns the sum of the absolute values of the mean gradient by each group, by name."""
+        """Returns the sum of the absolute values of the gradient by each group, by name, as for images left out."""
         head = self._head()
         if head is None:
-            return self._measured(groups)
+            sums, _ = self._measured(groups)
+            return {name: total / USUAL_SHARE for name, total in sums.items()}
         with head.restored():
             head.set()
-            return self._measured(groups)
+            sums, loss = self._measured(groups)
+        # The fewer images a head is fitted on, the better it fits them, and the smaller is their gradient.
+        share = min(1.0, loss / head.found.loss) if head.found.loss > 0 else 1.0
+        return {name: total / share for name, total in sums.items()} if share > 0 else sums
 
     def _head(self) -> FittedHead | None:
         """Returns a fitted head: what comes through a fresh one is noise. None if the head cannot be fitted."""
@@ -194,7 +200,8 @@ class _Gradient:
             logger.info("The gradient is taken through the head as it is. %s", error)
             return None
 
-    def _measured(self, groups: Sequence[Group]) -> dict[str, float]:
+    def _measured(self, groups: Sequence[Group]) -> tuple[dict[str, float], float]:
+        """Returns the sums of the gradient as it is, and the mean loss."""
         model = bare(self.model)
         architecture = find_architecture(model, self.backbone)
         architecture = with_forward_kwargs(model, architecture, self.forward_kwargs)
@@ -203,26 +210,30 @@ class _Gradient:
             found = left_as_found(model, self.seed, None, self.dataset)
             try:
                 with found, torch.enable_grad():
-                    gradients = iter(self._mean(model, architecture, parameters))
+                    mean, loss = self._mean(model, architecture, parameters)
+                    gradients = iter(mean)
                     sums = {g.name: sum(float(next(gradients).abs().sum()) for _ in g.parameters) for g in groups}
             finally:
                 found.put_back()
         for name, total in sums.items():
             if not math.isfinite(total):
                 raise NonFiniteError(f"The gradient of the {name} group is NaN or infinite. Train in float32.")
-        return sums
+        return sums, loss
 
     def _mean(
         self, model: nn.Module, architecture: Architecture, parameters: Sequence[nn.Parameter]
-    ) -> list[torch.Tensor]:
+    ) -> tuple[list[torch.Tensor], float]:
+        """Returns the mean gradient, as float64, and the mean loss."""
         sampler = self._sampler(model, architecture)
         batches = range(sampler.available(IMAGES))
         total: list[torch.Tensor] = []
+        losses = []
         for number in batches:
             loss = own_loss(model, architecture, sampler, sampler.load([number]))
+            losses.append(float(loss.detach()))
             found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             total = list(found) if not total else [a.add_(b) for a, b in zip(total, found, strict=True)]
-        return [gradient.double() / len(batches) for gradient in total]
+        return [gradient.double() / len(batches) for gradient in total], sum(losses) / len(losses)
 
     def _sampler(self, model: nn.Module, architecture: Architecture) -> Batches:
         images = Images(
