@@ -180,7 +180,8 @@ def summary(path: Path) -> str:
     for line in path.read_text().splitlines():
         row = json.loads(line)
         validation, test = (np.mean(row[part], axis=0) for part in ("validation", "test"))
-        lost = 100 * (test[validation.argmax()] - test[row["factors"].index(1.0)])
+        recommended = np.interp(0.0, np.log(row["factors"]), test)  # at a factor of 1
+        lost = 100 * (test[validation.argmax()] - recommended)
         rows.append({"model": row["pair"].split("-")[0], "pair": row["pair"], "method": row["method"], "lost": lost})
     frame = pd.DataFrame(rows)
     table = frame.groupby("model").agg(

@@ -39,7 +39,7 @@ GROUPS = ("head", "vector", "matrix", "lora_A", "lora_B")
 and convolutional layers that train in full; the two matrices of LoRA."""
 IN_FULL = ("vector", "matrix")
 
-FALL = 1.8
+FALL = 1.2
 """Rate of what trains in full times the sum of the absolute values of its gradient, in nats."""
 MOST_OVER_MATRICES = 10.0
 """Largest rate of vectors that train beside matrices, as a multiple of the rate of the matrices."""
@@ -53,8 +53,8 @@ IMAGES = 256
 """Number of images whose mean gradient is taken."""
 TO_FIT = 1024
 """Number of images that a head is fitted on for the gradient alone."""
-USUAL_SHARE = 0.67
-"""Loss of images that a head was fitted on, as a share of their loss when they are left out, if it is not known."""
+USUAL_SHARE = 0.6
+"""Loss of images that a head was fitted on, as a share of their loss when they are left out, for a few hundred images."""
 
 
 @dataclass(frozen=True)
@@ -172,17 +172,16 @@ class _Gradient:
     forward_kwargs: Mapping[str, Any] | None
 
     def sums_of_magnitudes(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns the sum of the absolute values of the gradient by each group, by name, as for images left out."""
+        """Returns the sum of the absolute values of the gradient by each group, by name, as for images left out of a fit."""
         head = self._head()
         if head is None:
-            sums, _ = self._measured(groups)
-            return {name: total / USUAL_SHARE for name, total in sums.items()}
+            return self._measured(groups)[0]
         with head.restored():
             head.set()
             sums, loss = self._measured(groups)
         # The fewer images a head is fitted on, the better it fits them, and the smaller is their gradient.
-        share = min(1.0, loss / head.found.loss) if head.found.loss > 0 else 1.0
-        return {name: total / share for name, total in sums.items()} if share > 0 else sums
+        share = loss / head.found.loss / USUAL_SHARE if head.found.loss > 0 else 1.0
+        return {name: total / share for name, total in sums.items()} if 0 < share < 1 else sums
 
     def _head(self) -> FittedHead | None:
         """Returns a fitted head: what comes through a fresh one is noise. None if the head cannot be fitted."""

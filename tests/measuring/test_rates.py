@@ -12,7 +12,7 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, create_plasticity_optimizer
 from plasticity_peft.errors import ConfigError, DataError
-from plasticity_peft.measuring.rates import FALL, MOST_OVER_MATRICES, TO_FIT, trained_groups
+from plasticity_peft.measuring.rates import FALL, MOST_OVER_MATRICES, TO_FIT, USUAL_SHARE, trained_groups
 from tests.support.models import tiny_model
 
 LABELED = [
@@ -80,7 +80,7 @@ def by_hand(model: nn.Module) -> dict[str, float]:
     images = torch.stack([item["pixel_values"] for item in LABELED])
     loss = model.eval()(pixel_values=images, labels=torch.tensor([item["labels"] for item in LABELED])).loss
     loss.backward()
-    share = float(loss.detach()) / found.loss
+    share = float(loss.detach()) / found.loss / USUAL_SHARE
     assert 0 < share < 1
     sums = {"matrix": 0.0, "vector": 0.0}
     for name, parameter in model.named_parameters():
