@@ -87,9 +87,7 @@ def measure(
     from plasticity_peft.cli.reports import check_file, check_picture
     from plasticity_peft.measuring.measure import measure_plasticity
 
-    if pairs is not None:
-        warn_renamed("--pairs", "--max_samples", stacklevel=1)
-        max_samples = pairs
+    max_samples = _max_samples(max_samples, pairs)
     check_file(output, "--output")
     check_picture(plot)
     state = _state()
@@ -101,32 +99,37 @@ def measure(
     loaded = _load_model(model, target, seed, revision).to("cpu" if state.device.type == "mps" else state.device)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
+    shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     if fit_head:
-        shared = {"batch_size": batch_size, "seed": seed, "dtype": dtype}
-        _fit_head(loaded, images, state, **shared, backbone=backbone, forward_kwargs=forward_kwargs)
+        _fit_head(loaded, images, state, **shared, forward_kwargs=forward_kwargs)
     report = measure_plasticity(
         loaded,
         images,
         others.prepared(processor),
+        **shared,
         criterion=criterion,
         inputs=inputs,
         max_samples=max_samples,
-        batch_size=batch_size,
-        seed=seed,
         settle=settle or None,
         top_k=top_k,
         budget=budget,
         granularity=granularity,
         candidates=options.several(candidates),
         training=training,
-        dtype=dtype,
-        backbone=backbone,
         forward_kwargs=forward_kwargs,
         r=r,
     )
     if state.is_main_process:
         _hand_out(report, output, plot, view, as_json)
     state.destroy_process_group()
+
+
+def _max_samples(max_samples: int, pairs: int | None) -> int:
+    """Returns `max_samples`, or the value of its former name if that is given."""
+    if pairs is None:
+        return max_samples
+    warn_renamed("--pairs", "--max_samples", stacklevel=2)
+    return pairs
 
 
 def _fit_head(model: Any, images: Any, state: PartialState, **options: Any) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.utils import logging
 
@@ -54,7 +53,7 @@ IMAGES = 256
 TO_FIT = 1024
 """Number of images that a head is fitted on for the gradient alone."""
 USUAL_SHARE = 0.6
-"""Loss of images that a head was fitted on, as a share of their loss when they are left out, for a few hundred images."""
+"""Loss of images that a head was fitted on, as a share of their loss if left out, for a few hundred images."""
 
 
 @dataclass(frozen=True)
@@ -123,26 +122,15 @@ def recommended_rates(
     in_full = [by_name[name] for name in IN_FULL if name in by_name]
     if not in_full:
         return rates
-    if train_dataset is None:
-        wanted = {group.name: WITHOUT_DATA[group.name] / math.sqrt(group.count) for group in in_full}
-    else:
+    wanted = {group.name: WITHOUT_DATA[group.name] / math.sqrt(group.count) for group in in_full}
+    if train_dataset is not None:
         gradient = _Gradient(model, train_dataset, batch_size, seed, backbone, forward_kwargs)
         sums = gradient.sums_of_magnitudes(in_full)
-        wanted = {name: FALL / total for name, total in sums.items() if total > 0}
-    return rates | _balanced(wanted, [group.name for group in in_full])
-
-
-def _balanced(wanted: Mapping[str, float], names: Sequence[str]) -> dict[str, float]:
-    """Returns the rates of what trains in full; vectors beside matrices get no more than a multiple of their rate."""
-    rates = dict(wanted)
-    if "matrix" in rates and "vector" in names:
-        rates["vector"] = min(rates.get("vector", math.inf), MOST_OVER_MATRICES * rates["matrix"])
-    missing = [name for name in names if name not in rates]
-    if missing:
-        raise ModelError(
-            f"The loss does not depend on what trains of the {missing[0]} group. Give its rate ({missing[0]}_lr)."
-        )
-    return rates
+        # A group without a gradient, such as biases of keys, does not move the loss at any rate.
+        wanted |= {name: FALL / total for name, total in sums.items() if total > 0}
+    if len(in_full) == len(IN_FULL):
+        wanted["vector"] = min(wanted["vector"], MOST_OVER_MATRICES * wanted["matrix"])
+    return rates | wanted
 
 
 def _features(head: Group) -> int:
@@ -153,7 +141,7 @@ def _features(head: Group) -> int:
 
 def _rate_of_lora(model: nn.Module) -> float:
     """Returns the rate at which a step moves the adapted layers together by about the same, whatever their sizes."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    layers: list[Any] = [module for module in model.modules() if "lora_A" in module._modules]
     adapted = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.r]
     strength = max(layer.scaling[name] * layer.r[name] for layer, name in adapted)
     widths = sum(layer.in_features + layer.out_features for layer, _ in adapted)
@@ -172,7 +160,7 @@ class _Gradient:
     forward_kwargs: Mapping[str, Any] | None
 
     def sums_of_magnitudes(self, groups: Sequence[Group]) -> dict[str, float]:
-        """Returns the sum of the absolute values of the gradient by each group, by name, as for images left out of a fit."""
+        """Returns the sum of the absolute values of the gradient by each group, as for images left out of a fit."""
         head = self._head()
         if head is None:
             return self._measured(groups)[0]

@@ -554,3 +554,11 @@ def test_importing_the_library_does_not_import_the_command_line() -> None:
     for path in package.rglob("*.py"):
         if path.parent.name != "cli" and path.stem != "__main__":
             assert not re.search(r"import typer|from typer|plasticity_peft\.cli", path.read_text()), path
+
+
+def test_the_head_is_fitted_before_a_criterion_with_gradients() -> None:
+    options = ["measure", "model", "images", "--criterion", "gradient_norm", "--json"]
+    fitted, fresh = run(*options, "--fit_head"), run(*options)
+    assert json.loads(fitted.stdout)["scores"] != json.loads(fresh.stdout)["scores"]
+    assert re.search(r"^head fitted on \d+ images: leave-one-out accuracy [\d.]+ %$", fitted.stderr, re.MULTILINE)
+    assert "--fit_head needs labeled images" in run("measure", "model", "--fit_head", code=1).output
