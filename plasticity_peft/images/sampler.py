@@ -81,6 +81,13 @@ class Sampler(ABC):
     def load(self, numbers: Sequence[int]) -> Any:
         """Returns the samples with these numbers, on the model's device and in its dtype."""
 
+    def image_keys(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns the images that these samples share with others: int64 of shape (samples, images per sample).
+
+        The key of image i is 2 i for a target image and 2 i + 1 for a source image. Samples share none by default.
+        """
+        return np.empty((len(numbers), 0), dtype=np.int64)
+
     def example(self) -> Inputs:
         """Returns the first target image: tensors of shape (1, ...)."""
         return self._to_model(stack([(self.target, 0)]))
@@ -118,6 +125,11 @@ class Pairs(Sampler):
         rows = self._order.rows(numbers)
         images = [(first, index) for index, _ in rows] + [(self.target, index) for _, index in rows]
         return PairBatch(self._to_model(stack(images)))
+
+    def image_keys(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns the keys of the two images of each pair."""
+        rows = np.array(self._order.rows(numbers), dtype=np.int64).reshape(-1, 2)
+        return np.asarray(2 * rows + np.array([self.source is not None, False]))
 
     @cached_property
     def _order(self) -> PairOrder:

@@ -1,9 +1,9 @@
 """Mean and spread of numbers that arrive in pieces: batch by batch, process by process.
 
-One rule, `Moments.merge`, serves both. The state is the count, the mean and M2, the sum of squared distances from the
-mean; two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances" (1979). The score of a component is the mean over pairs of the *per-pair* ratio, so that what enters here is
-ratios, never numerators and denominators apart.
+One rule, `Moments.merge`, serves both. The state is the count, the mean and the comoments, the sums of products of
+distances from the mean; two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm
+for computing sample variances" (1979). The score of a component is the mean over pairs of the *per-pair* ratio, so
+that what enters here is ratios, never numerators and denominators apart.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and M2 of `n` observations of `k` quantities that were observed together.
+    """Count, mean and comoments of `n` observations of `k` quantities that were observed together.
 
     Examples:
         >>> import numpy as np
@@ -26,20 +26,19 @@ class Moments:
     """
 
     count: int
-    """Observations seen."""
+    """Number of observations."""
     mean: np.ndarray
     """Mean of each quantity: float64 of shape (k,), zeros while `count` is 0."""
     m2: np.ndarray
-    """Sum over observations of the squared distance from the mean: float64 of shape (k,)."""
+    """Sum over observations of the products of two distances from the mean: float64 of shape (k, k)."""
 
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
         """Returns the moments of `values`, an array of shape (n, k); `n` may be 0."""
         values = np.asarray(values, dtype=np.float64)
-        if len(values) == 0:
-            return cls(0, np.zeros(values.shape[1]), np.zeros(values.shape[1]))
-        mean = values.mean(axis=0)
-        return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
+        mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
+        apart = values - mean
+        return cls(len(values), mean, apart.T @ apart)
 
     def merge(self, other: Moments) -> Moments:
         """Returns the moments of both sets of observations together; neither operand changes."""
@@ -51,7 +50,7 @@ class Moments:
         return Moments(
             count=count,
             mean=self.mean + delta * share,
-            m2=self.m2 + other.m2 + delta**2 * (self.count * share),
+            m2=self.m2 + other.m2 + np.outer(delta, delta) * (self.count * share),
         )
 
     @property
@@ -59,9 +58,9 @@ class Moments:
         """Sample standard deviation of each quantity, shape (k,). Raises ValueError below two observations."""
         if self.count < 2:
             raise ValueError(f"A standard deviation needs at least 2 observations. Got {self.count}.")
-        return np.asarray(np.sqrt(self.m2 / (self.count - 1)))
+        return np.asarray(np.sqrt(np.diag(self.m2) / (self.count - 1)))
 
     @property
     def standard_error(self) -> np.ndarray:
-        """Standard error of each mean, std / sqrt(count), shape (k,)."""
+        """Standard error of the mean of independent observations, std / sqrt(count), shape (k,)."""
         return np.asarray(self.std / np.sqrt(self.count))

@@ -1,7 +1,8 @@
-"""The loop: samples through a criterion into moments, round by round, until a selection is settled.
+"""The loop: samples through a criterion, round by round, until a selection is settled.
 
 A round ends when the ranking is looked at: after 32, 64, 128, ... samples, whatever the number of processes and the
-size of a pass. So all processes stop at the same sample with the same answer. Once per round they exchange moments.
+size of a pass. So all processes stop at the same sample with the same answer. Once per round they exchange what they
+observed, as sums.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria.criterion import AnyCriterion, Observations
+from plasticity_peft.criteria.criterion import AnyCriterion, Observations, WeightCriterion
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.images.sampler import Batches, Sampler
-from plasticity_peft.measuring.moments import Moments
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same
-from plasticity_peft.measuring.settling import Settling, looks
+from plasticity_peft.measuring.settling import Settling, distances, looks
+from plasticity_peft.measuring.sharing import Observed, Spread
+from plasticity_peft.report.confidence import MOST_COMPONENTS, Separation
 from plasticity_peft.report.selection import Choice
 
 # Below the logger of transformers, so that its verbosity holds here too.
@@ -38,9 +40,8 @@ Observe = Callable[[Any], Observations]
 class Seen:
     """What all processes observed together."""
 
-    moments: Moments
-    """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
-    whose spread is the uncertainty of a kind; the differences of the units to choose from."""
+    observed: Observed
+    """Observations of the components, in the order of the architecture."""
     skipped: int
     """Number of samples that were left out because they have no value."""
     settled: bool = False
@@ -48,41 +49,74 @@ class Seen:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the moments, and what they say about a selection."""
+    """The components and kinds, and what the observations say about a selection of them."""
 
     architecture: Architecture
     criterion: AnyCriterion
     settling: Settling
 
     @cached_property
-    def names(self) -> list[str]:
-        """Names of the columns that are scores."""
-        return [*(component.id for component in self.architecture.components), *KINDS]
+    def ids(self) -> list[str]:
+        """Canonical ids of the components."""
+        return [component.id for component in self.architecture.components]
 
-    @property
-    def count(self) -> int:
-        """Number of columns."""
-        units = len(self.settling.choice.units)
-        return len(self.names) + units * (units - 1) // 2
+    def nothing(self) -> Observed:
+        """Returns the state before anything is observed."""
+        return Observed.of(np.empty((0, len(self.ids))), np.empty((0, 0), dtype=np.int64))
 
-    def moments(self, values: torch.Tensor) -> Moments:
-        """Returns the moments of some observations: float64 of shape (samples, components)."""
-        seen = values.detach().cpu().numpy()
-        of_kinds = seen.reshape(len(seen), len(self.architecture.blocks), len(KINDS)).mean(axis=1)
-        scores = np.concatenate([seen, of_kinds], axis=1)
-        differences = self.settling.differences(scores[:, self._units] * np.sign(self.criterion.power))
-        return Moments.of(np.concatenate([scores, differences], axis=1))
+    def means(self, observed: Observed) -> np.ndarray:
+        """Returns the means of the components, then those of the kinds, each the mean over blocks."""
+        means = observed.moments.mean
+        return np.concatenate([means, means.reshape(-1, len(KINDS)).mean(axis=0)])
 
-    def ranking(self, moments: Moments) -> list[str]:
+    def spread(self, observed: Observed) -> Spread:
+        """Returns the spread of these means. A kind's is that of the mean over blocks, which share their samples."""
+        return self._spread(observed).through(np.concatenate([np.eye(len(self.ids)), self._mean_over_blocks]))
+
+    def deviations(self, observed: Observed) -> np.ndarray:
+        """Returns the sample standard deviations of the components, and of the means over blocks of a sample."""
+        moments = observed.moments
+        variances = ((self._mean_over_blocks @ moments.m2) * self._mean_over_blocks).sum(axis=1) / (moments.count - 1)
+        return np.concatenate([moments.std, np.sqrt(variances)])
+
+    def ranking(self, observed: Observed) -> list[str]:
         """Returns the units to choose from, best first."""
-        means = moments.mean[self._units] * np.sign(self.criterion.power)
-        return [self.settling.choice.units[number] for number in np.argsort(-means, kind="stable")]
+        choice, names = self.settling.choice, [*self.ids, *KINDS]
+        means = self.means(observed)[[names.index(unit) for unit in choice.units]] * np.sign(self.criterion.power)
+        return [choice.units[number] for number in np.argsort(-means, kind="stable")]
 
-    def settled(self, moments: Moments) -> bool:
-        """Returns whether what would be selected differs from the rest."""
-        first = len(self.names)
-        differences = Moments(moments.count, moments.mean[first:], moments.m2[first:])
-        return self.settling.settled(self.ranking(moments), differences)
+    def reached(self, observed: Observed) -> float:
+        """Returns the confidence of what would be selected."""
+        if observed.moments.count < 2:
+            return 0.0
+        kinds = self.settling.choice.units[0] in KINDS
+        spread, means = self._spread(observed), self.means(observed)
+        apart = self._kinds_apart(means, spread) if kinds else distances(means[: len(self.ids)], spread)
+        return self.settling.reached(self.ranking(observed), KINDS if kinds else self.ids, apart.tolist())
+
+    def separation(self, observed: Observed, selecting: bool) -> Separation:
+        """Returns how far apart the units are; of what would be selected, if measuring was to settle it."""
+        means, spread = self.means(observed), self._spread(observed)
+        few = len(self.ids) <= MOST_COMPONENTS
+        return Separation(
+            kinds=_rounded(self._kinds_apart(means, spread)),
+            components=_rounded(distances(means[: len(self.ids)], spread)) if few else None,
+            looks=self.settling.looks,
+            reached=self.reached(observed) if selecting else None,
+        )
+
+    @cached_property
+    def _mean_over_blocks(self) -> np.ndarray:
+        blocks = len(self.ids) // len(KINDS)
+        return np.tile(np.eye(len(KINDS)), blocks) / blocks
+
+    def _spread(self, observed: Observed) -> Spread:
+        if isinstance(self.criterion, WeightCriterion):
+            return Spread(np.zeros_like(observed.moments.m2), np.inf)
+        return Spread.of(observed)
+
+    def _kinds_apart(self, means: np.ndarray, spread: Spread) -> np.ndarray:
+        return distances(means[len(self.ids) :], spread.through(self._mean_over_blocks))
 
     def check_finite(self, values: torch.Tensor) -> None:
         """Raises NonFiniteError, which names the component, if a value is NaN or infinite."""
@@ -94,9 +128,9 @@ class Columns:
                 "precision this is often overflow: measure the model in float32 or bfloat16."
             )
 
-    @cached_property
-    def _units(self) -> list[int]:
-        return [self.names.index(unit) for unit in self.settling.choice.units]
+
+def _rounded(distances: np.ndarray) -> tuple[float, ...]:
+    return tuple(distances.round(6).tolist())
 
 
 def observe_until_settled(
@@ -106,13 +140,13 @@ def observe_until_settled(
 
     Args:
         observe: what the criterion prepared.
-        columns: the columns of the moments, and what is to be selected.
+        columns: the components and kinds, and what is to be selected.
         sampler: the samples.
         share: this process among all.
         stop_early: False to look at all samples, even if the selection is settled before.
     """
     worker = _Worker(observe, columns, sampler)
-    moments, skipped, settled, start = Moments.of(np.empty((0, columns.count))), 0, False, 0
+    observed, skipped, settled, start = columns.nothing(), 0, False, 0
     with Progress(sampler, share) as progress:
         for stop in looks(sampler.planned(), sampler.first_look):
             with failing_together(share):
@@ -120,13 +154,13 @@ def observe_until_settled(
                 seen = worker.look_at(share.of(range(start, reached)), progress)
             start = same(share, f"number of {sampler.plural}", reached)
             for more, left_out in gathered(share, seen):
-                moments, skipped = moments.merge(more), skipped + left_out
-            settled = columns.settled(moments)
-            progress.show(start, columns.ranking(moments), columns.settling.choice)
+                observed, skipped = observed.merge(more), skipped + left_out
+            settled = columns.reached(observed) >= columns.settling.confidence
+            progress.show(start, columns.ranking(observed), columns.settling.choice)
             if (settled and stop_early) or start < stop:
                 break
         progress.end()
-    return Seen(moments, skipped, settled)
+    return Seen(observed, skipped, settled)
 
 
 class _Worker:
@@ -136,28 +170,46 @@ class _Worker:
         self._observe, self._columns, self._sampler = observe, columns, sampler
         self._per_pass = sampler.per_pass
 
-    def look_at(self, numbers: range, progress: Progress) -> tuple[Moments, int]:
-        """Returns the moments of the samples with these numbers, and how many samples were skipped."""
-        moments, skipped, done = Moments.of(np.empty((0, self._columns.count))), 0, 0
+    def look_at(self, numbers: range, progress: Progress) -> tuple[Observed, int]:
+        """Returns what is observed of the samples with these numbers, and how many samples were skipped."""
+        observed, skipped, done = self._columns.nothing(), 0, 0
         while done < len(numbers):
             batch = numbers[done : done + self._per_pass]
             # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
             # which takes longer than a round of a small model.
             try:
-                values, left_out = self._observe(self._sampler.load(batch))
+                found = self._observed(batch)
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
-                values = None
-            if values is None:  # here the error no longer holds what was in memory
+                found = None
+            if found is None:  # here the error no longer holds what was in memory
                 clear_device_cache(garbage_collection=True)
                 self._halve()
                 continue
-            self._columns.check_finite(values)
-            moments, skipped = moments.merge(self._columns.moments(values)), skipped + left_out
+            observed, skipped = observed.merge(found[0]), skipped + found[1]
             done += len(batch)
             progress.advance(len(batch))
-        return moments, skipped
+        return observed, skipped
+
+    def _observed(self, batch: Sequence[int]) -> tuple[Observed, int]:
+        """Returns what is observed of the samples in one pass, and how many were skipped."""
+        values, skipped, kept = self._observe(self._sampler.load(batch))
+        self._columns.check_finite(values)
+        keys = self._sampler.image_keys(batch)
+        if len(values) < len(keys):
+            if kept is None and keys.shape[1]:  # the criterion does not report which samples the values are of
+                return self._one_by_one(batch)
+            keys = keys[: len(values)] if kept is None else keys[kept.cpu().numpy()]
+        return Observed.of(values.detach().cpu().numpy(), keys), skipped
+
+    def _one_by_one(self, batch: Sequence[int]) -> tuple[Observed, int]:
+        observed, skipped = self._columns.nothing(), 0
+        for number in batch:
+            values, left_out, _ = self._observe(self._sampler.load([number]))
+            keys = self._sampler.image_keys([number])[: len(values)]
+            observed, skipped = observed.merge(Observed.of(values.detach().cpu().numpy(), keys)), skipped + left_out
+        return observed, skipped
 
     def _halve(self) -> None:
         smaller, sampler = self._per_pass // 2, self._sampler

@@ -14,6 +14,7 @@ from typing import Any
 from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
+from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.report.text import heading
@@ -136,7 +137,9 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
     _scale(ax.xaxis, [row.score for row in units])
     what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
     marked = "; selected: filled, bold" if chosen else ""
-    ax.set(xlabel=_unit(report), title=f"{what}\n{_certainty(report, 'intervals')}{marked}")
+    known = selection is not None and selection.confidence is not None
+    sure = f" (selection: confidence {in_words(selection.confidence)})" if selection and known else ""
+    ax.set(xlabel=_unit(report), title=f"{what}{sure}\n{_certainty(report, 'intervals')}{marked}")
     ax.grid(alpha=0.3)
 
 

@@ -7,9 +7,10 @@ stay the same if transformers renames modules.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,11 +21,15 @@ from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file, without_report
+from plasticity_peft.report.confidence import SURE, confidence, in_words
 from plasticity_peft.report.format import FORMAT, VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import BaseReport
-from plasticity_peft.report.selection import Selection, SelectionRule
+from plasticity_peft.report.selection import Choice, Selection, SelectionRule
 from plasticity_peft.report.text import as_html, as_text, why_norms_lead
+
+# Below the logger of transformers, which is not imported here, so that its verbosity holds here too.
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,10 @@ class PlasticityReport(BaseReport):
         ending: how the measurement ended; None if all samples were measured regardless of the ranking.
         target_provenance: where the target images came from; None if there were none, or if this is unknown.
         source_provenance: where the source images came from; None if there were none, or if this is unknown.
+        batch_size: largest number of images in a batch if `observed` is "batches", else None. Scores of gradients
+            depend on it: compare them only between reports of one batch size.
+        separation: how far apart the units are, from which `select` computes `Selection.confidence`; None in reports
+            of older releases.
     """
 
     def select(
@@ -72,6 +81,8 @@ class PlasticityReport(BaseReport):
         lora_bias: bool = False,
     ) -> Selection:
         """Returns the best units, by number or by budget. Without `top_k` and `budget` it is the best one.
+
+        `Selection.confidence` is how sure the selection is. Below 95 % a warning is logged.
 
         Args:
             top_k: number of units.
@@ -113,6 +124,8 @@ class PlasticityReport(BaseReport):
         explanation = why_norms_lead(self, (row for row in ranking if row.unit in units))
         if explanation:
             warnings.warn(explanation, stacklevel=3)
+        sure = self._confidence(rule, choice, names)
+        _warn_if_unsure(units, sure)
         rows = [row for row in self.scores if rule.unit_of(row) in units]
         counts = [rule.parameters_of(row) for row in rows]
         return Selection(
@@ -122,7 +135,15 @@ class PlasticityReport(BaseReport):
             modules=tuple(path for row in rows for path in row.modules),
             parameters={mode: sum(count[mode] for count in counts) for mode in TRAINING_MODES},
             model_parameters=self.model_parameters,
+            confidence=sure,
         )
+
+    def _confidence(self, rule: SelectionRule, choice: Choice, ranking: Sequence[str]) -> float | None:
+        distances = None if self.separation is None else self.separation.of(rule.granularity)
+        if self.separation is None or distances is None:
+            return None
+        units = KINDS if rule.granularity == "kind" else [row.id for row in self.scores]
+        return confidence(choice, ranking, units, distances, self.separation.looks)
 
     def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
         """Raises ReportError unless this report was measured on a model with the given components."""
@@ -218,3 +239,13 @@ class PlasticityReport(BaseReport):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
+
+
+def _warn_if_unsure(units: Sequence[str], confidence: float | None) -> None:
+    if confidence is not None and confidence < SURE:
+        logger.warning(
+            "The selection of %s is not settled: its confidence is %s. Other images could lead to another selection. "
+            "More images (max_samples=...), or another top_k or budget, may settle it.",
+            ", ".join(units),
+            in_words(confidence),
+        )

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from plasticity_peft.components.component import MATRIX_KINDS
+from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.scores import BaseReport, Score
 from plasticity_peft.report.selection import RankedUnit
 
@@ -51,10 +52,11 @@ def how_it_ended(report: BaseReport) -> str:
     ending = report.ending
     if ending is None:
         return ""
-    units, confidence = ", ".join(ending.units), f"{ending.confidence:.0%} confidence"
+    units, promised = ", ".join(ending.units), f"{ending.confidence:.0%} confidence"
+    reached = f" Confidence reached: {in_words(None if report.separation is None else report.separation.reached)}."
     if ending.settled:
-        return f"Settled after {report.samples} of {ending.planned} {report.observed}: {units} ({confidence})."
-    return f"Not settled: {units} does not stand out from the rest ({confidence})."
+        return f"Settled after {report.samples} of {ending.planned} {report.observed}: {units} ({promised}).{reached}"
+    return f"Not settled: {units} does not stand out from the rest ({promised}).{reached}"
 
 
 def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
@@ -74,6 +76,7 @@ def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
 def _title(report: BaseReport) -> str:
     pairs = report.observed == "pairs" and report.criterion != "token_sensitivity"
     of = f" of {'a source and a target image' if report.uses_source else 'two target images'}" if pairs else ""
+    of = of if report.batch_size is None else f" of up to {report.batch_size} images"
     skipped = f" ({report.skipped} skipped)" if report.skipped else ""
     return f"{heading(report)}{skipped}{of}, seed {report.seed}"
 
