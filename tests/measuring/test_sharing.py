@@ -5,10 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from plasticity_peft import measure_plasticity
+from plasticity_peft.criteria import rate_of_change
+from plasticity_peft.criteria.rate_of_change import ratios
 from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.measuring import sharing
 from plasticity_peft.measuring.settling import FARTHEST, distances
 from plasticity_peft.measuring.sharing import Observed, Spread
+from tests.support.models import random_images, tiny_model
 
 GENERATOR = np.random.default_rng(0)
 DESIGNS = {"target": (9, None, 30), "source and target": (9, 7, 40), "few pairs": (30, None, 12)}
@@ -96,3 +100,16 @@ def test_equal_quantities_are_not_apart_and_exact_ones_are() -> None:
     keys = 2 * draw_pairs(30, target=12, source=None, seed=0)
     observed = Observed.of(values * np.array([1, 1 + 2.3e-16, 1]), keys)
     assert distances(observed.moments.mean, Spread.of(observed)).tolist() == [0, FARTHEST, FARTHEST]
+
+
+def test_pairs_that_are_left_out_are_counted_for_no_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if a criterion does not report which pairs it left out."""
+    images = random_images(6)[[0, 0, 0, 1, 2, 3, 4, 5]]  # some pairs are of equal images
+    options = {"inputs": "embedding", "settle": None, "batch_size": 7}
+    report = measure_plasticity(tiny_model(), images, **options)
+    assert report.skipped > 0
+    monkeypatch.setattr(rate_of_change, "ratios", lambda *args: ratios(*args)._replace(kept=None))
+    silent = measure_plasticity(tiny_model(), images, **options)
+    assert silent.skipped == report.skipped
+    for row, other in zip(silent.kinds, report.kinds, strict=True):
+        assert (row.mean, row.error) == pytest.approx((other.mean, other.error), rel=1e-6)

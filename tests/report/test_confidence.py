@@ -6,9 +6,10 @@ import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import combinations
 from math import erfc, sqrt
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,12 +17,18 @@ import pytest
 import torch
 from scipy import stats
 
-from plasticity_peft import PlasticityReport, measure_plasticity
+from peft import get_peft_model
+from typer.testing import CliRunner
+
+from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
+from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
+from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
+from plasticity_peft.report.agreement import check_comparable
 from plasticity_peft.report.confidence import FARTHEST, Separation, confidence, in_words
 from plasticity_peft.report.selection import Budget, TopK
-from plasticity_peft.saved.record import AdapterDescription
+from plasticity_peft.saved.record import AdapterDescription, AdapterRecord
 from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(40)
@@ -122,17 +129,13 @@ def test_a_cut_that_is_not_settled_is_warned_of(caplog: pytest.LogCaptureFixture
 
 
 def test_an_adapter_keeps_the_confidence() -> None:
-    from dataclasses import asdict
-
-    from plasticity_peft.constraints import read_as
-
     report = measure_plasticity(tiny_model(), IMAGES)
-    adapter = AdapterDescription("lora", report.select(), None)
+    adapter = AdapterDescription.of(report.select(), "lora", None)
     values = json.loads(json.dumps(asdict(adapter)))
     assert read_as(AdapterDescription, values, ReportError).selection == adapter.selection
-    del values["selection"]["confidence"]
+    del values["confidence"]
     assert read_as(AdapterDescription, values, ReportError).selection.confidence is None
-    values["selection"]["confidence"] = 1.5
+    values["confidence"] = 1.5
     with pytest.raises(ReportError, match="confidence must be less than or equal to 1"):
         read_as(AdapterDescription, values, ReportError)
 
@@ -201,3 +204,44 @@ def test_a_large_model_has_no_distances_of_components() -> None:
     report = measure_plasticity(tiny_model(), IMAGES, criterion="bound")
     report = replace(report, separation=separation)
     assert report.select(2, granularity="component").confidence is None
+
+
+def test_reports_of_different_batch_sizes_are_compared_with_a_warning() -> None:
+    report = measure_plasticity(tiny_model(), IMAGES, criterion="feature_norm", batch_size=8)
+    other = replace(report, batch_size=16)
+    with pytest.warns(UserWarning, match="first was measured on batches of 8 images and second on batches of 16"):
+        check_comparable(report, other, names=("first", "second"))
+    check_comparable(report, report, names=("first", "second"))
+    check_comparable(report, replace(report, batch_size=None), names=("first", "second"))
+
+
+# ---- where it is shown
+
+
+def run(*arguments: object) -> str:
+    return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).output
+
+
+def test_the_confidence_is_shown(tmp_path: Path) -> None:
+    report = measure_plasticity(tiny_model(), IMAGES)
+    reached = in_words(report.separation.reached)
+    assert f"Confidence reached: {reached}." in str(report)
+    assert f"Confidence reached: {reached}." in report._repr_html_()
+    unknown = replace(report, separation=None)
+    assert "Confidence reached: unknown." in str(unknown)
+    selection = report.select()
+    assert f"(selection: confidence {reached})" in report.plot("ranking", selection=selection).get_title()
+    for name, each, shown in (("report", report, reached), ("old", unknown, "unknown")):
+        each.save(tmp_path / f"{name}.json")
+        assert f"confidence {shown}" in run("select", tmp_path / f"{name}.json", "--head", "classifier").splitlines()[0]
+        record = AdapterRecord(each, AdapterDescription.of(each.select(), "lora", None))
+        (tmp_path / name).mkdir()
+        record.write(tmp_path / name)
+        assert f"Confidence of the selection: {shown}" in run("show", tmp_path / name)
+
+
+def test_a_model_card_shows_the_confidence(tmp_path: Path) -> None:
+    model = get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES))
+    model.save_pretrained(str(tmp_path))
+    card = (tmp_path / "README.md").read_text()
+    assert f"| confidence of the selection | {in_words(model.peft_config['default'].selection.confidence)} |" in card
