@@ -58,7 +58,7 @@ from transformers import (
 
 from plasticity_peft import PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.checks import PROTOCOLS
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.files import write_text
 
 logger = logging.getLogger(__name__)

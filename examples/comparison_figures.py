@@ -10,7 +10,7 @@ import matplotlib as mpl
 from comparison import KINDS, Comparison, rank_correlation
 from matplotlib.ticker import NullLocator
 
-from plasticity_peft.report.plotting import COLOURS, MARKERS, STYLES
+from plasticity_peft.report.plotting import COLORS, MARKERS, STYLES
 
 SHOWN = ("parameter_plasticity", "rate_of_change-embedding")
 """The default criterion and the paper's."""
@@ -54,8 +54,8 @@ def _draw_gains(ax: Any, comparison: Comparison, name: str) -> None:
                 xerr=1.96 * scores[kind].standard_error,
                 yerr=gains[kind].std() if len(gains) > 1 else None,
                 fmt=MARKERS[index],
-                color=COLOURS[index],
-                markerfacecolor=COLOURS[index] if filled else "white",
+                color=COLORS[index],
+                markerfacecolor=COLORS[index] if filled else "white",
                 capsize=2,
                 label=f"{kind} ({training})",
             )
@@ -77,7 +77,7 @@ def draw_learning_rates(comparison: Comparison, path: Path) -> None:
             if not len(own):
                 continue
             mean = 100 * own.mean()
-            look = {"color": COLOURS[index % len(COLOURS)]}
+            look = {"color": COLORS[index % len(COLORS)]}
             marks = {"linestyle": STYLES[index % 5], "marker": MARKERS[index % 5], "markersize": 4}
             ax.plot(mean.index, mean, label=name, **look, **marks)
             ax.fill_between(mean.index, 100 * own.min(), 100 * own.max(), alpha=0.2, linewidth=0, **look)

@@ -47,9 +47,11 @@ from transformers import (
 from transformers.trainer_utils import EvalPrediction
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
+from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
+from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError
 from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
@@ -128,14 +130,15 @@ class PlasticityArguments:
             "choices": ["embedding", "activation"],
         },
     )
-    granularity: str = field(default="kind", metadata={"help": "What is ranked.", "choices": ["kind", "component"]})
+    granularity: str = field(default="kind", metadata={"help": ARGUMENTS["granularity"].help})
     candidates: list[str] = field(
         default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
     )
-    pairs: int = field(default=1024, metadata={"help": "Images, or pairs of images, to measure on at most."})
+    max_samples: int = field(default=1024, metadata={"help": ARGUMENTS["max_samples"].help})
+    pairs: int | None = field(default=None, metadata={"help": "The former name of --max_samples."})
     settle: float | None = field(
         default=0.95,
-        metadata={"help": "End measuring when the choice is settled at this confidence; 0 looks at all pairs."},
+        metadata={"help": "End measuring when the choice is settled at this confidence; 0 uses all samples."},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "Precision to measure in.", "choices": ["bfloat16", "float16"]}
@@ -413,6 +416,10 @@ def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: d
     """Returns the config to measure and select by; a run that goes on selects from the report of its checkpoint."""
     options = asdict(plasticity)
     del options["head_only"]
+    pairs = options.pop("pairs")
+    if pairs is not None:
+        warn_renamed("--pairs", "--max_samples", stacklevel=1)
+        options["max_samples"] = pairs
     options["settle"] = options["settle"] or None
     report = str(Path(checkpoint) / "plasticity.json") if checkpoint else options["report"]
     if report is None:

@@ -22,7 +22,7 @@ RUNS = {
     "digits-lora": [],
     "digits-full": ["--training", "full"],
     "digits-rate-of-change": ["--criterion", "rate_of_change", "--candidates", "MHA", "FC1", "FC2", "--top_k", "2"],
-    "digits-blocks": ["--granularity", "block", "--top_k", "6"],
+    "digits-blocks": ["--granularity", "component", "--top_k", "6"],
 }
 """Arguments of examples/train.py beside its defaults, by name of the card."""
 

@@ -23,6 +23,7 @@ from plasticity_peft.checks import (
     check_choice,
     check_count,
     check_flag,
+    check_forward_kwargs,
     check_number,
     check_path,
     check_patterns,
@@ -206,6 +207,11 @@ ARGUMENTS: Mapping[str, Argument] = {
     "backbone": Argument(
         "Path of the vision transformer in a model that contains several, such as 'model.vision_tower'.",
         check_path,
+    ),
+    "forward_kwargs": Argument(
+        "Arguments of each forward pass while measuring, such as {'interpolate_pos_encoding': True} for images of "
+        "another size than the model was made for.",
+        check_forward_kwargs,
     ),
     # The options of peft.LoraConfig whose values PEFT itself would not refuse, or not by name.
     "r": Argument("Rank of LoRA.", partial(check_count, lowest=1)),

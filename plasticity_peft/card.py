@@ -1,16 +1,14 @@
-"""The part of a model card that tells what was measured, chosen and trained.
+"""The section of a model card about the measurement, the selection and the training.
 
-It stands between two comments below the title of the card, and is replaced when the card is written again; everything
-else is left as PEFT, Trainer or a person wrote it, but for paths of the machine that the base model was loaded from.
+It is between two comments below the title of the card, and is replaced when the card is written again. All other text
+of PEFT, of Trainer or of a person is unchanged, except that local paths of the base model are removed.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,7 @@ from transformers.utils import logging
 
 from plasticity_peft.files import write_bytes, write_text
 from plasticity_peft.report.plotting import png
-from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.report.selection import Selection
-from plasticity_peft.saved.card_section import comment, eval_results_of, part_of
+from plasticity_peft.saved.card_section import comment, eval_results_of, section_of
 from plasticity_peft.saved.record import AdapterRecord, all_results, digest_in, make_results
 from plasticity_peft.saved.trained import TrainedAdapter, is_hub_id
 
@@ -38,19 +34,22 @@ def update_card(
     dataset: Any = None,
     split: str | None = None,
 ) -> Path:
-    """Returns the path of the model card of a saved adapter, which it writes anew, with what was measured.
+    """Writes the model card of a saved adapter again, with metrics if they are given, and returns its path.
 
-    The metrics are kept in plasticity.json beside the adapter and stay in the card, also when `trainer.push_to_hub()`
-    writes another one, for as long as the adapter has these weights.
+    Metrics are saved in the plasticity.json of the adapter. They stay in the card for as long as the adapter has these
+    weights, also if `trainer.push_to_hub()` writes another card.
 
     Args:
-        folder: where an adapter of this package was saved.
-        metrics: values by name, such as {"accuracy": 0.94}; None where only the card is to be written.
-        dataset: what they were measured on: a dataset, its id on the Hub, or its name.
-        split: the split of it, where it does not say so itself.
+        folder: folder of an adapter that was trained with this package.
+        metrics: values by name, such as {"accuracy": 0.94}; None to write only the card.
+        dataset: the dataset of the metrics, its id on the Hub, or its name.
+        split: split of the dataset, if the dataset does not name it.
+
+    Returns:
+        Path of README.md in `folder`.
 
     Raises:
-        ConfigError: a metric is no finite number, or there is no dataset to it.
+        ConfigError: a metric is not a finite number, or there are metrics without a dataset.
         AdapterError: there is no adapter in `folder`.
         ReportError: its plasticity.json is missing or damaged.
 
@@ -81,22 +80,23 @@ def update_card(
 
 
 def complete_card(folder: str | os.PathLike[str], adapters: Sequence[TrainedAdapter]) -> None:
-    """Adds what each adapter is to the model card that is in `folder`, or renews it, with a picture if it can."""
+    """Adds a section about each adapter to the model card in `folder`, or replaces it, with a picture if possible."""
     path = Path(folder, CARD_NAME)
     card = ModelCard.load(path)
     for adapter in reversed(adapters):  # each goes to the top
         place = "" if adapter.name == "default" else adapter.name
         picture = _draw(Path(folder, place, PICTURE_NAME), adapter)
-        part = part_of(adapter, f"{place}/{PICTURE_NAME}".lstrip("/") if picture else None)
-        _merge(card.data, part.data, outdated=_outdated(Path(folder, place), adapter), folder=path.resolve().parent)
-        card.text = _with_part(card.text, part.text, adapter.name)
+        section = section_of(adapter, f"{place}/{PICTURE_NAME}".lstrip("/") if picture else None)
+        outdated = _outdated(Path(folder, place), adapter)
+        _merge(card.data, section.data, outdated=outdated, folder=path.resolve().parent)
+        card.text = _with_section(card.text, section.text, adapter.name)
         _hide_path(card, adapter)
     write_text(path, str(card))
 
 
 def _draw(path: Path, adapter: TrainedAdapter) -> bool:
     try:
-        picture = _png(json.dumps(adapter.report.to_dict()), json.dumps(asdict(adapter.selection)))
+        picture = _png(adapter.report, adapter.selection)
     except ImportError as error:
         logger.info("The model card has no picture: %s. pip install 'plasticity_peft[plot]' draws one.", error)
         return False
@@ -105,10 +105,8 @@ def _draw(path: Path, adapter: TrainedAdapter) -> bool:
     return True
 
 
-@lru_cache(maxsize=4)
-def _png(report: str, selection: str) -> bytes:
-    """Returns the picture; it is the same at every checkpoint of a training, and takes longer than all the rest."""
-    return png(PlasticityReport.from_dict(json.loads(report)), Selection(**json.loads(selection)))
+_png = lru_cache(maxsize=4)(png)
+# The picture is the same at every checkpoint of a training, and takes longer to draw than all else takes.
 
 
 def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
@@ -118,7 +116,7 @@ def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
 
 
 def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) -> None:
-    """Adds our metadata to those of the card; what is already there stays, but for results that no longer hold."""
+    """Adds our metadata to those of the card, which stay, except for results of earlier weights."""
     data.library_name = data.library_name or ours.library_name
     data.base_model = data.base_model or ours.base_model
     data.pipeline_tag = data.pipeline_tag or ours.pipeline_tag
@@ -140,13 +138,13 @@ def _key(result: EvalResult) -> tuple[Any, ...]:
 
 
 def _union(one: Any, other: Any) -> list[str] | None:
-    """Returns the values of both, each a string, several or none, each value once."""
-    values = [value for part in (one, other) for value in ([part] if isinstance(part, str) else part or [])]
+    """Returns the different values of both; each is a string, a list of strings, or None."""
+    values = [value for each in (one, other) for value in ([each] if isinstance(each, str) else each or [])]
     return list(dict.fromkeys(values)) or None
 
 
 def _hide_path(card: Any, adapter: TrainedAdapter) -> None:
-    """Takes a base model that is not on the Hub, such as a local folder, out of what PEFT and Trainer wrote.
+    """Removes a base model that is not on the Hub, such as a local folder, from the text of PEFT and Trainer.
 
     The Hub refuses such metadata, and nobody else has that folder.
     """
@@ -159,13 +157,13 @@ def _hide_path(card: Any, adapter: TrainedAdapter) -> None:
     card.text = card.text.replace(f"[{path}](https://huggingface.co/{path})", "a model that is not on the Hub")
 
 
-def _with_part(text: str, part: str, name: str) -> str:
-    """Returns the text of a card with our part below its title, or in the place of an earlier one."""
-    part = part.strip()
+def _with_section(text: str, section: str, name: str) -> str:
+    """Returns the text of a card with our section below its title, or instead of an earlier section."""
+    section = section.strip()
     begin, end = (re.escape(comment(which, name)) for which in ("begin", "end"))
-    replaced, count = re.subn(f"{begin}.*?{end}", lambda _: part, text, count=1, flags=re.DOTALL)
+    replaced, count = re.subn(f"{begin}.*?{end}", lambda _: section, text, count=1, flags=re.DOTALL)
     if count:
         return replaced
     title = re.search(r"^# .*$", text, flags=re.MULTILINE)
     at = title.end() if title else 0
-    return f"{text[:at]}\n\n{part}\n\n{text[at:].lstrip(chr(10))}" if at else f"{part}\n\n{text}"
+    return f"{text[:at]}\n\n{section}\n\n{text[at:].lstrip(chr(10))}" if at else f"{section}\n\n{text}"

@@ -14,17 +14,18 @@ import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
 from plasticity_peft.errors import ReportError
 from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME
 from plasticity_peft.saved.record import AdapterRecord
+from plasticity_peft.saved.weights import read_header
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
 STATE_NAME = "trainer_state.json"
-NEEDED = (STATE_NAME, CONFIG_NAME, WEIGHTS_NAME, "optimizer.pt", "scheduler.pt")
+NEEDED = (STATE_NAME, "optimizer.pt", "scheduler.pt")
+OF_AN_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def last_whole_checkpoint(
@@ -71,18 +72,33 @@ def why_not_whole(checkpoint: str | os.PathLike[str], *, processes: int | None =
     if not checkpoint.is_dir():
         return "there is no such folder"
     states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes or 0)]
-    for name in (*NEEDED, *states, *also):
-        if not (checkpoint / name).is_file():
-            return f"it has no {name}"
-    for path in sorted(checkpoint.iterdir()):
+    adapters = _adapters_in(checkpoint)
+    missing = [name for name in (*NEEDED, *states) if not (checkpoint / name).is_file()]
+    missing += [name for folder in adapters for name in OF_AN_ADAPTER if not (folder / name).is_file()]
+    missing += [name for name in also if not any((folder / name).is_file() for folder in {checkpoint, *adapters})]
+    if missing:
+        return f"it has no {missing[0]}"
+    return next((reason for folder in dict.fromkeys((checkpoint, *adapters)) if (reason := _damage(folder))), "")
+
+
+def _adapters_in(checkpoint: Path) -> list[Path]:
+    """Returns the folders of the adapters: PEFT saves "default" beside the state, and others below their names."""
+    below = [path for path in sorted(checkpoint.iterdir()) if any((path / name).is_file() for name in OF_AN_ADAPTER)]
+    beside = any((checkpoint / name).is_file() for name in OF_AN_ADAPTER)
+    return [checkpoint, *below] if beside or not below else below
+
+
+def _damage(folder: Path) -> str:
+    """Returns which file of a folder is damaged, and how; "" if none is."""
+    for path in sorted(folder.iterdir()):
         check = CHECKS.get(path.suffix)
         try:
             if check is not None and path.is_file():
                 check(path)
-        except (OSError, ValueError, RecursionError, zipfile.BadZipFile, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
             return f"{path.name} is damaged ({error})"
     try:
-        AdapterRecord.find(checkpoint)
+        AdapterRecord.find(folder)
     except ReportError as error:
         return str(error)
     return ""
@@ -102,9 +118,8 @@ def _check_json(path: Path) -> None:
 
 
 def _check_safetensors(path: Path) -> None:
-    with safe_open(path, "pt") as file:
-        if not file.keys():
-            raise ValueError("it holds no tensors")
+    if not read_header(path, path.parent.name):
+        raise ValueError("it contains no tensors")
 
 
 def _check_archive(path: Path) -> None:

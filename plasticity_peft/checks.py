@@ -90,6 +90,32 @@ def check_path(name: str, value: Any) -> str | None:
     return value
 
 
+def check_forward_kwargs(name: str, value: Any) -> Mapping[str, Any] | None:
+    """Returns `value`. Raises ConfigError unless it maps names of arguments to plain values, or is None."""
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise ConfigError(
+            f"{name} must map names of arguments of the model's forward pass to their values, such as "
+            f"{{'interpolate_pos_encoding': True}}. Got {shown(value)}."
+        )
+    for key, each in value.items():
+        if not _is_plain(each):
+            raise ConfigError(
+                f"{name}[{key!r}] must be a number, a string, True, False, None, or a list or dictionary of them. Got "
+                f"{type(each).__name__}. What belongs to each image goes into the items of target_data."
+            )
+    return value
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(each) for name, each in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))
+
+
 def check_patterns(name: str, value: Any) -> Mapping[str, Any]:
     """Returns `value`, or an empty mapping for None.
 

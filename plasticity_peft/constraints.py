@@ -39,7 +39,7 @@ def one_of(values: Collection[str]) -> Predicate:
 
 
 PRINTABLE = allowed("must be printable text", str.isprintable)
-"""Excludes what would do something to the terminal that the text is printed on."""
+"""Excludes characters that control the terminal on which the text is printed."""
 
 Count = Annotated[int, Interval(ge=0, le=HIGHEST_COUNT)]
 PositiveCount = Annotated[int, Interval(ge=1, le=HIGHEST_COUNT)]
@@ -63,8 +63,8 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
         place: where `values` are in the file, such as "adapter".
 
     Raises:
-        error: a value is missing, of another type, or not allowed. The message names the field, what is allowed and
-            what came; it does not end with a full stop, so that it can become part of a sentence.
+        error: a value is missing, of another type, or not allowed. The message contains the field, what is allowed
+            and the value. It has no full stop at the end, so that it can become part of a sentence.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -93,7 +93,7 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
 
 @cache
 def _reader(kind: Any) -> Any:
-    """Returns what validates values of a type; to make it takes longer than to use it."""
+    """Returns the validator of a type, which takes longer to make than to use."""
     from pydantic import TypeAdapter
 
     return TypeAdapter(kind)

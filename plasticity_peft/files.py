@@ -1,8 +1,8 @@
-"""Files that are whole or not there, whatever interrupts the writing: an error, a full disk, a killed process.
+"""Files that are whole or absent, even if an error, a full disk or a kill interrupts the writing.
 
-A file is written beside its place and then renamed, which file systems do in one step. Before that its content is sent
-to the disk (fsync): some file systems find out only then that there is no room, and after a power cut a renamed file
-could be empty. That the rename itself lasts is not waited for: without it the old file is there, whole.
+A file is written under another name and then renamed, which file systems do in one step. Before that, its content is
+sent to the disk (fsync). Some file systems only notice then that the disk is full, and after a power cut a renamed
+file could be empty. The rename itself is not sent to the disk: if it is lost, the old file is there, whole.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 from plasticity_peft.errors import FileError
 
 MOST_BYTES = 2**23
-"""What a JSON file of ours may take: a thousand times what a large model needs, and memory for it is never short."""
+"""Largest size of a JSON file of an adapter. It is a thousand times what a large model needs, and fits into memory."""
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Returns what a JSON file holds.
+    """Returns the content of a JSON file.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is too large, or no JSON as the standard has it: UTF-8, no NaN, and no key twice.
-        RecursionError: it is nested too deeply.
+        ValueError: the file is too large, or is not standard JSON: it is not UTF-8, or contains NaN or a key twice.
+        RecursionError: the content is nested too deeply.
     """
     with open(path, "rb") as file:
         text = file.read(MOST_BYTES + 1)
@@ -44,12 +44,12 @@ def _without_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(values) < len(pairs):
         seen: set[str] = set()
         double = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"it holds {double!r} twice in one object")
+        raise ValueError(f"it contains {double!r} twice in one object")
     return values
 
 
 def _refuse(constant: str) -> None:
-    raise ValueError(f"it holds {constant}, which is no JSON")
+    raise ValueError(f"it contains {constant}, which is not JSON")
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -58,13 +58,13 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` to `path` in one step: a reader, or a crash, sees the old file or the new one.
+    """Writes `content` to `path` in one step: whoever reads it sees the old file or the new one.
 
     Raises:
-        FileError: it cannot be written; the message tells why. What was at `path` is as it was.
+        FileError: the file cannot be written; the message contains the reason. An old file at `path` is unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f"_{path.name}.{secrets.token_hex(4)}")  # Trainer publishes nothing with that "_"
+    temporary = path.with_name(f"_{path.name}.{secrets.token_hex(4)}")  # Trainer does not publish names with "_"
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -83,11 +83,18 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 @contextmanager
 def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[Path]:
-    """Yields an empty folder, whose files move into `folder`, with their subfolders, when all have been written.
+    """Yields an empty folder. At the end its files move into `folder`, with their subfolders.
 
-    The file named `last` is the one without which no reader takes the folder for what it is (adapter_config.json): an
-    old one goes before the first file moves, and the new one moves last. So a process killed in between leaves a
-    folder that is refused, not a mixture of two. An error while they are written leaves `folder` as it was.
+    `last` names the file that marks the folder as complete, such as "adapter_config.json". It is removed first and
+    moved into place last. So a process that is killed in between leaves a folder that readers refuse, and not a
+    mixture of old and new files. An error before the end leaves `folder` as it was.
+
+    Args:
+        folder: where the files go. It is made if it does not exist.
+        last: name of the file that marks the folder as complete.
+
+    Yields:
+        The folder to write into.
 
     Examples:
         >>> folder = tempfile.mkdtemp()
@@ -118,12 +125,12 @@ def _to_disk(handle: int) -> None:
     try:
         os.fsync(handle)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # of a file system that has no disk to write to
+        if error.errno != errno.EINVAL:  # the file system has no disk
             raise
 
 
 def _left(path: Path) -> str:
-    return "What was there before is unchanged." if os.path.lexists(path) else "Nothing was left there."
+    return "The old file is unchanged." if os.path.lexists(path) else "No file was left there."
 
 
 def _remove(path: Path) -> None:

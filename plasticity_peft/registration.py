@@ -13,9 +13,10 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 PEFT_TYPE = "PLASTICITY"
-"""The `peft_type` of a config until the components are selected; after that it is LORA.
+"""The `peft_type` in the file of a config whose components are not selected yet. In memory it is LORA.
 
-`task_type` has the same value unless the user gives one. PEFT finds the class of the adapted model by it.
+`task_type` is this too until the model is adapted, unless the user gives one. PEFT finds the class of the adapted
+model by it.
 """
 
 

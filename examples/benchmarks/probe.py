@@ -22,9 +22,9 @@ from transformers import HfArgumentParser, ViTModel
 
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Inputs, block_input, first_tensor
+from plasticity_peft.criteria.protocols.activation import ActivationProtocol
 from plasticity_peft.criteria.protocols.distances import Distances
-from plasticity_peft.criteria.rate_of_change import PROTOCOLS
-from plasticity_peft.images.pairs import join
+from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 
 
 @dataclass
@@ -60,6 +60,14 @@ def every_component(model: nn.Module, architecture: Architecture, x: Inputs, y: 
     return torch.stack([(a - b).flatten(1).norm(dim=1) / below for a, b in zip(*kept, strict=True)], dim=1)
 
 
+PROTOCOLS = {"embedding": EmbeddingProtocol, "activation": ActivationProtocol}
+
+
+def join(x: Inputs, y: Inputs) -> Inputs:
+    """Returns the images of both as one batch, x first."""
+    return {name: torch.cat([x[name], y[name]]) for name in x}
+
+
 def two_passes(model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs) -> torch.Tensor:
     """Runs the model on both images of each pair, and measures nothing."""
     output: torch.Tensor = model(**join(x, y)).last_hidden_state
@@ -68,12 +76,12 @@ def two_passes(model: nn.Module, architecture: Architecture, x: Inputs, y: Input
 
 def ours(inputs: str) -> Callable[..., torch.Tensor]:
     """Returns the measure of this package, prepared once a model."""
-    prepared: dict[int, Callable[[Inputs, Inputs], Distances]] = {}
+    prepared: dict[int, Callable[[Inputs], Distances]] = {}
 
     def measure(model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs) -> torch.Tensor:
         if id(model) not in prepared:
             prepared[id(model)] = PROTOCOLS[inputs](model, architecture)
-        outputs, distances = prepared[id(model)](x, y)
+        outputs, distances = prepared[id(model)](join(x, y))
         return outputs / distances
 
     return measure

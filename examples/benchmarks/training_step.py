@@ -64,9 +64,8 @@ def row_of(arguments: BenchmarkArguments, training: str) -> dict[str, object]:
     """Returns the times of both in a mode."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 3, arguments.image_size, arguments.image_size, generator=generator)
-    config = PlasticityConfig(
-        target_data=images, max_samples=32, batch_size=8, top_k=arguments.top_k, training=training
-    )
+    options = {"max_samples": 32, "batch_size": 8, "top_k": arguments.top_k, "training": training}
+    config = PlasticityConfig(target_data=images, **options)
     ours = get_peft_model(build(arguments), config)
     stock = get_peft_model(
         build(arguments), LoraConfig(target_modules=config.target_modules, modules_to_save=config.modules_to_save)

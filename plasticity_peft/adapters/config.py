@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping, Sized
-from dataclasses import dataclass, field, fields
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from peft import LoraConfig, PeftType
+from peft import LoraConfig
+from torch import nn
 
+from plasticity_peft.adapters.chosen import Chosen, fingerprint
 from plasticity_peft.arguments import ARGUMENTS, check_arguments, with_documented_fields
 from plasticity_peft.checks import shown
 from plasticity_peft.components.component import KINDS
@@ -23,6 +26,9 @@ from plasticity_peft.registration import PEFT_TYPE
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection, SelectionRule
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, present_results
+
+CHOOSERS: list[Callable[[nn.Module, PlasticityConfig], PlasticityConfig]] = []
+"""The function behind `PlasticityConfig.choose`. The tuner, which imports this module, adds it."""
 
 CHOSEN_FOR_THE_USER = (
     "target_modules",
@@ -65,9 +71,9 @@ class PlasticityConfig(LoraConfig):
     and adapts the best ones. The classification head always trains and is saved. All other options are those of
     `peft.LoraConfig`.
 
-    After that the config is the LoRA config of what was selected (`peft_type` is LORA). `report` and `selection`
-    contain the result, and the data have been released. A config selects once: make a new one for another model or
-    other data.
+    After that the config is the LoRA config of what was selected. `report` and `selection` contain the result, and
+    the data have been released. A config selects once: make a new one for another model or other data. `choose`
+    selects without adapting the model, for functions of PEFT that need the target modules first.
 
     Examples:
         >>> import torch
@@ -99,12 +105,10 @@ class PlasticityConfig(LoraConfig):
     settle: float | None = field(default=0.95, metadata=_described("settle"))
     dtype: str | None = field(default=None, metadata=_described("dtype"))
     backbone: str | None = field(default=None, metadata=_described("backbone"))
+    forward_kwargs: dict[str, Any] | None = field(default=None, metadata=_described("forward_kwargs"))
 
-    selection: Selection | None = field(
-        default=None, init=False, repr=False, metadata={"help": "What was selected; None before that."}
-    )
-    id2label: dict[int, str] | None = field(
-        default=None, init=False, repr=False, metadata={"help": "Names of the labels, from the model's config."}
+    chosen: Chosen | None = field(
+        default=None, repr=False, metadata={"help": "What was selected, and for which model. Set by `choose`."}
     )
 
     def __post_init__(self) -> None:
@@ -116,21 +120,39 @@ class PlasticityConfig(LoraConfig):
             super().__post_init__()  # type: ignore[no-untyped-call]
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"PEFT refuses the options of LoRA: {error}") from error
-        self.peft_type = PEFT_TYPE
         self.task_type = self.task_type or PEFT_TYPE
-        self._check_modules_are_not_named()
         if self.report is None or (self.criterion, self.inputs) != (None, None):
             self.criterion, self.inputs = resolve(self.criterion, self.inputs)
-        self._check_data()
+        if not isinstance(self.chosen, (Chosen, type(None))):
+            raise ConfigError(f"chosen is set by PlasticityConfig.choose. Got {shown(self.chosen)}.")
+        if self.chosen is None:
+            self.check_modules_are_not_named()
+            self._check_data()
+        else:
+            self._check_unchanged(self.chosen)
 
-    def _check_modules_are_not_named(self) -> None:
-        """Raises ConfigError if an option of LoRA names the modules that the ranking selects."""
+    @property
+    def selection(self) -> Selection | None:
+        """What was selected; None before that."""
+        return None if self.chosen is None else self.chosen.selection
+
+    @property
+    def id2label(self) -> dict[int, str] | None:
+        """Names of the labels of the model that was adapted, from its config."""
+        return None if self.chosen is None else self.chosen.id2label
+
+    def check_modules_are_not_named(self) -> None:
+        """Raises ConfigError if an option of LoRA names the modules that the ranking selects.
+
+        Preparing functions of PEFT, such as LoRA-GA's, set `target_modules` to PEFT's own choice if there is none.
+        """
         for name in CHOSEN_FOR_THE_USER:
             value = getattr(self, name, None)
             if value is not None and not (isinstance(value, Sized) and len(value) == 0):
                 raise ConfigError(
-                    f"{name} is chosen by the ranking. Restrict it with candidates, granularity, top_k or budget, or "
-                    f"use LoraConfig to choose modules by name. Got {name}={shown(value)}."
+                    f"{name} is chosen by the ranking. Restrict it with candidates, granularity, top_k or budget, "
+                    "use LoraConfig to choose modules by name, or call config.choose(model) before other functions of "
+                    f"PEFT need the modules. Got {name}={shown(value)}."
                 )
 
     def _check_data(self) -> None:
@@ -178,6 +200,7 @@ class PlasticityConfig(LoraConfig):
             settle=self.settle,
             dtype=self.dtype,
             backbone=self.backbone,
+            forward_kwargs=self.forward_kwargs,
         )
 
     @property
@@ -185,33 +208,124 @@ class PlasticityConfig(LoraConfig):
         """What is to be selected."""
         return SelectionRule(**{each.name: getattr(self, each.name) for each in fields(SelectionRule)})
 
+    def choose(self, model: nn.Module) -> PlasticityConfig:
+        """Measures a model and selects its components. Returns this config, which is then the LoRA config of them.
+
+        `get_peft_model` and `add_adapter` do this themselves. Call it before functions of PEFT that take a base model
+        and a config and need to know the target modules, such as `preprocess_loraga` and `get_eva_state_dict`.
+
+        Args:
+            model: a vision transformer as in `find_components`, or a PeftModel, whose base model is measured. It is
+                left as it is.
+
+        Raises:
+            ConfigError: this config has selected for another model, or an option was changed since it selected.
+            ModelError: see `find_components`.
+
+        Examples:
+            >>> from transformers import ViTConfig, ViTForImageClassification
+            >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+            ...                                             intermediate_size=64, image_size=8, patch_size=4))
+            >>> config = PlasticityConfig(criterion="bound", candidates=("FC1", "FC2")).choose(model)
+            >>> (len(config.target_modules), config.modules_to_save)
+            (2, ['classifier'])
+        """
+        return CHOOSERS[-1](model, self)
+
+    def check_is_for(self, model: nn.Module) -> None:
+        """Raises ConfigError if the components were selected for another model, or by other options than there are."""
+        if self.chosen is None:
+            return
+        self._check_unchanged(self.chosen)
+        if not self.chosen.is_for(model, self._measured_modules()):
+            raise ConfigError(
+                "This PlasticityConfig has selected components of another model: the weights or the labels differ. "
+                "Make a new one to measure this model. To adapt the same modules here without measuring, use "
+                "config.to_lora()."
+            )
+        # PiSSA and others change the weights that were measured. Further adapters are for the same model.
+        self.chosen = replace(self.chosen, model=weakref.ref(model))
+
+    def _measured_modules(self) -> list[str]:
+        scores = self.report.scores if isinstance(self.report, PlasticityReport) else ()
+        return [path for row in scores for path in row.modules]
+
+    def _check_unchanged(self, chosen: Chosen) -> None:
+        """Raises ConfigError if an option that the selection depends on was changed since."""
+        options = self._options()
+        changed = [name for name, value in chosen.options.items() if options[name] != value]
+        changed += ["target_data"] if self.target_data is not None or self.source_data is not None else []
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} was changed after the components were selected, which has no effect. Make a new "
+                "PlasticityConfig: with target_data to measure, or with report=config.report to select from the same "
+                f"scores. Got {changed[0]}={shown(getattr(self, changed[0]))}."
+            )
+
+    def _options(self) -> dict[str, Any]:
+        """Returns the options that the selection depends on, those of LoRA left out."""
+        of_lora = {each.name for each in fields(LoraConfig)}
+        others = {*of_lora, "target_data", "source_data", "report", "chosen"}
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
+
     def resolve(
         self,
+        model: nn.Module,
         report: PlasticityReport,
         selection: Selection,
         *,
-        target_modules: list[str] | str,
+        target_modules: Iterable[str] | str,
         modules_to_save: list[str] | None,
         id2label: dict[int, str] | None,
     ) -> None:
-        """Turns this into the LoRA config of what was selected, and releases the data."""
-        self.report, self.selection, self.id2label = report, selection, id2label
-        self.target_modules, self.modules_to_save = target_modules, modules_to_save
+        """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
+        self.report = report
+        # PEFT combines adapters only if their target_modules are sets.
+        self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)  # type: ignore[assignment]
+        self.modules_to_save = modules_to_save
         self.target_data = self.source_data = None
-        self.peft_type = PeftType.LORA
-        self.task_type = None if self.task_type == PEFT_TYPE else self.task_type
+        self.chosen = Chosen(
+            selection=selection,
+            linears=() if isinstance(target_modules, str) else tuple(sorted(target_modules)),
+            id2label=id2label,
+            options=self._options(),
+            fingerprint=fingerprint(model, self._measured_modules()),
+            model=weakref.ref(model),
+        )
+
+    @property
+    def is_as_chosen(self) -> bool:
+        """Whether the adapter trains what was selected. PEFT's EVA, for one, may leave out modules afterwards."""
+        if self.chosen is None or isinstance(self.target_modules, str) or not self.target_modules:
+            return self.chosen is not None
+        ends = tuple(f".{name}" for name in self.target_modules)
+        return all(f".{path}".endswith(ends) for path in self.chosen.linears)
+
+    def to_lora(self) -> LoraConfig:
+        """Returns a `peft.LoraConfig` with the same options, without the report and the selection.
+
+        Raises:
+            ConfigError: the components are not selected yet.
+        """
+        if self.chosen is None:
+            raise ConfigError("The components are not selected yet. Call config.choose(model) first.")
+        options = {each.name: copy.copy(getattr(self, each.name)) for each in fields(LoraConfig) if each.init}
+        task = None if self.task_type == PEFT_TYPE else self.task_type
+        return LoraConfig(**{**options, "task_type": task})
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the options without the data. Once the components are selected, these are only options of LoRA."""
         plain = copy.copy(self)
-        plain.target_data = plain.source_data = plain.report = plain.selection = None
+        plain.target_data = plain.source_data = plain.report = plain.chosen = None
         values: dict[str, Any] = super(PlasticityConfig, plain).to_dict()  # type: ignore[no-untyped-call]
         own = {f.name for f in fields(self)} - {f.name for f in fields(LoraConfig)}
-        hidden = own if self.selection is not None else {"target_data", "source_data", "selection", "id2label"}
+        hidden = own if self.chosen is not None else {"target_data", "source_data", "chosen"}
         values = {key: sorted(v) if isinstance(v, set) else v for key, v in values.items() if key not in hidden}
         if values["task_type"] == PEFT_TYPE:
             values["task_type"] = None
-        if "report" in values:
+        if self.chosen is None:
+            # PEFT reads the config back as an instance of this class.
+            values["peft_type"] = PEFT_TYPE
             report = os.fspath(self.report) if isinstance(self.report, os.PathLike) else self.report
             values["report"] = report.to_dict() if isinstance(report, PlasticityReport) else report
         return values
@@ -230,6 +344,6 @@ class PlasticityConfig(LoraConfig):
         """
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
-            if isinstance(self.report, PlasticityReport) and self.selection is not None:
+            if isinstance(self.report, PlasticityReport) and self.selection is not None and self.is_as_chosen:
                 adapter = AdapterDescription.of(self.selection, self.training, self.id2label)
                 AdapterRecord(self.report, adapter, present_results(save_directory)).write(folder)

@@ -10,19 +10,22 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, fields, replace
 from math import isclose
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import LoraConfig, PeftConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 
+from plasticity_peft.adapters.chosen import labels_of
 from plasticity_peft.adapters.config import CHOSEN_FOR_THE_USER, PlasticityConfig
 from plasticity_peft.adapters.model import NO_TARGET_MODULES
+from plasticity_peft.adapters.other_heads import left_out, own_heads, warn_of_left_out
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.rollback import restored_on_failure
 from plasticity_peft.checks import shown
@@ -31,9 +34,9 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME, find_file, find_json
 from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.saved.layers import Layer, write_layers
 from plasticity_peft.saved.options import AdapterOptions, read_options
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord, reading_record
-from plasticity_peft.saved.renames import Layer, write
 from plasticity_peft.saved.weights import fitting, read_shapes, read_weights
 
 
@@ -44,6 +47,7 @@ def load_adapter(
     *,
     is_trainable: bool = False,
     backbone: str | None = None,
+    ignore_mismatched_sizes: bool = False,
     **hub: Any,
 ) -> PeftModel:
     """Returns `model` with an adapter that may have been saved under another release of transformers.
@@ -60,6 +64,8 @@ def load_adapter(
         adapter_name: name of the adapter in the model.
         is_trainable: True to train the adapter further.
         backbone: path of the vision transformer in a model that contains several.
+        ignore_mismatched_sizes: True to leave out, with a warning, a head that does not fit the model: the model has
+            another number of labels, and keeps its own head, or it has no head.
         hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
     Raises:
@@ -99,14 +105,18 @@ def load_adapter(
     components = report.scores if report else ()
     path = _weights_file(source, hub)
     # Shapes are validated before any weight is read.
-    fitting(read_shapes(path, source), options, base, architecture, components, source)
-    renamed = fitting(read_weights(path, source), options, base, architecture, components, source)
+    shapes = read_shapes(path, source)
+    left = left_out(shapes, options, base, architecture, components) if ignore_mismatched_sizes else {}
+    shapes = {key: value for key, value in shapes.items() if key not in left}
+    fitting(shapes, options, base, architecture, components, source)
+    weights = {key: value for key, value in read_weights(path, source).items() if key in shapes}
+    renamed = fitting(weights, options, base, architecture, components, source)
+    warn_of_left_out(left, source, base)
     if adapter is not None:
         with reading_record(source):
             adapter = check_description(adapter, architecture, renamed)
     with tempfile.TemporaryDirectory() as folder, restored_on_failure(model), _named(source):
-        Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed)), encoding="utf-8")
-        save_file(write(renamed), Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
+        _write_renamed(folder, options, renamed, own_heads(base, left))
         if isinstance(model, PeftModel):
             model.load_adapter(folder, adapter_name, is_trainable=is_trainable)
             loaded = model
@@ -114,8 +124,18 @@ def load_adapter(
             loaded = PlasticityPeftModel.from_pretrained(model, folder, adapter_name, is_trainable=is_trainable)
         if report is not None and adapter is not None:
             lora = loaded.peft_config[adapter_name]
-            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture)
+            adapter = replace(adapter, id2label=labels_of(base)) if left else adapter
+            loaded.peft_config[adapter_name] = resolved_config(lora, report, adapter, architecture, base)
     return loaded
+
+
+def _write_renamed(
+    folder: str, options: AdapterOptions, renamed: Mapping[str, Layer], heads: Mapping[str, Mapping[str, torch.Tensor]]
+) -> None:
+    """Writes an adapter under its new names, with the heads that the model keeps, for PEFT to load."""
+    Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed, heads)), encoding="utf-8")
+    content = write_layers(renamed) | {key: value for head in heads.values() for key, value in head.items()}
+    save_file(content, Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
 
 
 def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
@@ -171,8 +191,14 @@ def _weights_file(source: str, hub: Mapping[str, Any]) -> Path:
     return path
 
 
-def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, Any]:
-    """Returns the LoRA config of an adapter under new names; it contains the full path of every module."""
+def _config(options: AdapterOptions, layers: Mapping[str, Layer], others: Iterable[str] = ()) -> dict[str, Any]:
+    """Returns the LoRA config of an adapter under new names; it contains the full path of every module.
+
+    Args:
+        options: what the adapter's config says.
+        layers: what the adapter contains.
+        others: paths of further modules that train in full.
+    """
     lora = {path: layer for path, layer in layers.items() if layer.lora}
     alphas = {
         path: layer.scaling * (layer.rank**0.5 if options.use_rslora else layer.rank) for path, layer in lora.items()
@@ -181,7 +207,7 @@ def _config(options: AdapterOptions, layers: Mapping[str, Layer]) -> dict[str, A
         "peft_type": "LORA",
         **asdict(options),
         "target_modules": sorted(lora) or NO_TARGET_MODULES,
-        "modules_to_save": sorted({p.removesuffix(x.inside) for p, x in layers.items() if x.full}) or None,
+        "modules_to_save": sorted({*others, *(p.removesuffix(x.inside) for p, x in layers.items() if x.full)}) or None,
         "rank_pattern": {path: layer.rank for path, layer in lora.items() if layer.rank != options.r},
         "alpha_pattern": {
             path: float(f"{value:.12g}")
@@ -221,7 +247,11 @@ def check_description(
 
 
 def resolved_config(
-    lora: PeftConfig, report: PlasticityReport, adapter: AdapterDescription, architecture: Architecture
+    lora: PeftConfig,
+    report: PlasticityReport,
+    adapter: AdapterDescription,
+    architecture: Architecture,
+    model: nn.Module,
 ) -> PlasticityConfig:
     """Returns the config that the adapter was saved with, under the module names of this model."""
     here = {component.id: component for component in architecture.components}
@@ -239,5 +269,5 @@ def resolved_config(
         training=adapter.training,
         top_k=len(adapter.units),
     )
-    config.resolve(report, adapter.selection, **chosen, id2label=adapter.id2label)
+    config.resolve(model, report, adapter.selection, **chosen, id2label=adapter.id2label)
     return config

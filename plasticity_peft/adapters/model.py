@@ -2,11 +2,13 @@
 
 The only file that touches private parts of PEFT. What it relies on:
 
-- the three tables that map a `peft_type` to its config, tuner and prefix take a new key (`register_peft_method` takes
-  only members of the closed enum `PeftType`);
-- `inject_adapter` runs for the first adapter and for every further one, before any module is replaced;
+- the table of configs, which maps a `peft_type` to its class, takes a new key (`register_peft_method` takes only
+  members of the closed enum `PeftType`);
+- `inject_adapter` of the tuner runs for the first adapter and for every further one, before any module is replaced.
+  `LoraModel` and `MixedModel` are the two tuners that take a LoRA config. Their `inject_adapter` is extended: the
+  components of a `PlasticityConfig` are selected first. So a PlasticityConfig can be used wherever a `LoraConfig` can,
+  and what comes out consists of nothing but LoRA;
 - adapters are switched off by a flag on each layer, which hides them without touching `requires_grad`;
-- a PeftModel, and transformers' `add_adapter`, call the tuner through the tables;
 - `get_peft_model` looks up the class of the adapted model by `task_type`, in a table that takes a new key, and
   `PeftModel.from_pretrained` takes the class that it is called on where there is none.
 """
@@ -14,29 +16,43 @@ The only file that touches private parts of PEFT. What it relies on:
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from peft import LoraModel, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.lora import LoraLayer
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.chosen import labels_of
+from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
+    check_labels,
     check_not_in_other_mode,
+    check_not_wrapped,
     check_only_chosen_match,
     check_switchable,
     check_trainable,
-    warn_of_frozen_head,
 )
 from plasticity_peft.adapters.rollback import restored_on_failure
-from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.adapters.what_trains import (
+    Training,
+    check_has_head,
+    check_named_are_not_chosen,
+    heads_that_train,
+    named_by_the_user,
+    names_to_save,
+    report_what_trains,
+)
+from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
 from plasticity_peft.errors import ModelError
 from plasticity_peft.measuring.measure import measure_by
@@ -48,40 +64,88 @@ NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 
 
 def register() -> None:
-    """Adds the config, the tuner and the adapted model to PEFT's tables."""
+    """Adds the config and the adapted model to PEFT's tables, and lets the tuners choose components."""
+    CHOOSERS.append(choose_components)
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
-    PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = PlasticityModel  # type: ignore[index]
-    PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = LoraModel.prefix  # type: ignore[index]
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel
+    for tuner in (LoraModel, MixedModel):
+        tuner.inject_adapter = choosing_first(tuner.inject_adapter)  # type: ignore[method-assign]
 
 
-class PlasticityModel(LoraModel):
-    """LoRA on the components that a `PlasticityConfig` chooses; made by `peft.get_peft_model`, not by hand.
+def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
+    """Returns the `inject_adapter` of a tuner, extended so that it chooses the components of a PlasticityConfig first.
 
-    In full mode there is no LoRA layer at all: the chosen modules are trained copies in PEFT's `modules_to_save`, and
-    the originals stay for `disable_adapter`.
+    For other configs it does what it did. If choosing or injecting fails, the model is put back together.
     """
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Chooses the components where the adapter's config has not yet, then injects as LoRA does."""
-        config = self.peft_config[adapter_name]
-        try:
-            if isinstance(config, PlasticityConfig) and config.selection is None:
-                _choose(model, config)
-            if getattr(model, "_hf_peft_config_loaded", False):
-                check_switchable(model, getattr(config, "modules_to_save", None) or ())
-            with restored_on_failure(model):
-                super().inject_adapter(model, adapter_name, *args, **kwargs)
-                if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
-                    model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
-        except BaseException:
-            # transformers' add_adapter marks the model as adapted before it asks us.
-            if not hasattr(model, "peft_config"):
-                vars(model).pop("_hf_peft_config_loaded", None)
-            raise
+    @wraps(inject)
+    def inject_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        config = tuner.peft_config[adapter_name]
+        if isinstance(config, PlasticityConfig):
+            with _unmarked_on_failure(model):
+                choose_components(tuner.model, config)
+                if getattr(model, "_hf_peft_config_loaded", False):
+                    check_switchable(model, config.modules_to_save or ())
+                with restored_on_failure(model):
+                    inject(tuner, model, adapter_name, *args, **kwargs)
+                    _add_switch(model, adapter_name)
+            _finish(tuner, adapter_name, config)
+        else:
+            inject(tuner, model, adapter_name, *args, **kwargs)
+
+    return inject_adapter
+
+
+@contextmanager
+def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
+    """Inside, an exception takes away the mark of transformers' `add_adapter`, which it sets before it asks PEFT."""
+    try:
+        yield
+    except BaseException:
+        if not hasattr(model, "peft_config"):
+            vars(model).pop("_hf_peft_config_loaded", None)
+        raise
+
+
+def _finish(tuner: BaseTuner, adapter_name: str, config: PlasticityConfig) -> None:
+    """Makes the config of an adapter that was injected one that PEFT saves as it saves those of LoRA."""
+    # PEFT names the class of the base model in adapter_config.json only if there is no task type.
+    config.task_type = None if config.task_type == PEFT_TYPE else config.task_type
+    if not _trains_what_was_chosen(tuner.model, adapter_name, config):
+        tuner.peft_config[adapter_name] = config.to_lora()
+
+
+def choose_components(model: nn.Module, config: PlasticityConfig) -> PlasticityConfig:
+    """Returns `config` after it has selected components of `model`; see `PlasticityConfig.choose`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if config.chosen is None:
+        config.check_modules_are_not_named()
+        _choose(base, config)
+    config.check_is_for(base)
+    return config
+
+
+def _trains_what_was_chosen(model: nn.Module, adapter_name: str, config: PlasticityConfig) -> bool:
+    """Returns whether the LoRA layers of an adapter are those that were chosen.
+
+    Adapters that `add_weighted_adapter` makes of several adapters have the layers of all of them.
+    """
+    assert config.chosen is not None
+    layers = {
+        path.replace(".base_layer", "")  # adapters of several types on one module wrap each other
+        for path, module in model.named_modules()
+        if isinstance(module, LoraLayer) and adapter_name in module.lora_A
+    }
+    return layers == set(config.chosen.linears)
 
 
 _SWITCH = "modules_to_save_switch"
+
+
+def _add_switch(model: nn.Module, adapter_name: str) -> None:
+    """Adds the switch below to a model that transformers' own adapter methods will be used on."""
+    if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
+        model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
 
 
 class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
@@ -109,30 +173,42 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+    check_not_wrapped(model)
     architecture = find_architecture(model, config.backbone)
-    check_trainable(model, architecture, config)
+    check_has_head(model, architecture, config.modules_to_save)
+    heads = heads_that_train(model, architecture.heads)
+    named = named_by_the_user(model, config.modules_to_save, config.task_type)
+    check_trainable(model, architecture, config, heads)
+    labels = _labels(model, architecture) if heads else None
     report = config.load_report()
     if report is None:
         report = _measure(model, config)
     else:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
-    linears, others = _split(architecture.components, selection.components, config.training)
-    if not architecture.heads and not config.modules_to_save:
-        warn_of_frozen_head(model, architecture)
-    check_not_in_other_mode(model, linears, others)
-    check_only_chosen_match(model, linears, [*others, *architecture.heads])
-    config.resolve(
-        report,
-        selection,
-        **lora_arguments(
-            architecture.components,
-            selection.components,
-            config.training,
-            heads=[*architecture.heads, *(config.modules_to_save or ())],
-        ),
-        id2label=getattr(getattr(model, "config", None), "id2label", None) if architecture.heads else None,
-    )
+    training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+    names = _lora_names(model, training, config.modules_to_save)
+    config.resolve(model, report, selection, **names, id2label=labels)
+    report_what_trains(model, architecture, training, selection.units)
+
+
+def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | None) -> dict[str, Any]:
+    """Returns the `target_modules` and `modules_to_save` by which PEFT finds what trains, and nothing else."""
+    check_named_are_not_chosen(training)
+    check_not_in_other_mode(model, training.linears, training.others)
+    names = names_to_save(model, training, given)
+    check_only_chosen_match(model, training.linears, [name for name in names if name not in (given or ())])
+    return {"target_modules": list(training.linears) or NO_TARGET_MODULES, "modules_to_save": names or None}
+
+
+def _labels(model: nn.Module, architecture: Architecture) -> dict[int, str] | None:
+    """Returns the names of the labels, from the config of the model or of the outermost part that has one."""
+    names = architecture.backbone.split(".") if architecture.backbone else []
+    paths = (".".join(names[:depth]) for depth in range(len(names) + 1))
+    found = (labels_of(model.get_submodule(path)) for path in (*paths, architecture.entry))
+    labels = next((labels for labels in found if labels is not None), None)
+    check_labels(labels)
+    return labels
 
 
 def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
@@ -153,7 +229,7 @@ def lora_arguments(
     """
     linears, others = _split(components, chosen, training)
     modules_to_save = list(dict.fromkeys([*others, *heads]))
-    return {"target_modules": linears or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
+    return {"target_modules": list(linears) or NO_TARGET_MODULES, "modules_to_save": modules_to_save or None}
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
@@ -174,7 +250,9 @@ def merged_copy(model: nn.Module) -> nn.Module:
     return copied
 
 
-def _split(components: Iterable[Component], chosen: Iterable[str], training: str) -> tuple[list[str], list[str]]:
+def _split(
+    components: Iterable[Component], chosen: Iterable[str], training: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
     linears: list[str] = []
     others: list[str] = []
@@ -183,7 +261,7 @@ def _split(components: Iterable[Component], chosen: Iterable[str], training: str
         if component.id in chosen:
             lora = training == "lora" and component.features
             (linears if lora else others).extend(component.modules)
-    return linears, others
+    return tuple(linears), tuple(others)
 
 
 @contextmanager

@@ -2,29 +2,53 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from plasticity_peft.adapters.config import PlasticityConfig
-from plasticity_peft.components.architecture import Architecture, holds_weights, weights_of
+from plasticity_peft.checks import shown
+from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.quantized import holds_plain_weights
-from plasticity_peft.components.wrappers import walk
+from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
 
 
-def check_trainable(model: nn.Module, architecture: Architecture, config: PlasticityConfig) -> None:
-    """Raises ModelError where quantised weights, which take LoRA alone, would have to train in full."""
-    for head in architecture.heads:
+def check_not_wrapped(model: nn.Module) -> None:
+    """Raises ModelError if a module was compiled or wrapped for several processes, which comes after adapting.
+
+    Measuring sees through such wrappers. An adapter does not: DistributedDataParallel has noted which parameters it
+    keeps alike, and a compiled module keeps its name in every path of the adapter.
+    """
+    for path, module in model.named_modules():
+        name = path or "the model"
+        if COMPILED in module._modules:
+            raise ModelError(
+                f"Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)). Compiled: {name}."
+            )
+        if isinstance(module, nn.parallel.DistributedDataParallel):
+            raise ModelError(
+                "Adapt a model before it is wrapped: DistributedDataParallel(get_peft_model(model, config)). It keeps "
+                f"alike only the parameters that it found when it was made. Wrapped: {name}."
+            )
+    for path, parameter in model.named_parameters():
+        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
+            raise ModelError(f"{path} is spread over processes (DTensor). Adapt a model before fully_shard.")
+
+
+def check_trainable(
+    model: nn.Module, architecture: Architecture, config: PlasticityConfig, heads: Iterable[str]
+) -> None:
+    """Raises ModelError if quantised weights, which take LoRA alone, would have to train in full."""
+    for head in heads:
         for path, module in walk(model.get_submodule(head), head):
             if not holds_plain_weights(module):
                 raise ModelError(
                     f"{path}, of the head, is quantised ({type(module).__name__}), and the head trains in full. Load "
                     "the model with its head left as it is: llm_int8_skip_modules (bitsandbytes) or "
-                    f"modules_to_not_convert (others) = {list(architecture.heads)}."
+                    f"modules_to_not_convert (others) = {list(heads)}."
                 )
     for part in architecture.components:
         quantised = not all(map(holds_plain_weights, weights_of(model, part)))
@@ -36,7 +60,16 @@ def check_trainable(model: nn.Module, architecture: Architecture, config: Plasti
             )
 
 
-def check_not_in_other_mode(model: nn.Module, linears: list[str], others: list[str]) -> None:
+def check_labels(labels: Mapping[int, str] | None) -> None:
+    """Raises ConfigError if labels are not numbered as the outputs of a head are: nobody could load the adapter."""
+    if labels is not None and sorted(labels) != list(range(len(labels))):
+        raise ConfigError(
+            f"The id2label of the model's config must number its {len(labels)} labels from 0 to {len(labels) - 1}, as "
+            f"the outputs of the head are numbered. Got {shown(sorted(labels))}. Change model.config.id2label."
+        )
+
+
+def check_not_in_other_mode(model: nn.Module, linears: Iterable[str], others: Iterable[str]) -> None:
     """Raises ConfigError where an adapter that the model carries holds a chosen module in the other mode."""
     for paths, wrapper, held in ((linears, AuxiliaryTrainingWrapper, "full"), (others, BaseTunerLayer, "lora")):
         for path in paths:
@@ -65,24 +98,7 @@ def check_switchable(model: nn.Module, modules_to_save: Iterable[str]) -> None:
         )
 
 
-def warn_of_frozen_head(model: nn.Module, architecture: Architecture) -> None:
-    """Warns of weights beside the backbone that stay as they are, in a class that is not of transformers.
-
-    In those of transformers, whose heads are known, they are the other towers of a bigger model.
-    """
-    backbone = f"{architecture.backbone}."
-    frozen = [name for name, child in model.named_children() if holds_weights(child)]
-    frozen = [name for name in frozen if not backbone.startswith(f"{name}.")]
-    if frozen and architecture.backbone and not type(model).__module__.startswith("transformers."):
-        warnings.warn(
-            f"No head was found in {type(model).__name__}, whose forward does not take pixel_values alone. What lies "
-            f"beside its vision transformer stays frozen and is not saved: {', '.join(frozen)}. Name in "
-            "modules_to_save what should train.",
-            stacklevel=2,
-        )
-
-
-def check_only_chosen_match(model: nn.Module, linears: list[str], modules_to_save: list[str]) -> None:
+def check_only_chosen_match(model: nn.Module, linears: Collection[str], modules_to_save: Collection[str]) -> None:
     """Raises ModelError where PEFT, which goes by how a path ends, would take modules that were not chosen."""
     ends = tuple(f".{path}" for path in linears)
     for path, _ in walk(model):

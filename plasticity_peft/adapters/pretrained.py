@@ -11,7 +11,6 @@ from typing import Any, NamedTuple, cast
 
 import transformers
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -24,6 +23,7 @@ from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.errors import AdapterError
 from plasticity_peft.hub import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_file
 from plasticity_peft.saved.record import AdapterRecord, reading_record
+from plasticity_peft.saved.weights import read_header
 
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")
 """Options of the Hub that apply to the base model too; `revision` and `subfolder` are those of the adapter."""
@@ -142,14 +142,10 @@ def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
     path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
         return 0
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"Cannot read {WEIGHTS_NAME} of {source}: {error}.") from error
     # base_model.model.<head>.weight: heads are direct children of the model; all else that trains is deeper.
-    heads = [shape for key, shape in shapes.items() if key.count(".") == 3 and key.endswith(".weight")]
-    widths = {int(shape[0]) for shape in heads if len(shape) == 2}
+    header = read_header(path, source)
+    heads = [entry.shape for key, entry in header.items() if key.count(".") == 3 and key.endswith(".weight")]
+    widths = {shape[0] for shape in heads if len(shape) == 2}
     return widths.pop() if len(widths) == 1 else 0
 
 

@@ -63,7 +63,7 @@ def _row(found: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _described(report: PlasticityReport) -> dict[str, Any]:
-    names = ("model_type", "criterion", "inputs", "observed", "pairs", "seed")
+    names = ("model_type", "criterion", "inputs", "observed", "samples", "seed")
     return {name: getattr(report, name) for name in names}
 
 

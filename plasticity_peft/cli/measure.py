@@ -13,6 +13,8 @@ from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+
     from plasticity_peft.report.report import PlasticityReport
 
 EXAMPLES = """\b
@@ -66,15 +68,13 @@ def measure(
     r: options.Rank = 8,
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
+    forward_kwargs: options.ForwardKwargs = None,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     view: options.View = "overview",
     as_json: options.AsJson = False,
 ) -> None:
     """Measures which components of a model are worth training, on your images, and prints the ranking."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
     from plasticity_peft.cli.models import load_processor
     from plasticity_peft.cli.reports import check_file, check_picture
     from plasticity_peft.measuring.measure import measure_plasticity
@@ -84,7 +84,7 @@ def measure(
         max_samples = pairs
     check_file(output, "--output")
     check_picture(plot)
-    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    state = _state()
     target = _Images(data, split, image_column, label_column, dataset_config_name)
     others = _Images(source, split, image_column, label_column)
     with state.main_process_first():
@@ -109,11 +109,20 @@ def measure(
         training=training,
         dtype=dtype,
         backbone=backbone,
+        forward_kwargs=forward_kwargs,
         r=r,
     )
     if state.is_main_process:
         _hand_out(report, output, plot, view, as_json)
     state.destroy_process_group()
+
+
+def _state() -> PartialState:
+    """Returns the processes that `accelerate launch` started, or this one."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class _Images:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,6 +48,22 @@ def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, st
     return typer.Option(name, callback=check, autocompletion=complete, metavar=metavar, help=help)
 
 
+def json_object(value: str) -> dict[str, Any]:
+    """Returns a JSON object; what is none is wrong usage.
+
+    Examples:
+        >>> json_object('{"interpolate_pos_encoding": true}')
+        {'interpolate_pos_encoding': True}
+    """
+    try:
+        found = json.loads(value)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise typer.BadParameter(f'{value!r} is not a JSON object, such as {{"interpolate_pos_encoding": true}}.')
+    return found
+
+
 def several(value: str | None) -> tuple[str, ...]:
     """Returns the parts of a comma-separated value.
 
@@ -89,6 +106,10 @@ Training = Annotated[str, one_of("--training", TRAINING_MODES, HELP["training"])
 Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
 Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
 Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]
+ForwardKwargs = Annotated[
+    dict[str, Any] | None,
+    typer.Option("--forward_kwargs", parser=json_object, metavar="JSON", help=f"{HELP['forward_kwargs']} As JSON."),
+]
 
 ALL_KINDS = ",".join(KINDS)
 """The default of `Candidates`."""

@@ -64,9 +64,9 @@ def select(
     components: Any = found.scores
     heads = options.several(head)
     if model is not None:
-        architecture = _architecture(model, model_revision, backbone)
+        architecture, found_heads = _architecture(model, model_revision, backbone)
         found.check_matches(architecture.model_type, architecture.components)
-        components, heads = architecture.components, (*architecture.heads, *heads)
+        components, heads = architecture.components, (*found_heads, *heads)
     if not heads:
         typer.echo("Warning: no head will train. Name it with --head, or give --model to find it.", err=True)
     modules = lora_arguments(components, selection.components, training, heads=heads)
@@ -75,11 +75,15 @@ def select(
     _print(config, format, f"{heading}; confidence {in_words(selection.confidence)}")
 
 
-def _architecture(model: str, revision: str | None, backbone: str | None) -> Any:
+def _architecture(model: str, revision: str | None, backbone: str | None) -> tuple[Any, list[str]]:
+    """Returns the architecture of a model, and the names by which PEFT finds its heads."""
+    from plasticity_peft.adapters.what_trains import peft_names
     from plasticity_peft.cli.models import blank_model
     from plasticity_peft.components.architecture import find_architecture
 
-    return find_architecture(blank_model(model, revision), backbone)
+    built = blank_model(model, revision)
+    architecture = find_architecture(built, backbone)
+    return architecture, peft_names(built, architecture.heads)
 
 
 def _print(config: dict[str, Any], format: str, heading: str) -> None:

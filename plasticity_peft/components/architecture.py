@@ -6,21 +6,22 @@ component: they are not measured and not trained.
 
 from __future__ import annotations
 
-import inspect
-import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from plasticity_peft.components.blocks import find_stack
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.computed import check_plain_weights
+from plasticity_peft.components.heads import find_entry, find_heads, within
 from plasticity_peft.components.layouts import BlockLayout
 from plasticity_peft.components.offloading import onloaded
 from plasticity_peft.components.quantized import matrix_of, parameter_count
 from plasticity_peft.components.structure import check_structure, norm_width
-from plasticity_peft.components.wrappers import main_input, uncompiled, unwrap, walk
+from plasticity_peft.components.wrappers import bare, check_not_sharded, unwrap, walk
 from plasticity_peft.errors import ModelError
 
 
@@ -32,20 +33,30 @@ class Architecture:
     """`config.model_type` of the backbone."""
     backbone: str
     """Path of the module that holds embeddings and blocks; "" if that is the model itself."""
+    trunk: str
+    """Path of the module that holds the embeddings and the blocks: the backbone, or a module in it."""
     entry: str
-    """Path of the module that is run on images: "" for the model, or the backbone where the model needs text too."""
+    """Path of the module that is run on images: "" for the model, or the backbone if the model needs text too."""
     blocks: tuple[str, ...]
     """Paths of the blocks, in the order in which they run."""
     components: tuple[Component, ...]
     """Block by block, and within a block in the order of `KINDS`."""
     heads: tuple[str, ...]
-    """Paths of the modules outside the backbone that hold weights: they always train. Empty for a bare backbone."""
+    """Paths of the modules that hold weights and are not a part of the backbone. They train unless the user froze
+    them. Empty for a bare backbone."""
     hidden_size: int
     """Features of a token at the input of the first block."""
     parameters: int
     """Number of weights and biases of the whole model, adapters not counted."""
     layout: BlockLayout
     """Names of the parts of a block."""
+    forward_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """Arguments that every forward pass gets beside the images."""
+
+    @property
+    def called_heads(self) -> tuple[str, ...]:
+        """The heads that take part when the model is run on images."""
+        return tuple(head for head in self.heads if within(head, self.entry))
 
     @property
     def hierarchical(self) -> bool:
@@ -75,19 +86,17 @@ def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Comp
         >>> components[4].features
         ((64, 16),)
     """
-    model = uncompiled(model)
-    get_base_model = getattr(model, "get_base_model", None)
-    return find_architecture(get_base_model() if callable(get_base_model) else model, backbone).components
+    return find_architecture(bare(model), backbone).components
 
 
 def find_architecture(model: nn.Module, backbone: str | None = None) -> Architecture:
     """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
-    if uncompiled(model) is not model:
-        raise ModelError("Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)).")
+    check_not_sharded(model)
     stack = find_stack(model, backbone)
     layout = stack.layout
+    check_plain_weights(model, stack.paths)
     names = [(path, _indices(path, layout)) for path in stack.paths]
     stages = sorted({indices[0] for _, indices in names}) if len(names[0][1]) == 2 else None
     components = []
@@ -96,14 +105,15 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
         check_structure(path, block, layout)
         stage = None if stages is None else stages.index(indices[0])
         components += [_component(stage, indices[-1], kind, path, block, layout) for kind in KINDS]
-    entry = "" if _takes_images_alone(model) else stack.backbone
+    entry = find_entry(model, stack.backbone)
     return Architecture(
         model_type=stack.model_type,
         backbone=stack.backbone,
+        trunk=stack.trunk,
         entry=entry,
         blocks=stack.paths,
         components=tuple(components),
-        heads=() if entry else _find_heads(model, stack.backbone),
+        heads=find_heads(model, stack, entry),
         hidden_size=norm_width(model.get_submodule(f"{stack.paths[0]}.{layout.LN1}")),
         parameters=sum(parameter_count(module) for _, module in walk(model)),
         layout=layout,
@@ -148,35 +158,3 @@ def _component(
         parameters=sum(parameter_count(part) for module in modules for _, part in walk(module)),
         features=tuple((m.in_features, m.out_features) for m in modules if isinstance(m, nn.Linear)),
     )
-
-
-def _takes_images_alone(model: nn.Module) -> bool:
-    """Returns False where a forward pass of the model needs more than images: text, for a vision-language model."""
-    parameters = inspect.signature(model.forward).parameters
-    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    text = any(name.endswith("input_ids") for name in parameters)
-    return main_input(model) in parameters and not text and set(needed) <= {main_input(model)}
-
-
-def _find_heads(model: nn.Module, backbone: str) -> tuple[str, ...]:
-    """Returns the children of the model, outside its backbone, that hold weights; also of a model that it wraps.
-
-    In transformers, only the classes that are *for* a task have a head: `...ForImageClassification`.
-    """
-    if type(model).__module__.startswith("transformers.") and not re.search("For[A-Z]", type(model).__name__):
-        return ()
-    children = dict(model.named_children())
-    prefix = getattr(model, "base_model_prefix", "")
-    part, _, below = backbone.partition(".")
-    part = part or (prefix if prefix in children else "")
-    if not part:
-        return ()
-    beside = [name for name, child in children.items() if name != part and holds_weights(child)]
-    if isinstance(children[part], PreTrainedModel):  # a module of the user's around a whole model
-        beside += [f"{part}.{head}" for head in _find_heads(children[part], below)]
-    return tuple(beside)
-
-
-def holds_weights(module: nn.Module) -> bool:
-    """Returns whether there are weights in a module, adapters not counted."""
-    return any(parameter_count(part) for _, part in walk(module))

@@ -22,13 +22,17 @@ class Stack:
 
     model_type: str
     backbone: str
+    trunk: str
+    """Path of the module that holds the embeddings and, directly or one level down, the blocks."""
     layout: BlockLayout
     paths: tuple[str, ...]
+    others: tuple[str, ...] = ()
+    """Paths of the other vision transformers in the model."""
 
 
 def find_stack(model: nn.Module, backbone: str | None) -> Stack:
     """Returns the blocks of the vision transformer. Raises ModelError where there is none, or more than one."""
-    stacks = _told_apart(list(_stacks(model)))
+    every = stacks = _told_apart(list(_stacks(model)))
     if backbone is not None:
         names = [path for path, _ in walk(model)]
         if backbone not in names:
@@ -44,7 +48,8 @@ def find_stack(model: nn.Module, backbone: str | None) -> Stack:
         )
     if not stacks:
         raise ModelError(_nothing_found(model, backbone))
-    return stacks[0]
+    found = stacks[0]
+    return replace(found, others=tuple(stack.trunk for stack in every if stack is not found))
 
 
 def _told_apart(stacks: list[Stack]) -> list[Stack]:
@@ -91,6 +96,7 @@ def _stacks(model: nn.Module) -> Iterator[Stack]:
         yield Stack(
             model_type=owners[first],
             backbone=_backbone(prefix, owners, modules),
+            trunk=prefix.removesuffix("."),
             layout=layout,
             paths=tuple(path for path, _ in named_blocks),
         )

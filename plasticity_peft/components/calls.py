@@ -5,19 +5,30 @@ Every hook here lives inside a context manager, so that none outlasts an excepti
 
 from __future__ import annotations
 
-import inspect
+import difflib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, get_args
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.heads import lineage, within
+from plasticity_peft.components.hooks import after_calls, before_calls
 from plasticity_peft.components.offloading import offloaded
-from plasticity_peft.components.wrappers import main_input
-from plasticity_peft.errors import DataError, ModelError, PlasticityError
+from plasticity_peft.components.wrappers import (
+    PIXELS,
+    as_written,
+    forward_parameters,
+    main_input,
+    takes_anything,
+    takes_images_alone,
+    unwrap,
+)
+from plasticity_peft.errors import ConfigError, DataError, ModelError, PlasticityError
 
 Inputs = dict[str, torch.Tensor]
 """What a model takes for an image, or, stacked, for several: by the names of its arguments."""
@@ -80,14 +91,17 @@ class _StopForwardError(Exception):
 
 @contextmanager
 def hooked(modules: dict[str, nn.Module], hook: Callable[[str, Call, Any], None]) -> Iterator[None]:
-    """Calls `hook(name, call, output)` after each call of the named modules; the hooks go when the block ends."""
+    """Calls `hook(name, call, output)` after each call of the named modules; the hooks go when the block ends.
+
+    Calls from other threads are not seen.
+    """
     with ExitStack() as stack:
         for name, module in modules.items():
 
             def forward_hook(_: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> None:
                 hook(name, Call(args, kwargs), output)
 
-            stack.callback(module.register_forward_hook(forward_hook, with_kwargs=True).remove)
+            stack.enter_context(after_calls(module, forward_hook))
         yield
 
 
@@ -106,8 +120,10 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
     entry = model.get_submodule(architecture.entry)
     if architecture.layout.random_masking:
         inputs = {**_fixed_noise(model.get_submodule(architecture.backbone), inputs), **inputs}
+    images, others = _by_position(unwrap(entry), inputs)
     try:
-        return entry(**inputs, **arguments)
+        with as_written(unwrap(entry)):
+            return entry(*images, **others, **architecture.forward_kwargs, **arguments)
     except PlasticityError:
         raise
     except (ValueError, RuntimeError, TypeError) as error:
@@ -116,15 +132,99 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
         given = ", ".join(
             f"{name} of shape {tuple(value.shape[1:])} ({value.dtype})" for name, value in inputs.items()
         )
-        raise DataError(f"{type(entry).__name__} refused {given}: {error}") from error
+        advice = _advice(naming_arguments(model, architecture), architecture, str(error))
+        raise DataError(f"{type(entry).__name__} refused {given}: {error}{advice}") from error
 
 
 def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
     """Returns the names of what a forward pass may take for an image, the images themselves first."""
-    entry = model.get_submodule(architecture.entry)
-    main = main_input(entry)
-    others = (name for name in inspect.signature(entry.forward).parameters if name not in (main, *LABEL_KEYS))
-    return (main, *others)
+    named = naming_arguments(model, architecture)
+    main = main_input(named)
+    taken = {main, *architecture.forward_kwargs, *LABEL_KEYS, *label_names(model, architecture)}
+    return (main, *(name for name in forward_parameters(named) if name not in taken))
+
+
+def naming_arguments(model: nn.Module, architecture: Architecture) -> nn.Module:
+    """Returns the module that names the arguments: the one that is run, or what it hands its arguments on to."""
+    paths = [path for path in lineage(architecture.backbone) if within(path, architecture.entry)]
+    modules = [unwrap(model.get_submodule(path)) for path in paths]
+    return next((module for module in modules if takes_images_alone(module)), modules[0])
+
+
+def _by_position(entry: nn.Module, inputs: Inputs) -> tuple[list[torch.Tensor], Inputs]:
+    """Returns what to pass by position and what by name: a module may call its images otherwise than data do."""
+    parameters = forward_parameters(entry)
+    by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    main = next(name for name in inputs if name.startswith(PIXELS))
+    if main in parameters or (by_name and takes_anything(entry)):
+        return [], inputs
+    return [inputs[main]], {name: value for name, value in inputs.items() if name != main}
+
+
+def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the names of what a forward pass takes for labels; empty if its loss needs none.
+
+    They are `labels`, or several such as `mask_labels` and `class_labels`.
+    """
+    parameters = forward_parameters(naming_arguments(model, architecture))
+    found = sorted((name for name in parameters if name.endswith("labels")), key=lambda name: name != "labels")
+    # Unpack[TransformersKwargs] says what it takes, and labels are not among it.
+    anything = any(p.kind is p.VAR_KEYWORD and not get_args(p.annotation) for p in parameters.values())
+    return tuple(found) or (("labels",) if anything else ())
+
+
+def with_forward_kwargs(
+    model: nn.Module, architecture: Architecture, forward_kwargs: Mapping[str, Any] | None
+) -> Architecture:
+    """Returns the architecture with arguments that every forward pass is to get.
+
+    Raises:
+        ConfigError: the model's forward pass has no such argument, or it is for images or labels.
+    """
+    if not forward_kwargs:
+        return architecture
+    entry = naming_arguments(model, architecture)
+    from_data = {main_input(entry), *LABEL_KEYS, *label_names(model, architecture)}
+    known = _arguments(entry)
+    for name in forward_kwargs:
+        if name in from_data:
+            raise ConfigError(f"forward_kwargs: {name} comes from the images. Give it in target_data.")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            raise ConfigError(
+                f"forward_kwargs: the forward pass of {type(entry).__name__} has no argument {name!r}. "
+                f"{f'Did you mean {near[0]!r}? ' if near else ''}It has: {', '.join(sorted(known - from_data))}."
+            )
+    return replace(architecture, forward_kwargs=dict(forward_kwargs))
+
+
+def _arguments(entry: nn.Module) -> set[str]:
+    """Returns the names of the arguments of a forward pass, and of what it hands on to its modules."""
+    parameters = forward_parameters(entry).values()
+    names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
+    if rest is None:
+        return names
+    for keys in get_args(rest.annotation):  # Unpack[TransformersKwargs]
+        names |= set(getattr(keys, "__annotations__", {}))
+    tops = {id(module): module for module in entry.modules() if hasattr(module, "config")}
+    for module in (*tops.values(), *entry.children()):
+        if module is not entry:
+            inner = forward_parameters(module).values()
+            names |= {p.name for p in inner if p.default is not p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+    return names
+
+
+def _advice(entry: nn.Module, architecture: Architecture, error: str) -> str:
+    """Returns what to do if a model refuses images of another size than that of its position embeddings."""
+    name = "interpolate_pos_encoding"
+    about_size = any(word in error.lower() for word in ("size", "match", "height", "shape"))
+    if not about_size or name in architecture.forward_kwargs or name not in _arguments(entry):
+        return ""
+    return (
+        f" Let the image processor resize the images, or give forward_kwargs={{{name!r}: True}} to measure at their "
+        "size."
+    )
 
 
 def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:
@@ -132,7 +232,7 @@ def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:
     images = inputs[main_input(backbone)]
     size = int(backbone.config.patch_size)  # type: ignore[arg-type, union-attr]
     patches = (images.shape[-2] // size) * (images.shape[-1] // size)
-    noise = torch.rand(patches, generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(patches, generator=torch.Generator("cpu").manual_seed(0), device="cpu", dtype=torch.float32)
     return {"noise": noise.to(images.device).expand(len(images), -1)}
 
 
@@ -171,13 +271,8 @@ def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) ->
         if stop:
             raise _StopForwardError
 
-    handle = module.register_forward_pre_hook(keep, with_kwargs=True)
-    try:
+    with before_calls(module, keep), suppress(_StopForwardError):
         forward()
-    except _StopForwardError:
-        pass
-    finally:
-        handle.remove()
     return seen[0] if seen else None
 
 

@@ -33,6 +33,16 @@ def check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
             "without calling them. LoRA on them would do nothing. Use a release of transformers that calls them (for "
             "VideoMAE, 5.0 or later)."
         )
+    wrong, block_widths, fc2 = _wrong_widths(layers, layout)
+    if wrong:
+        raise ModelError(
+            f"Block {path}: its layers do not fit together as a transformer block that takes {block_widths[0]} "
+            f"features and returns {block_widths[1]}: {wrong}; FC2 takes {fc2}."
+        )
+
+
+def _wrong_widths(layers: dict[str, nn.Module], layout: BlockLayout) -> tuple[dict[str, object], tuple[int, int], int]:
+    """Returns the widths that do not fit together, the widths of the block's input and output, and that of FC2."""
     *inputs, output = (_linear(layers[name]) for name in layout.projections)
     hidden, fc2 = [_linear(layers[name]) for name in layout.weights("FC1")], _linear(layers[layout.FC2])
     # The input of a block may be narrower than its output (Hiera). A norm after its layer has the layer's width.
@@ -51,16 +61,12 @@ def check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
         "inputs of FC1": (sorted({layer.in_features for layer in hidden}), [leaving]),
         "outputs of FC2": (fc2.out_features, leaving),
     }
-    wrong = {name: got for name, (got, due) in widths.items() if got != due}
+    wrong: dict[str, object] = {name: got for name, (got, due) in widths.items() if got != due}
     outputs = {layer.out_features for layer in hidden}
     # The two halves of a gated FC1 may lie in one layer (DINOv2 until transformers 5.17).
     if outputs != {fc2.in_features} and not (len(hidden) == 1 and outputs == {2 * fc2.in_features}):
         wrong["outputs of FC1"] = sorted(outputs)
-    if wrong:
-        raise ModelError(
-            f"Block {path}: its layers do not fit together as a transformer block that takes {entering} features and "
-            f"returns {leaving}: {wrong}; FC2 takes {fc2.in_features}."
-        )
+    return wrong, (entering, leaving), fc2.in_features
 
 
 def _linear(module: nn.Module) -> nn.Linear:

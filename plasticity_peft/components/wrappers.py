@@ -1,26 +1,78 @@
-"""The modules of a base model, seen through what PEFT and torch.compile put around them."""
+"""The modules of a base model, seen through what PEFT, torch and Accelerate put around them."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+
+from plasticity_peft.errors import ModelError
 
 PIXELS = "pixel_values"
+IMAGE_ARGUMENTS = ("x", "image", "images", "img", "imgs", "pixels", "video", "videos")
+"""Names of the one argument of a user's forward pass that stands for `pixel_values`."""
+PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+COMPILED = "_orig_mod"
+"""Name under which `torch.compile` keeps the module that it compiled."""
 
 
 def uncompiled(model: nn.Module) -> nn.Module:
     """Returns the model that torch.compile wrapped, or the model itself."""
-    inner = getattr(model, "_modules", {}).get("_orig_mod")
+    inner = getattr(model, "_modules", {}).get(COMPILED)
     return model if inner is None else inner
 
 
+def bare(model: nn.Module) -> nn.Module:
+    """Returns the model without known wrappers around it: it computes the same, and its modules have their own names.
+
+    Known are `torch.compile`, DistributedDataParallel, DataParallel, the engine of DeepSpeed and PeftModel, in any
+    order.
+
+    Examples:
+        >>> model = nn.Linear(2, 2)
+        >>> bare(nn.DataParallel(model)) is model
+        True
+    """
+    while isinstance(model, nn.Module):
+        get_base_model = getattr(model, "get_base_model", None)
+        inner = get_base_model() if callable(get_base_model) else _without_one_wrapper(model)
+        if inner is model:
+            break
+        model = inner
+    return model
+
+
+def _without_one_wrapper(model: nn.Module) -> nn.Module:
+    if isinstance(model, PARALLEL) or type(model).__name__ == "DeepSpeedEngine":
+        inner: nn.Module = model.module  # type: ignore[assignment]
+        return inner
+    return uncompiled(model)
+
+
+def check_not_sharded(model: nn.Module) -> None:
+    """Raises ModelError if weights are spread over processes in a form that no process can read."""
+    for path, module in model.named_modules():
+        if isinstance(module, FullyShardedDataParallel):
+            raise ModelError(
+                f"{path or 'The model'} is wrapped by FullyShardedDataParallel, which flattens weights and spreads "
+                "them over the processes. Measure and adapt the model before it is wrapped."
+            )
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "ds_numel") and parameter.numel() != parameter.ds_numel:
+            raise ModelError(
+                f"{name} is spread over the processes (DeepSpeed ZeRO-3). Load, measure and adapt the model before "
+                "TrainingArguments or Accelerator set up ZeRO-3."
+            )
+
+
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module of the base model behind `module`, which PEFT may have wrapped once or more."""
+    """Returns the module of the base model behind `module`, which PEFT or torch.compile may have wrapped."""
     while True:
         children = dict(module.named_children())
-        inner = children.get("base_layer", children.get("original_module"))
+        inner = children.get("base_layer", children.get("original_module", children.get(COMPILED)))
         if inner is None:
             return module
         module = inner
@@ -34,11 +86,59 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
         yield from walk(child, f"{path}.{name}" if path else name)
 
 
+def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
+    """Returns the arguments of a forward pass by name, seen through decorators and through what Accelerate wrapped.
+
+    `inspect.signature` alone would lose the first argument: a method that wraps a method loses two "self".
+    """
+    forward = inspect.unwrap(module.forward)
+    parameters = dict(inspect.signature(forward).parameters)
+    if forward is inspect.unwrap(type(module).forward) and not inspect.ismethod(forward):
+        parameters.pop(next(iter(parameters), ""), None)
+    return parameters
+
+
 def main_input(module: nn.Module) -> str:
-    """Returns the name of the argument in which a model takes images: "pixel_values", as a rule."""
-    parameters = inspect.signature(module.forward).parameters
+    """Returns the name of the argument in which a model takes images, as a rule "pixel_values"; data have it too."""
+    parameters = forward_parameters(module)
     names = (getattr(module, "main_input_name", PIXELS), PIXELS, f"{PIXELS}_videos")
     return next((name for name in names if str(name).startswith(PIXELS) and name in parameters), PIXELS)
+
+
+def takes_anything(module: nn.Module) -> bool:
+    """Returns whether a forward pass names no argument: `forward(*args, **kwargs)`."""
+    kinds = {parameter.kind for parameter in forward_parameters(module).values()}
+    return bool(kinds) and kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
+def takes_images_alone(module: nn.Module) -> bool:
+    """Returns False if a forward pass needs more than images: text, for a vision-language model."""
+    parameters = forward_parameters(module)
+    needed = [name for name, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if any(name.endswith("input_ids") for name in parameters):
+        return False
+    if main_input(module) in parameters:
+        return set(needed) <= {main_input(module)}
+    first = next(iter(parameters), "")
+    return first in IMAGE_ARGUMENTS and set(needed) <= {first}
+
+
+@contextmanager
+def as_written(module: nn.Module) -> Iterator[None]:
+    """Inside, the module runs the forward pass that it had before Accelerate put mixed precision around it."""
+    attributes = vars(module)
+    original = attributes.get("_original_forward")
+    if original is None:
+        yield
+        return
+    wrapped = attributes.pop("forward", None)
+    try:
+        attributes["forward"] = original
+        yield
+    finally:
+        del attributes["forward"]
+        if wrapped is not None:
+            attributes["forward"] = wrapped
 
 
 def leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:

@@ -68,7 +68,7 @@ def feature_norm(weight: torch.Tensor, tokens: torch.Tensor, generator: torch.Ge
         generator: generator on the CPU of the Gaussian inputs that the tokens are compared with.
     """
     tokens = tokens.flatten(0, -2).float()
-    gaussian = torch.randn(tokens.shape, generator=generator).to(tokens.device)
+    gaussian = torch.randn(tokens.shape, generator=generator, device="cpu", dtype=torch.float32).to(tokens.device)
     if weight.ndim == 1:
         tokens = F.layer_norm(tokens, tokens.shape[-1:])
 

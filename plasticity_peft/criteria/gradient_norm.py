@@ -2,23 +2,24 @@
 
     E_batch [ ||dL/dw||_2 ],   w: all weights and biases of a component
 
-The usual rule of thumb, with the model's own loss and its head as it is. It needs labels, and with a fresh head it
-judges by a head that knows nothing yet.
+The usual rule of thumb, with the model's own loss and its head as it is. It needs the labels that this loss takes, in
+any form: whole numbers, vectors of several labels, soft labels, numbers of a regression, segmentation maps. With a
+fresh head it judges by a head that knows nothing yet.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import Inputs, run
 from plasticity_peft.criteria.criterion import Criterion, Observations
-from plasticity_peft.criteria.gradients import differentiable, squared_norms
-from plasticity_peft.errors import DataError, ModelError
+from plasticity_peft.criteria.gradients import check_records_gradients, differentiable, squared_norms
+from plasticity_peft.criteria.losses import own_loss, refused
+from plasticity_peft.errors import ModelError
 from plasticity_peft.images.sampler import Batches, ImageBatch
 
 
@@ -37,11 +38,17 @@ class GradientNorm(Criterion):
             raise ModelError(
                 f"{type(model).__name__} has no head, and criterion={self.name!r} needs one for its loss."
             )
+        check_records_gradients(model)
 
         def observe(batch: ImageBatch) -> Observations:
-            labels = sampler.labels(batch)
             with differentiable(model, architecture) as parameters:
-                norms = squared_norms(_loss(model, architecture, batch.images, labels), parameters).sqrt()
+                loss = own_loss(model, architecture, sampler, batch)
+                try:
+                    norms = squared_norms(loss, parameters).sqrt()
+                except RuntimeError as error:
+                    if should_reduce_batch_size(error):
+                        raise
+                    raise refused(model, {}, error) from error
                 return Observations(self.scale(norms.detach(), parameters)[None])
 
         return observe
@@ -49,34 +56,3 @@ class GradientNorm(Criterion):
     def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
         """Returns what is observed, given the norm of the gradient of each component: shape (components,)."""
         return norms
-
-
-@contextmanager
-def _same_problem(model: nn.Module) -> Iterator[None]:
-    """Inside, the model may note in its config what kind of problem the labels make it; afterwards that is gone."""
-    config = getattr(model, "config", None)
-    before = getattr(config, "problem_type", None)
-    try:
-        yield
-    finally:
-        if config is not None and getattr(config, "problem_type", None) != before:
-            config.problem_type = before
-
-
-def _loss(model: nn.Module, architecture: Architecture, images: Inputs, labels: torch.Tensor) -> torch.Tensor:
-    number = getattr(getattr(model, "config", None), "num_labels", None)
-    if number is not None and (labels.min() < 0 or labels.max() >= number):
-        raise DataError(
-            f"Labels must be from 0 to {number - 1}, as the model's head has {number} outputs. Got "
-            f"{int(labels.min())} to {int(labels.max())}."
-        )
-    try:
-        with _same_problem(model):
-            loss = getattr(run(model, architecture, images, labels=labels), "loss", None)
-    except (IndexError, KeyError, AttributeError) as error:
-        raise ModelError(
-            f"{type(model).__name__} has a loss that is not for one whole number an image as label ({error!r})."
-        ) from error
-    if not isinstance(loss, torch.Tensor):
-        raise ModelError(f"{type(model).__name__} returns no loss for labels.")
-    return loss

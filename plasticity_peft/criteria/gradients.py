@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -14,48 +15,85 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked, per_image, run
+from plasticity_peft.components.component import Component
+from plasticity_peft.components.hooks import before_calls, working_for
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import unwrap
 from plasticity_peft.criteria.precision import full_precision, precise
 from plasticity_peft.errors import ModelError
 
+_DETACHED = (
+    "has no gradient by the tokens that enter the first block. A hook or a forward pass detaches the tokens on the "
+    "way, or runs under torch.no_grad(). Remove that, or use a criterion without gradients, such as 'rate_of_change'."
+)
+
 MOST_ELEMENTS = 2**24
 """How many numbers the gradients of one layer by single images may take at a time."""
 
 
-@contextmanager
-def differentiable(model: nn.Module, architecture: Architecture) -> Iterator[list[list[nn.Parameter]]]:
-    """Inside, gradients are recorded, and the weights and biases of all components take part.
-
-    Yields the parameters of each component, in the order of the architecture. Afterwards every parameter requires
-    gradients as it did before.
+def differentiable(model: nn.Module, architecture: Architecture) -> Differentiable:
+    """Returns a context inside which gradients by the weights and biases of all components are recorded.
 
     Raises:
-        ModelError: the weights of a component are no floating-point numbers, as when they are quantised.
+        ModelError: the weights of a component have no gradient, as when they are quantized.
     """
-    parameters = []
-    for part in architecture.components:
-        own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
-        if not all(map(holds_plain_weights, weights_of(model, part))):
-            raise ModelError(
-                f"{part.id}: its weights are quantised ({type(own[0]).__name__}, {own[0].dtype}), and have no "
-                "gradient. Use another criterion, such as 'parameter_plasticity'."
-            )
-        if any(parameter.is_meta for parameter in own):
-            raise ModelError(
-                f"{part.id}: its weights are offloaded, and have no gradient there. Use another criterion, such as "
-                "'parameter_plasticity', or keep the model on one device."
-            )
-        parameters.append(own)
-    before = [(parameter, parameter.requires_grad) for own in parameters for parameter in own]
-    try:
-        for parameter, _ in before:
+    return Differentiable(model, architecture)
+
+
+class Differentiable:
+    """Inside, gradients are recorded, and the weights and biases of all components take part.
+
+    Entering gives the parameters of each component, in the order of the architecture. Afterwards every parameter
+    requires gradients as it did before.
+
+    Raises:
+        ModelError: the weights of a component have no gradient, as when they are quantized.
+    """
+
+    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
+        """Takes the model that `architecture` describes."""
+        self._parameters = [_own_parameters(model, part) for part in architecture.components]
+        self._before = [(parameter, parameter.requires_grad) for own in self._parameters for parameter in own]
+        self._recording = torch.enable_grad()
+
+    def __enter__(self) -> list[list[nn.Parameter]]:
+        """Records gradients."""
+        for parameter, _ in self._before:
             parameter.requires_grad_(True)
-        with torch.enable_grad():
-            yield parameters
-    finally:
-        for parameter, required in before:
+        self._recording.__enter__()
+        return self._parameters
+
+    def __exit__(self, *error: Any) -> None:
+        """Puts everything back."""
+        self._recording.__exit__(*error)
+        for parameter, required in self._before:
             parameter.requires_grad_(required)
+
+
+def _own_parameters(model: nn.Module, part: Component) -> list[nn.Parameter]:
+    own = [p for module in weights_of(model, part) for p in module.parameters(recurse=False)]
+    if not all(map(holds_plain_weights, weights_of(model, part))):
+        raise ModelError(
+            f"{part.id}: its weights are quantized ({type(own[0]).__name__}, {own[0].dtype}), and have no "
+            "gradient. Use another criterion, such as 'parameter_plasticity'."
+        )
+    if any(parameter.is_meta for parameter in own):
+        raise ModelError(
+            f"{part.id}: its weights are offloaded, and have no gradient there. Use another criterion, such as "
+            "'parameter_plasticity', or keep the model on one device."
+        )
+    return own
+
+
+def check_records_gradients(model: nn.Module) -> None:
+    """Raises ModelError if the model was made in inference mode, in which torch makes tensors without gradients."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise ModelError(
+                f"{type(model).__name__} was made in torch.inference_mode(), and {name} can have no gradient. Make or "
+                "load the model outside of it, or use torch.no_grad() there. copy.deepcopy(model) outside of it is a "
+                "model that can be trained."
+            )
 
 
 def squared_norms(scalar: torch.Tensor, parameters: Sequence[Sequence[nn.Parameter]]) -> torch.Tensor:
@@ -80,6 +118,7 @@ class GradientsByImage:
 
     def __init__(self, model: nn.Module, architecture: Architecture, example: Inputs) -> None:
         """Takes the model that `architecture` describes, in evaluation mode, and one image."""
+        check_records_gradients(model)
         self._model, self._architecture = model, architecture
         self._layers = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
         self._dimensions = self._find_dimensions(example)
@@ -95,22 +134,26 @@ class GradientsByImage:
         """
         taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), recompute)
         # If no parameter requires gradients, none are recorded. This is 0, and makes torch record them.
-        root = torch.zeros((), requires_grad=True)
+        root = torch.zeros((), requires_grad=True, device="cpu", dtype=torch.float32)
 
         def enter(_: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
             call = Call(args, kwargs)
             return call.with_tokens(call.tokens + root.to(call.tokens))
 
         blocks = [self._model.get_submodule(path) for path in self._architecture.blocks]
-        handle = blocks[0].register_forward_pre_hook(enter, with_kwargs=True)
-        try:
-            with torch.enable_grad(), hooked(self._layers, taps.forward), recomputed(blocks if recompute else ()):
-                total = scalar()
-                torch.autograd.grad(total, root)
-                taps.settle()
-        finally:
-            handle.remove()
-        none = torch.zeros(images, dtype=torch.float64)  # for a layer that the scalar does not depend on
+        with (
+            torch.enable_grad(),
+            before_calls(blocks[0], enter),
+            hooked(self._layers, taps.forward),
+            recomputed(blocks if recompute else ()),
+        ):
+            total = scalar()
+            reached = total.requires_grad and torch.autograd.grad(total, root, allow_unused=True)[0] is not None
+            taps.settle()
+        if not reached:
+            raise ModelError(f"{type(self._model).__name__}: what it returns {_DETACHED}")
+        # For a layer that the scalar does not depend on.
+        none = torch.zeros(images, dtype=torch.float64, device="cpu")
         columns = [
             [taps.squares.get(path, none).to(total.device) for path in component.modules]
             for component in self._architecture.components
@@ -166,7 +209,10 @@ class _Taps:
         """Takes one call of a layer; it is the hook of `hooked`."""
         self._calls[path] += 1
         if self._calls[path] == 1:
-            first_tensor(output).register_hook(partial(self._backward, path))  # type: ignore[no-untyped-call]
+            returned = first_tensor(output)
+            if not returned.requires_grad:
+                raise ModelError(f"{path}: what it returns {_DETACHED}")
+            returned.register_hook(partial(self._backward, path))  # type: ignore[no-untyped-call]
         if self._calls[path] == 1 + self._recompute:  # later calls are those of `_squares`
             self._given[path] = call.tokens.detach()
 
@@ -251,14 +297,39 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
+class Recomputed:
+    """The forward pass of a block that is computed again during the pass backward; it replaces `block.forward`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        """Takes a block, whose forward pass may be replaced already, as Accelerate does."""
+        self.replaced = vars(block).get("forward")
+        self._forward, self._thread = block.forward, threading.get_ident()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Computes the block, and again when its gradient is needed. Calls from other threads are plain ones."""
+        if threading.get_ident() != self._thread:
+            return self._forward(*args, **kwargs)
+        return checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+    def _compute(self, *args: Any, **kwargs: Any) -> Any:
+        with working_for(self._thread):  # a pass backward on a GPU runs in a thread of its own
+            return self._forward(*args, **kwargs)
+
+
 @contextmanager
 def _recomputed(block: nn.Module) -> Iterator[None]:
-    own = vars(block).get("forward")  # Accelerate puts one there
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    block.forward = Recomputed(block)
     try:
         yield
     finally:
-        if own is None:
+        put_back_forward(block)
+
+
+def put_back_forward(block: nn.Module) -> None:
+    """Gives a block back its own forward pass, if `Recomputed` replaced it."""
+    recomputed = vars(block).get("forward")
+    if isinstance(recomputed, Recomputed):
+        if recomputed.replaced is None:
             del block.forward
         else:
-            block.forward = own
+            block.forward = recomputed.replaced

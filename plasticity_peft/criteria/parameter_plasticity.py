@@ -52,13 +52,17 @@ class ParameterPlasticity(Criterion):
 
             def projected() -> torch.Tensor:
                 moved = features(model, architecture, images).float()
-                directions = [torch.randn(moved.shape[1:], generator=sampler.generator(i)) for i in batch.numbers]
+                directions = [_gaussian(moved.shape[1:], sampler.generator(number)) for number in batch.numbers]
                 return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
 
             # Passes of one image mean that memory is short.
             return Observations(gradients(len(next(iter(images.values()))), projected, recompute=count == 1)[:count])
 
         return observe
+
+
+def _gaussian(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def features(model: nn.Module, architecture: Architecture, images: Inputs) -> torch.Tensor:
@@ -72,10 +76,12 @@ def features(model: nn.Module, architecture: Architecture, images: Inputs) -> to
     def keep(name: str, call: Call, output: Any) -> None:
         found.extend(_tensors([*call.args, *call.kwargs.values()][:1]))
 
-    with hooked({name: model.get_submodule(name) for name in architecture.heads}, keep):
+    with hooked({name: model.get_submodule(name) for name in architecture.called_heads}, keep):
         output = run(model, architecture, images)
-    if architecture.heads and not found:
-        raise ModelError(f"{type(model).__name__} ran without calling its head, {', '.join(architecture.heads)}.")
+    if architecture.called_heads and not found:
+        raise ModelError(
+            f"{type(model).__name__} ran without calling its head, {', '.join(architecture.called_heads)}."
+        )
     if not found:
         found = list(_tensors([getattr(output, "last_hidden_state", output)]))
     count = len(next(iter(images.values())))

@@ -128,7 +128,7 @@ def register_criterion(criterion: C, *, replace: bool = False) -> C:
 
     Examples:
         >>> import torch
-        >>> from plasticity_peft.criteria import CRITERIA, WeightCriterion
+        >>> from plasticity_peft.criteria import WeightCriterion
         >>> @register_criterion
         ... class Size(WeightCriterion):
         ...     name = "size"

@@ -19,6 +19,7 @@ from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, block_input
+from plasticity_peft.components.hooks import before_calls
 from plasticity_peft.criteria.criterion import Criterion, Observations
 from plasticity_peft.criteria.rate_of_change import protocol_of, ratios
 from plasticity_peft.errors import ModelError
@@ -64,11 +65,8 @@ def _second_half_disturbed(block: nn.Module, generators: Sequence[torch.Generato
         first, second = call.tokens.chunk(2)
         return call.with_tokens(torch.cat([first, disturbed(second, generators)]))
 
-    handle = block.register_forward_pre_hook(disturb, with_kwargs=True)
-    try:
+    with before_calls(block, disturb):
         yield
-    finally:
-        handle.remove()
 
 
 def disturbed(tokens: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
@@ -76,7 +74,7 @@ def disturbed(tokens: torch.Tensor, generators: Sequence[torch.Generator]) -> to
     tokens = tokens.clone(memory_format=torch.contiguous_format)
     # The windows or patches of an image may be separate rows.
     for image, generator in zip(tokens.view(len(generators), -1, tokens.shape[-1]), generators, strict=True):
-        place = int(torch.randint(len(image), (), generator=generator))
-        noise = torch.randn(image.shape[-1], generator=generator).to(image.device)
+        place = int(torch.randint(len(image), (), generator=generator, device="cpu"))
+        noise = torch.randn(image.shape[-1], generator=generator, device="cpu", dtype=torch.float32).to(image.device)
         image[place] += (noise * image.float().square().mean().sqrt()).to(image.dtype)
     return tokens

@@ -9,81 +9,140 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from plasticity_peft.checks import shown
-from plasticity_peft.components.calls import LABEL_KEYS, Inputs
+from plasticity_peft.components.calls import Inputs
 from plasticity_peft.errors import DataError, NonFiniteError
-from plasticity_peft.images.seeding import seed_cpu
-
-PIXELS = ("pixel_values",)
-PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-ALLOWED = (
-    "a datasets.Dataset or torch Dataset whose items have pixel_values, a DataLoader of such items, or a "
-    "floating-point tensor of shape (images, channels, height, width)"
+from plasticity_peft.images import loaders
+from plasticity_peft.images.items import (
+    ALLOWED,
+    LABELS,
+    PIXELS,
+    inputs_of,
+    is_one_image,
+    labels_of,
+    labels_of_batch,
+    rows_of,
+    tensor_of,
 )
+from plasticity_peft.images.sources import BUFFER_IMAGES, Bundle, Indexed, Source, Streamed, seeded
+
+PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Images:
     """Images by index, each a dictionary of tensors, of which the first is floating-point.
 
-    A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its images are read in its own order,
-    as far as they are asked for, and held.
+    A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its images are shuffled through a
+    buffer, read as far as they are asked for, and held. A DataLoader gives the images that it yields: those of its
+    sampler, and, if its collate_fn may pad or mix, in the batches that it makes.
     """
 
     def __init__(
-        self, data: Any, name: str, read_at_most: int, names: tuple[str, ...] = PIXELS, *, seed: int = 0
+        self,
+        data: Any,
+        name: str,
+        read_at_most: int,
+        names: tuple[str, ...] = PIXELS,
+        *,
+        seed: int = 0,
+        label_names: tuple[str, ...] = LABELS,
+        whole_batches: bool = False,
     ) -> None:
-        """Takes `data`, which the messages call `name`; of a stream, the first `read_at_most` images.
+        """Takes `data`, which the messages call `name`; of a stream, up to `read_at_most` images.
 
-        `names` are the arguments that a model may take for an image; the first is required. Random transforms draw
-        from `seed` and the number of the image, so that it does not matter which process reads it, and after which.
+        Args:
+            data: see the class.
+            name: name of the data in messages.
+            read_at_most: how many images of a stream that is longer than the buffer may be used.
+            names: the arguments that a model may take for an image; the first is required.
+            seed: random transforms draw from it and the number of the image, so that it does not matter which process
+                reads the image, and after which.
+            label_names: the arguments that a model may take for the labels of an image.
+            whole_batches: keeps the batches of a DataLoader together that has a collate_fn of its own.
         """
         self.name = name
+        self.collated = False
+        """True if images come out of the batches of a DataLoader with a collate_fn of its own, which may differ in
+        shape."""
+        self._names, self._label_names, self._whole = names, label_names, whole_batches
         self._seeds = (seed, zlib.crc32(name.encode()))
-        self.stream = False
-        """True where images come in an order that is not ours to choose."""
-        self._names = names
-        self._unread: Iterator[Any] = iter(())
-        self._data, self._collate = data, None
-        if isinstance(data, torch.utils.data.DataLoader):
-            if isinstance(data.dataset, torch.utils.data.IterableDataset):
-                self._data = self._unbatched(data)
-            else:
-                self._data, self._collate = data.dataset, data.collate_fn
-        data = self._data
-        if data is None or isinstance(data, (str, bytes, Mapping)):
-            raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
-        by_index = hasattr(data, "__getitem__") and hasattr(data, "__len__")
-        # An IterableDataset of torch may tell its length, and inherits a __getitem__ that only raises.
-        if isinstance(data, torch.utils.data.IterableDataset) or not by_index:
-            if not isinstance(data, Iterable):
-                raise DataError(f"{name} must be {ALLOWED}. Got {type(data).__name__}.")
-            self.stream = True
-            self._data, self._unread = [], self._seeded(islice(data, read_at_most))
+        self._source = self._source_of(data, read_at_most)
+
+    @property
+    def stream(self) -> bool:
+        """Whether images come in an order that is not ours to choose. A stream is read as far as its buffer."""
+        return self._source.stream
+
+    @property
+    def known(self) -> int | None:
+        """Number of images that can be drawn from; None for a stream."""
+        return self._source.known
+
+    @property
+    def order(self) -> str:
+        """What a log says about the order of the images; "" if any image can be drawn."""
+        if not isinstance(self._source, Streamed) or not self._source.stream:
+            return ""
+        text = f"{self.name} is a stream: its images are drawn from a buffer of {BUFFER_IMAGES:,} or fewer."
+        advice = "Shuffle it before, or give a dataset that can be indexed."
+        if self._source.looks_sorted:
+            return f"{text} It is sorted by label, and what comes after the buffer is not measured. {advice}"
+        return text if self._source.looks_sorted is False else f"{text} If it is sorted by class: {advice.lower()}"
+
+    @property
+    def looks_sorted(self) -> bool:
+        """Whether the images of a stream are sorted by label, or may be."""
+        return isinstance(self._source, Streamed) and self._source.stream and self._source.looks_sorted is not False
+
+    @property
+    def batches(self) -> list[range]:
+        """Indices of the images of each whole batch; of a stream, of those that were read."""
+        return [places for places, _ in self._source.bundles]
 
     def __len__(self) -> int:
         """Number of images. A stream is read to its end, or as far as it may be read."""
-        if self.stream:
-            self._data.extend(self._unread)
-        return len(self._data)
+        return len(self._source)
 
     def has(self, index: int) -> bool:
         """Returns whether there is an image `index`. A stream is read so far."""
-        if self.stream:
-            self._data.extend(islice(self._unread, max(0, index + 1 - len(self._data))))
-        return index < len(self._data)
+        return self._source.has(index)
 
     def __getitem__(self, index: int) -> Inputs:
-        """Returns image `index`. Raises DataError or NonFiniteError, naming the image, where it is not usable."""
+        """Returns image `index`. Raises DataError or NonFiniteError, naming the image, if it is not usable."""
         place = f"{self.name}[{index}]"
-        self.has(index)
-        inputs = {name: _tensor(value, place) for name, value in self._inputs(self._item(index, place), place).items()}
-        image = inputs[self._names[0]]
+        item = inputs_of(self._source[index], self._names, place)
+        inputs = {name: tensor_of(value, place) for name, value in item.items()}
+        self._check(inputs[self._names[0]], place)
+        return inputs
+
+    def shape(self, index: int) -> tuple[int, ...]:
+        """Returns the shape of image `index`."""
+        place = f"{self.name}[{index}]"
+        return tuple(tensor_of(inputs_of(self._source[index], self._names, place)[self._names[0]], place).shape)
+
+    def labels(self, index: int) -> dict[str, Any]:
+        """Returns the labels of image `index` by the names of the model's arguments, in the form that they have.
+
+        Raises:
+            DataError: it has none.
+        """
+        found = labels_of(self._source[index], self._label_names)
+        if not found:
+            raise DataError(
+                f"{self.name}[{index}] has no label, and this criterion needs labels: give items with pixel_values "
+                f"and {' and '.join(self._label_names)}, or a criterion that needs none."
+            )
+        return found
+
+    def labels_of_batch(self, places: Sequence[int]) -> dict[str, Any] | None:
+        """Returns the labels of a whole batch as its collate_fn made them; None if these images are not one."""
+        return next((labels for own, labels in self._source.bundles if list(own) == list(places)), None)
+
+    def _check(self, image: torch.Tensor, place: str) -> None:
         if not 2 <= image.ndim <= 4:
             raise DataError(
                 f"{place} must have the shape (channels, height, width), or that of a video, (frames, channels, "
@@ -98,85 +157,51 @@ class Images:
             raise DataError(f"{place} must hold numbers in a dense tensor. Got {image.layout} on {image.device}.")
         if not torch.isfinite(image).all():
             raise NonFiniteError(f"{place} holds NaN or infinity.")
-        return inputs
 
-    def label(self, index: int) -> int:
-        """Returns the label of image `index`. Raises DataError where it has none."""
-        place = f"{self.name}[{index}]"
-        label = _label(self._item(index, place))
-        if label is None:
-            raise DataError(
-                f"{place} has no label, and this criterion needs labels: give items with pixel_values and labels, or "
-                "a criterion that needs none."
-            )
-        try:
-            number = int(label)
-            whole = bool(number == label) and abs(number) < 2**63
-        except (TypeError, ValueError, RuntimeError, OverflowError):
-            whole = False
-        if not whole:
-            raise DataError(f"{place}: its label must be a whole number. Got {shown(label)}.")
-        return number
+    def _source_of(self, data: Any, read_at_most: int) -> Source:
+        if isinstance(data, DataLoader):
+            return self._loaded(loaders.plain(data), read_at_most)
+        if data is None or isinstance(data, (str, bytes, Mapping)):
+            raise DataError(f"{self.name} must be {ALLOWED}. Got {type(data).__name__}.")
+        # An IterableDataset of torch may have a length, and inherits a __getitem__ that only raises.
+        if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, IterableDataset):
+            return Indexed(data, range(len(data)), self._seeds)
+        if not isinstance(data, Iterable):
+            raise DataError(f"{self.name} must be {ALLOWED}. Got {type(data).__name__}.")
+        items = seeded(iter(_shards_shuffled(data, self._seeds[0])), self._seeds)
+        return Streamed((Bundle([item]) for item in items), read_at_most, self._seeds)
 
-    def _seeded(self, items: Iterator[Any]) -> Iterator[Any]:
-        """Yields the items of a stream, each read with random numbers of its own."""
-        for number in count():
-            seed_cpu(*self._seeds, number)
-            try:
-                yield next(items)
-            except StopIteration:
-                return
+    def _loaded(self, loader: DataLoader[Any], read_at_most: int) -> Source:
+        alone = loaders.treats_images_alone(loader)
+        self.collated = not alone
+        if loaders.streams(loader):
+            batches = seeded(loaders.iterated(loader), self._seeds)
+            return Streamed(self._bundles(batches, loader, whole=not alone), read_at_most, self._seeds)
+        if alone:
+            return Indexed(loader.dataset, loaders.keys_of(loader), self._seeds)
+        count, batches = loaders.batches_of(loader, self._seeds, in_order_below=BUFFER_IMAGES)
+        source = Streamed(self._bundles(batches, loader, whole=True), read_at_most, self._seeds)
+        source.known = count
+        return source
 
-    def _item(self, index: int, place: str) -> Any:
-        if not self.stream:
-            seed_cpu(*self._seeds, index)
-        item = self._data[index]
-        if self._collate is None:
-            return item
-        batch = self._collate([item])
-        label = _label(batch)
-        first = {name: values[0] for name, values in self._inputs(batch, place).items()}
-        return first if label is None else {**first, "labels": label[0]}
-
-    def _unbatched(self, loader: Iterable[Any]) -> Iterator[Any]:
-        for batch in loader:
-            inputs, labels = self._inputs(batch, self.name), _label(batch)
-            for number in range(len(inputs[self._names[0]])):
-                item = {name: values[number] for name, values in inputs.items()}
-                yield item if labels is None else {**item, "labels": labels[number]}
-
-    def _inputs(self, item: Any, place: str) -> dict[str, Any]:
-        """Returns what an item holds for the model: its entries, the item itself, or the first of (image, label)."""
-        if isinstance(item, Mapping):
-            if item.get(self._names[0]) is None:
-                raise DataError(
-                    f"{place} has no {self._names[0]!r}; it has {sorted(map(str, item))}. Let the model's image "
-                    "processor make them, for instance with dataset.with_transform."
-                )
-            return {name: item[name] for name in self._names if item.get(name) is not None}
-        if isinstance(item, (tuple, list)) and len(item) and isinstance(item[0], (torch.Tensor, np.ndarray)):
-            return {self._names[0]: item[0]}
-        return {self._names[0]: item}
+    def _bundles(self, batches: Iterator[Any], loader: DataLoader[Any], whole: bool) -> Iterator[Bundle]:
+        """Yields the images of batches one by one, or batch by batch."""
+        for batch in batches:
+            if loader.batch_sampler is None and loader.batch_size is None and is_one_image(batch, self._names):
+                yield Bundle([batch])
+                continue
+            rows = rows_of(batch, self._names, self._label_names, self.name)
+            if whole and self._whole:
+                yield Bundle(rows, labels_of_batch(batch, self._label_names), whole=True)
+            else:
+                yield from (Bundle([row]) for row in rows)
 
 
-def _label(item: Any) -> Any:
-    """Returns the label of an item: its entry, or the second of (image, label); None where it has none."""
-    if isinstance(item, Mapping):
-        return next((item[key] for key in LABEL_KEYS if key in item), None)
-    if isinstance(item, (tuple, list)) and len(item) > 1 and isinstance(item[0], (torch.Tensor, np.ndarray)):
-        return item[1]
-    return None
-
-
-def _tensor(values: Any, place: str) -> torch.Tensor:
-    if isinstance(values, torch.Tensor):
-        return values
-    try:
-        array = np.asarray(values)
-        # A list of Python floats is float64, and no image is: processors and models work in float32.
-        return torch.from_numpy(array.astype(np.float32) if isinstance(values, list) else array)
-    except (TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{place}: cannot make a tensor of {type(values).__name__}. Expected {ALLOWED}.") from error
+def _shards_shuffled(data: Any, seed: int) -> Any:
+    """Returns a stream of the datasets library with its files in another order; any other stream as it is."""
+    library = type(data).__module__.partition(".")[0]
+    several = library == "datasets" and getattr(data, "num_shards", 1) > 1
+    return data.shuffle(seed=seed, buffer_size=1) if several else data
 
 
 def stack(images: Sequence[tuple[Images, int]]) -> Inputs:

@@ -11,13 +11,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, takewhile
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
 from plasticity_peft.components.calls import Inputs
+from plasticity_peft.errors import DataError
 from plasticity_peft.images.indexed import Images, stack, to_device
+from plasticity_peft.images.items import LABELS
+from plasticity_peft.images.labels import collated, of_batch
+from plasticity_peft.images.labels import to_device as labels_to_device
 from plasticity_peft.images.pairs import PairOrder, draw_indices
 
 
@@ -88,6 +93,20 @@ class Sampler(ABC):
         """
         return np.empty((len(numbers), 0), dtype=np.int64)
 
+    def arranged(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Returns the numbers of samples with those next to each other whose images have one shape.
+
+        Images differ in shape only if they come out of the batches of a DataLoader, which pads each as it needs.
+        """
+        return sorted(numbers, key=self._shape) if self._ragged else numbers
+
+    def alike(self, numbers: Sequence[int]) -> Sequence[int]:
+        """Returns as many of the first of these numbers as have images of one shape, which can go in one pass."""
+        if not self._ragged:
+            return numbers
+        shape = self._shape(numbers[0])
+        return list(takewhile(lambda number: self._shape(number) == shape, numbers))
+
     def example(self) -> Inputs:
         """Returns the first target image: tensors of shape (1, ...)."""
         return self._to_model(stack([(self.target, 0)]))
@@ -99,11 +118,19 @@ class Sampler(ABC):
             numbers: the number of the sample, and any further numbers that distinguish several uses.
         """
         state = np.random.SeedSequence([self.seed, *numbers]).generate_state(1, np.uint32)
-        return torch.Generator().manual_seed(int(state[0]))
+        return torch.Generator("cpu").manual_seed(int(state[0]))
 
     @property
     def _streamed(self) -> bool:
         return self.target.stream or (self.source is not None and self.source.stream)
+
+    @property
+    def _ragged(self) -> bool:
+        return self.target.collated or (self.source is not None and self.source.collated)
+
+    @abstractmethod
+    def _shape(self, number: int) -> tuple[int, ...]:
+        """Returns the shape of the images of a sample."""
 
     def _to_model(self, images: Inputs) -> Inputs:
         return to_device(images, self.device, self.dtype)
@@ -121,15 +148,38 @@ class Pairs(Sampler):
 
     def load(self, numbers: Sequence[int]) -> PairBatch:
         """Returns the pairs with these numbers."""
-        first = self.target if self.source is None else self.source
-        rows = self._order.rows(numbers)
-        images = [(first, index) for index, _ in rows] + [(self.target, index) for _, index in rows]
+        rows = self._rows(numbers)
+        images = [(self._first, index) for index, _ in rows] + [(self.target, index) for _, index in rows]
         return PairBatch(self._to_model(stack(images)))
 
     def image_keys(self, numbers: Sequence[int]) -> np.ndarray:
         """Returns the keys of the two images of each pair."""
-        rows = np.array(self._order.rows(numbers), dtype=np.int64).reshape(-1, 2)
+        rows = np.array(self._rows(numbers), dtype=np.int64).reshape(-1, 2)
         return np.asarray(2 * rows + np.array([self.source is not None, False]))
+
+    def _rows(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the indices of the images of these pairs, source first."""
+        rows = self._order.rows(numbers)
+        return [(first, self._partner(first, second)) for first, second in rows] if self._ragged else rows
+
+    @property
+    def _first(self) -> Images:
+        """What the first images of pairs are drawn from."""
+        return self.target if self.source is None else self.source
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return self._first.shape(self._order.rows([number])[0][0])
+
+    def _partner(self, first: int, second: int) -> int:
+        """Returns the image `second`, or the next one after it that has the shape of `first`."""
+        shape, count = self._first.shape(first), len(self.target)
+        for index in chain(range(second, count), range(second)):
+            if self.target.shape(index) == shape and not (self.source is None and index == first):
+                return index
+        raise DataError(
+            f"{self.target.name} has no other image of the shape of {self._first.name}[{first}], {shape}, to make a "
+            "pair with. Let the image processor resize them."
+        )
 
     @cached_property
     def _order(self) -> PairOrder:
@@ -139,13 +189,30 @@ class Pairs(Sampler):
 class _TargetSampler(Sampler):
     """What the samplers of single images and of batches share: target images, drawn without repetition."""
 
-    def labels(self, batch: ImageBatch) -> torch.Tensor:
-        """Returns the labels of a batch: int64 of shape (images,).
+    def labels(self, batch: ImageBatch) -> Any:
+        """Returns the labels of a batch, on the model's device, in the form that the data have.
+
+        Whole numbers are int64 and other numbers float32, of shape (images, ...): (images,) for one number per image,
+        (images, height, width) for segmentation maps. What has no common shape is a list of tensors or dictionaries.
 
         Raises:
-            DataError: an image has no label.
+            DataError: an image has no label, or it is not made of numbers.
         """
-        return torch.tensor([self.target.label(place) for place in batch.places], device=self.device)
+        return next(iter(self.label_arguments(batch).values()))
+
+    def label_arguments(self, batch: ImageBatch) -> dict[str, Any]:
+        """Returns the labels of a batch by the names of the model's arguments; see `labels`."""
+        whole = self.target.labels_of_batch(batch.places)
+        if whole:
+            found = {name: of_batch(labels, self.target.name) for name, labels in whole.items()}
+        else:
+            each = [self.target.labels(place) for place in batch.places]
+            places = [f"{self.target.name}[{place}]" for place in batch.places]
+            names = [name for name in each[0] if all(name in labels for labels in each)]
+            found = {
+                name: collated([labels[name] for labels in each], places, stacked=name == LABELS[0]) for name in names
+            }
+        return {name: labels_to_device(labels, self.device) for name, labels in found.items()}
 
     def _load(self, numbers: Iterable[int], places: Iterable[int]) -> ImageBatch:
         indices = tuple(map(int, places))
@@ -157,7 +224,7 @@ class _TargetSampler(Sampler):
         return min(self.max_samples, len(self.target))
 
     @cached_property
-    def _permutation(self) -> np.ndarray:
+    def _permutation(self) -> np.ndarray[Any, np.dtype[np.int64]]:
         return draw_indices(len(self.target), self._number_of_images, np.random.default_rng(self.seed))
 
 
@@ -173,13 +240,20 @@ class SingleImages(_TargetSampler):
 
     def load(self, numbers: Sequence[int]) -> ImageBatch:
         """Returns the images with these numbers."""
-        return self._load(numbers, numbers if self.target.stream else self._permutation[list(numbers)])
+        return self._load(numbers, map(self._place, numbers))
+
+    def _place(self, number: int) -> int:
+        return number if self.target.stream else int(self._permutation[number])
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return self.target.shape(self._place(number))
 
 
 class Batches(_TargetSampler):
-    """Batches of `batch_size` target images, each with one value. `load` returns the `ImageBatch` of one number.
+    """Batches of target images, each with one value. `load` returns the `ImageBatch` of one number.
 
-    There are at least 2. They are equal in size except for one image, and no image is in two of them.
+    There are at least 2, and no image is in two of them. They have `batch_size` images and are equal in size except
+    for one image. A DataLoader that has a collate_fn of its own gives its batches as they come instead.
     """
 
     plural = "batches"
@@ -202,9 +276,28 @@ class Batches(_TargetSampler):
     def load(self, numbers: Sequence[int]) -> ImageBatch:
         """Returns the batch whose number is the only one in `numbers`."""
         (number,) = numbers
-        return self._load(self._batches[number], self._permutation[self._batches[number]])
+        return self._load(*self._batches[number])
+
+    def _shape(self, number: int) -> tuple[int, ...]:
+        return self.target.shape(int(self._batches[number][1][0]))
 
     @cached_property
-    def _batches(self) -> list[np.ndarray]:
+    def _batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Numbers and places of the images of each batch."""
         images = self._number_of_images
-        return np.array_split(np.arange(images), max(2, -(-images // self.batch_size)))
+        whole = self._whole_batches()
+        if len(whole) > 1:
+            return [(places, places) for places in whole]
+        split = np.array_split(np.arange(images), max(2, -(-images // self.batch_size)))
+        return [(numbers, self._permutation[numbers]) for numbers in split]
+
+    def _whole_batches(self) -> list[np.ndarray]:
+        """Returns the places of the batches of a DataLoader, in an order drawn by the seed."""
+        found = [np.arange(places.start, places.stop) for places in self.target.batches if len(places)]
+        drawn: list[np.ndarray] = []
+        images = 0
+        for number in np.random.default_rng(self.seed).permutation(len(found)):
+            if images < self.max_samples or len(drawn) < 2:
+                drawn.append(found[number])
+                images += len(found[number])
+        return drawn

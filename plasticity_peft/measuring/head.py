@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from scipy.optimize import minimize_scalar
 from scipy.special import log_expit, log_softmax
 from torch import nn
@@ -24,11 +23,11 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
-from plasticity_peft.components.wrappers import uncompiled, walk
+from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import SingleImages
-from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
@@ -101,17 +100,17 @@ def fit_head(
         >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         ...                                             intermediate_size=64, image_size=8, patch_size=4))
         >>> images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
-        >>> fit_head(model, images).score
-        1.0
+        >>> found = fit_head(model, images)
+        >>> (found.images, found.outputs)
+        (16, 2)
     """
     given = {"max_samples": max_samples, "batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     precision = check_arguments(given)["dtype"]
     wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
-    model = uncompiled(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = bare(model)
     architecture = find_architecture(model, backbone)
     share = this_process()
-    with left_as_found(model, seed, precision), trainable_after(model):
+    with ONE_AT_A_TIME, left_as_found(model, seed, precision, dataset), trainable_after(model):
         with failing_together(share):
             sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
             path = final_layer(model, architecture, sampler.example())

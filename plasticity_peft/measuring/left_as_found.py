@@ -1,59 +1,182 @@
-"""A model, and the process around it, handed back as they were found."""
+"""A model, and the process around it, handed back as they were found, whatever the moment at which measuring ends.
+
+An interrupt (Ctrl-C) may come between any two steps: after a hook was set and before that is noted, or while all is
+put back. So nothing depends on a note: what is to be put back is recorded before anything changes, hooks of this
+library are recognized by their type, and putting back can be done twice.
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from plasticity_peft.components.hooks import remove_own_hooks
 from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.criteria.gradients import put_back_forward
+from plasticity_peft.errors import ModelError
+from plasticity_peft.images.loaders import state_of
 from plasticity_peft.images.seeding import seed_cpu
 
+ONE_AT_A_TIME = threading.RLock()
+"""Held while a model is measured: random states and the mode of a model are shared by all threads."""
 
-@contextmanager
-def left_as_found(model: nn.Module, seed: int, dtype: str | None = None) -> Iterator[None]:
-    """Inside: evaluation mode, no gradients, random numbers from `seed`, autocast to `dtype` or to nothing.
+
+class LeftAsFound:
+    """Inside: evaluation mode, no gradients, random numbers from a seed, autocast to `dtype` or to nothing.
 
     Afterwards all is as before. What torch.compile made of the model, or of its blocks, is passed over: compiled code
     does not look for the hooks that are set here.
 
-    What is restored, on success and on failure: the mode of every module, and the random state of torch (CPU and the
-    model's devices), numpy and python. Nothing else of the model may be changed inside; hooks remove themselves. The
-    generators of other devices are not touched.
+    What is put back, on success and on failure: the mode of every module, whether parameters require gradients, what
+    the loss notes in a config, and the random state of torch (CPU and the model's devices), numpy, python and of the
+    generators of datasets and DataLoaders. Hooks of this library are removed. The generators of other devices are not
+    touched. Calls of the model by other threads do not matter, but for its mode, and for changes of its weights, which
+    are an error.
+
+    An interrupt may cut `__exit__` short; `put_back` in a `finally` around it does the rest:
+
+        found = LeftAsFound(model, seed)
+        try:
+            with found:
+                ...
+        finally:
+            found.put_back()
     """
-    modes = {module: module.training for module in model.modules()}
-    devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
-    accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    try:
-        with (
-            torch.random.fork_rng(devices=accelerators),
-            torch.inference_mode(False),
-            torch.no_grad(),
-            torch.compiler.set_stance("force_eager"),
-        ):
-            seed_cpu(seed)
-            for index in accelerators:
-                torch.cuda.default_generators[index].manual_seed(seed)
-            model.eval()
-            with _autocast({"cpu", *(device.type for device in devices if device.type != "meta")}, dtype):
-                yield
-    finally:
+
+    def __init__(self, model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> None:
+        """Records how everything is, and changes nothing.
+
+        Args:
+            model: the model to leave as it is found.
+            seed: seed of random numbers inside.
+            dtype: "bfloat16" or "float16" for autocast to it.
+            data: datasets and DataLoaders whose random generators are left as they are found.
+        """
+        self._model, self._seed, self._dtype = model, seed, dtype
+        devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
+        self._device_types = sorted({"cpu", *(device.type for device in devices if device.type != "meta")})
+        self._accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        self._contexts = ExitStack()
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        self._versions = [(name, p, p._version) for name, p in _plain_parameters(model)]
+        self._undo: list[Callable[[], None]] = [
+            *_random_states(self._accelerators),
+            *map(state_of, data),
+            *_problem_types(model),
+            *_packings(model),
+            *_settings_of_torch(self._device_types),
+        ]
+
+    def __enter__(self) -> None:
+        """Changes the model and the process."""
+        lower = None if self._dtype is None else getattr(torch, self._dtype)
+        enter = self._contexts.enter_context
+        enter(torch.inference_mode(False))
+        enter(torch.no_grad())
+        enter(torch.compiler.set_stance("force_eager"))
+        for kind in self._device_types:
+            enter(torch.autocast(kind, dtype=lower, enabled=lower is not None))
+        if torch.get_default_device().type != "cpu":
+            enter(execution_device(self._model))
+        seed_cpu(self._seed)
+        for index in self._accelerators:
+            torch.cuda.default_generators[index].manual_seed(self._seed)
+        self._model.eval()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Puts everything back. Raises ModelError if the weights have changed meanwhile."""
+        self.put_back()
+        if kind is None:
+            self._check_weights()
+
+    def put_back(self) -> None:
+        """Puts everything back; doing it again does nothing more."""
+        remove_own_hooks(self._model)
+        for module, training in self._modes:
+            module.training = training
+            put_back_forward(module)
+        for parameter, required in self._flags:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+        self._contexts.close()
+        for undo in self._undo:
+            undo()
+
+    def _check_weights(self) -> None:
+        for name, parameter, version in self._versions:
+            if parameter._version != version:
+                raise ModelError(
+                    f"{name} was changed while {type(self._model).__name__} was measured, so that its scores mix two "
+                    "models. Do not train a model in another thread while it is measured."
+                )
+
+
+def left_as_found(model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> LeftAsFound:
+    """Returns the context in which a model is measured; see `LeftAsFound`."""
+    return LeftAsFound(model, seed, dtype, *data)
+
+
+def _plain_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Returns the parameters that count their changes, by name."""
+    named = model.named_parameters()
+    return [(name, p) for name, p in named if type(p) is nn.Parameter and not (p.is_inference() or p.is_meta)]
+
+
+def _random_states(accelerators: list[int]) -> list[Callable[[], None]]:
+    python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    states = [(torch.cuda.default_generators[index], torch.cuda.get_rng_state(index)) for index in accelerators]
+
+    def put_back() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-        for module, training in modes.items():
-            module.training = training
+        torch.set_rng_state(state)
+        for generator, of_device in states:
+            generator.set_state(of_device)
+
+    return [put_back]
 
 
-@contextmanager
-def _autocast(device_types: set[str], dtype: str | None) -> Iterator[None]:
-    if not device_types:
-        yield
-        return
-    lower = None if dtype is None else getattr(torch, dtype)
-    with torch.autocast(device_types.pop(), dtype=lower, enabled=lower is not None), _autocast(device_types, dtype):
-        yield
+def _problem_types(model: nn.Module) -> list[Callable[[], None]]:
+    """Returns functions that put back what a loss of transformers notes in a config about the labels."""
+    configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
+    noted = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
+
+    def put_back() -> None:
+        for config, problem in noted:
+            if config.problem_type != problem:
+                config.problem_type = problem
+
+    return [put_back]
+
+
+def _packings(model: nn.Module) -> list[Callable[[], None]]:
+    """Returns functions that put back whether bitsandbytes packs weights, which `trainable_after` changes."""
+    name = "support_avx512bf16_for_cpu"
+    return [partial(setattr, module, name, vars(module)[name]) for module in model.modules() if name in vars(module)]
+
+
+def _settings_of_torch(device_types: list[str]) -> list[Callable[[], None]]:
+    """Returns functions that put back settings whose contexts an interrupt may have kept from ending."""
+    from torch._dynamo import eval_frame
+
+    recording, stance = torch.is_grad_enabled(), getattr(eval_frame, "_stance", None)
+    autocast = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in device_types]
+
+    def put_back() -> None:
+        torch.set_grad_enabled(recording)
+        for kind, enabled, dtype in autocast:
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        if stance is not None and eval_frame._stance is not stance:
+            eval_frame._set_stance(stance)
+
+    return [put_back]

@@ -3,36 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
+from logging import INFO, WARNING
 from typing import Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import nn
 from transformers.utils import logging
 
 from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.components.architecture import Architecture, find_architecture
-from plasticity_peft.components.calls import Inputs, block_input, check_calls, input_names, why_unlike
+from plasticity_peft.components.calls import (
+    Inputs,
+    block_input,
+    check_calls,
+    input_names,
+    label_names,
+    why_unlike,
+    with_forward_kwargs,
+)
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
-from plasticity_peft.components.wrappers import uncompiled, walk
+from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
 from plasticity_peft.criteria.registry import CRITERIA, resolve
 from plasticity_peft.deprecation import renamed_arguments
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.blank import blank_image
 from plasticity_peft.images.indexed import Images
+from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches, Pairs, Sampler
-from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
 from plasticity_peft.measuring.settling import Settling, error_factor, looks
 from plasticity_peft.measuring.sharing import Observed
-from plasticity_peft.report.provenance import provenance_of
+from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
 from plasticity_peft.report.selection import Choice, SelectionRule
@@ -66,6 +75,7 @@ def measure_plasticity(
     lora_bias: bool = False,
     dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
+    forward_kwargs: Mapping[str, Any] | None = None,
 ) -> PlasticityReport:
     """Returns a score for every component of `model`: how much it is worth to train the component.
 
@@ -79,9 +89,11 @@ def measure_plasticity(
             and norms are computed at least in float32. Adapters on the model are part of what is measured.
         target_data: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point
             pixel_values of shape (channels, height, width), and any other inputs that the model takes for an image; a
-            DataLoader of such items; a tensor of shape (images, channels, height, width); or a stream, whose first
-            images are read. Criteria that use labels need items with labels. Criteria that read only weights need no
-            images.
+            DataLoader of such items; a tensor of shape (images, channels, height, width); or a stream. Criteria that
+            use the model's loss need items with labels, in any form that the loss takes. Criteria that read only
+            weights need no images. Of a DataLoader, the images that its sampler yields are used; if it has a
+            collate_fn of its own, which may pad or mix, its batches are used as they come, and it gives `Batches`
+            instead of `batch_size`. A stream is shuffled through a buffer of 1,000 images or 1 GiB.
         source_data: pretraining-like images, in the same forms. With them a pair is one source and one target image,
             as in the paper; without them it is two different target images. Criteria that look at single images use
             the target images.
@@ -115,6 +127,14 @@ def measure_plasticity(
         dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
             Differences, norms and scores are float32 or more in any case.
         backbone: path of the vision transformer in a model that contains several, such as "model.vision_tower".
+        forward_kwargs: arguments that the model gets in each forward pass beside the images, such as
+            {"interpolate_pos_encoding": True} for images of another size than it was made for. Values are numbers,
+            strings, True, False, None, or lists and dictionaries of them.
+
+    Note:
+        Only one model is measured at a time: another thread that measures waits. A thread that only runs the model
+        meanwhile, or has hooks on it, does not disturb the scores and is not disturbed, except that the model is in
+        evaluation mode. A thread that changes weights meanwhile causes a ModelError.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -153,6 +173,7 @@ def measure_plasticity(
         settle=settle,
         dtype=dtype,  # type: ignore[arg-type]  # Settings replaces a torch.dtype by its name
         backbone=backbone,
+        forward_kwargs=forward_kwargs,
     )
     return measure_by(rule, settings, model, target_data, source_data)
 
@@ -173,6 +194,7 @@ class Settings:
     settle: float | None
     dtype: str | None
     backbone: str | None
+    forward_kwargs: Mapping[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self) -> None:
         for name, value in check_arguments(vars(self)).items():
@@ -185,16 +207,22 @@ def measure_by(
     """Returns the report of a measurement that stops when what `rule` selects is settled; see `measure_plasticity`."""
     criterion = CRITERIA[settings.criterion]
     check_target(criterion, target_data)
-    model = uncompiled(model)
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = bare(model)
     architecture = find_architecture(model, settings.backbone)
+    architecture = with_forward_kwargs(model, architecture, settings.forward_kwargs)
     _check_device(model)
     choice = rule.choice(architecture.components, architecture.parameters)
     measuring = _Measuring(model, architecture, settings, target_data, source_data)
-    with left_as_found(model, settings.seed, settings.dtype), trainable_after(model):
-        if isinstance(criterion, WeightCriterion):
-            return measuring.weights(criterion, Columns(architecture, criterion, Settling(choice, 0.0, looks=1)))
-        return measuring.images(criterion, choice, rule.granularity)
+    with ONE_AT_A_TIME:
+        found = left_as_found(model, settings.seed, settings.dtype, target_data, source_data)
+        try:
+            with found, trainable_after(model):
+                if isinstance(criterion, WeightCriterion):
+                    columns = Columns(architecture, criterion, Settling(choice, 0.0, looks=1))
+                    return measuring.weights(criterion, columns)
+                return measuring.images(criterion, choice, rule.granularity)
+        finally:
+            found.put_back()  # an interrupt may have cut short what the context does at its end
 
 
 @dataclass(frozen=True)
@@ -224,6 +252,7 @@ class _Measuring:
         with failing_together(share):
             _check_weights(self.model)
             sampler = self._sampler(criterion)
+            _log_order(sampler, share)
             example = sampler.example()
             check_calls(self.model, self.architecture, example)
             if self.settings.inputs == "embedding":
@@ -244,13 +273,24 @@ class _Measuring:
             chosen = choice.chosen(columns.ranking(seen.observed))
             ending = Ending(seen.settled, chosen, granularity, confidence, planned)
             _log(ending, sampler, seen, share)
-        return self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
+        report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
+        return replace(
+            report,
+            target_provenance=_of_those_drawn(report.target_provenance, sampler),
+            batch_size=sampler.images_per_batch if isinstance(sampler, Batches) else None,
+        )
 
-    def _images(self, data: Any, name: str, per_sample: int) -> Images:
+    def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""
-        most = per_sample * self.settings.max_samples
-        names = input_names(self.model, self.architecture)
-        images = Images(data, name, read_at_most=most, names=names, seed=self.settings.seed)
+        images = Images(
+            data,
+            name,
+            read_at_most=per_sample * self.settings.max_samples,
+            names=input_names(self.model, self.architecture),
+            seed=self.settings.seed,
+            label_names=label_names(self.model, self.architecture) or LABELS,
+            whole_batches=whole_batches,
+        )
         if not images.has(1):
             raise DataError(f"{name} must hold at least 2 images. Got {len(images)}.")
         return images
@@ -258,7 +298,7 @@ class _Measuring:
     def _sampler(self, criterion: Criterion) -> Sampler:
         source = None if self.source_data is None else self._images(self.source_data, "source_data", 1)
         return criterion.sampler(
-            target=self._images(self.target_data, "target_data", 2),
+            target=self._images(self.target_data, "target_data", 2, issubclass(criterion.sampler, Batches)),
             source=source,
             max_samples=self.settings.max_samples,
             batch_size=self.settings.batch_size,
@@ -299,7 +339,6 @@ class _Measuring:
             ending=ending,
             target_provenance=None if exact else provenance_of(self.target_data),
             source_provenance=provenance_of(self.source_data) if paired else None,
-            batch_size=self.settings.batch_size if observed == Batches.plural else None,
             separation=columns.separation(seen.observed, selecting=ending is not None),
         )
 
@@ -346,6 +385,19 @@ def _spread(model: nn.Module, architecture: Architecture, example: Inputs) -> fl
     """Returns the standard deviation of the features of a token that enters block 0, mean over the tokens."""
     tokens = block_input(model, architecture, example).tokens.float()
     return float(tokens.std(dim=-1, correction=0).mean())
+
+
+def _of_those_drawn(provenance: Provenance | None, sampler: Sampler) -> Provenance | None:
+    """Returns where the target images come from, with the number of those that the sampler of a DataLoader yields."""
+    known = sampler.target.known
+    return provenance if provenance is None or not known else replace(provenance, images=known)
+
+
+def _log_order(sampler: Sampler, share: Share) -> None:
+    """Logs that a stream is shuffled through a buffer; as a warning if it is sorted by class, or may be."""
+    for images in (sampler.target, sampler.source):
+        if share.rank == 0 and images is not None and images.order:
+            logger.log(WARNING if images.looks_sorted else INFO, images.order)
 
 
 def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:

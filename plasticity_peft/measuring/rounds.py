@@ -170,11 +170,12 @@ class _Worker:
         self._observe, self._columns, self._sampler = observe, columns, sampler
         self._per_pass = sampler.per_pass
 
-    def look_at(self, numbers: range, progress: Progress) -> tuple[Observed, int]:
+    def look_at(self, numbers: Sequence[int], progress: Progress) -> tuple[Observed, int]:
         """Returns what is observed of the samples with these numbers, and how many samples were skipped."""
+        numbers = self._sampler.arranged(numbers)
         observed, skipped, done = self._columns.nothing(), 0, 0
         while done < len(numbers):
-            batch = numbers[done : done + self._per_pass]
+            batch = self._sampler.alike(numbers[done : done + self._per_pass])
             # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
             # which takes longer than a round of a small model.
             try:

@@ -1,7 +1,7 @@
 """The JSON format of reports: its versions, and the errors of files that are not of this format.
 
-A report file contains the fields of a `PlasticityReport`. The plasticity.json of an adapter contains the same fields,
-and beside them what `plasticity_peft.saved.record` adds.
+A report file contains the fields of a `PlasticityReport`. The plasticity.json of an adapter contains the same fields
+and those of `plasticity_peft.saved.record.AdapterRecord`.
 """
 
 from __future__ import annotations

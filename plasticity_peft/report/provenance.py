@@ -1,4 +1,4 @@
-"""Where images came from, in a few words: enough for a model card, and no path of anybody's machine."""
+"""Where images came from, as a model card names it. It contains no local paths."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ RepoId = Annotated[Name, allowed("must be the id of a dataset on the Hub", REPO_
 
 @dataclass(frozen=True)
 class Provenance:
-    """What images were measured on."""
+    """Where images came from."""
 
     form: Name
-    """How they were given: "Dataset", "Tensor", ...: the name of a class."""
+    """Class of the images, such as "Dataset" or "Tensor"."""
     images: PositiveCount | None = None
-    """How many there were to draw from; None for a stream, which has no length."""
+    """Number of images; None for a stream."""
     name: Name | None = None
-    """Name of the dataset, where it has one."""
+    """Name of the dataset, if it has one."""
     split: Name | None = None
     """Split of the dataset, such as "train"."""
     repo_id: RepoId | None = None
-    """Id of the dataset on the Hub, where it came from there."""
+    """Id of the dataset on the Hub, if it came from there."""
 
     def __str__(self) -> str:
         count = "a stream of images" if self.images is None else f"{self.images:,} images"
@@ -35,10 +35,10 @@ class Provenance:
 
 
 def provenance_of(data: Any) -> Provenance | None:
-    """Returns where `data` came from, as far as it tells; None for None.
+    """Returns where `data` came from, as far as this is known; None for None.
 
-    A `datasets.Dataset` knows its name, its split and, where its download was verified, its repository on the Hub; of
-    others the name of the class and the number of images are all that is known. Of a DataLoader, its dataset counts.
+    A `datasets.Dataset` contains its name, its split and, if its download was verified, its repository on the Hub.
+    For other data only the class and the number of images are known. For a DataLoader it is its dataset that counts.
 
     Examples:
         >>> import torch
@@ -66,14 +66,14 @@ def _length(data: Any) -> int | None:
 
 
 def _short(name: Any) -> str | None:
-    """Returns a name that is no path; None where there is none."""
+    """Returns `name`, or None if it is a path or is not printable."""
     if not isinstance(name, str) or not re.fullmatch(r"[^/\\\x00-\x1f]{1,100}", name):
         return None
     return name if name.isprintable() else None
 
 
 def _repo_id(info: Any) -> str | None:
-    """Returns the Hub id of the dataset, which the addresses of its files begin with."""
+    """Returns the Hub id with which the addresses of the dataset's files begin."""
     addresses = getattr(info, "download_checksums", None) or {}
     ids = {re.sub(r"^hf://datasets/([^@]+)@.*", r"\1", str(address)) for address in addresses}
     found = ids.pop() if len(ids) == 1 else ""

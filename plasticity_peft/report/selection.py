@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, NamedTuple
 
@@ -42,7 +42,7 @@ class Selection:
     """Canonical ids of all components in these units, in the order of the blocks."""
     modules: tuple[Text, ...]
     """Paths of their linear layers and norms, in the model that was measured."""
-    parameters: Annotated[Mapping[str, Count], BY_MODE]
+    parameters: Annotated[Mapping[str, Count], BY_MODE] = field(hash=False)
     """How many parameters train, the head not counted, in each mode: {"lora": ..., "full": ...}."""
     model_parameters: PositiveCount
     """Parameters of the whole model that was measured: what a budget is a share of."""

@@ -1,4 +1,4 @@
-"""What a model card says of one adapter: metadata, and the text that the template `card_template.md` makes."""
+"""The section of a model card about one adapter: metadata, and text made from `card_template.md`."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ TAG = "plasticity_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
-    """Returns the card that the template makes of an adapter; `picture` is the path of its picture, if any."""
+def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
+    """Returns a card that consists of the section about an adapter; `picture` is the path of its picture, if any."""
     report, selection = adapter.report, adapter.selection
     rows = report.ranking(selection.granularity)
     most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "component" else len(rows)
@@ -56,12 +56,12 @@ def part_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
 
 
 def comment(which: str, name: str) -> str:
-    """Returns the comment at the "begin" or the "end" of what a card says of the adapter `name`."""
+    """Returns the comment at the "begin" or the "end" of the section about the adapter `name`."""
     return f"<!-- plasticity_peft: {which} {re.sub(r'[^0-9A-Za-z_.-]', '_', name)} -->"
 
 
 def eval_results_of(results: Results) -> list[EvalResult]:
-    """Returns results as the Hub's model-index has them."""
+    """Returns results in the form of the Hub's model-index."""
     data = results.dataset
     name = data.repo_id or data.name or data.form
     return [
@@ -96,7 +96,7 @@ def _metadata(adapter: TrainedAdapter) -> ModelCardData:
 
 
 def _are_first(adapter: TrainedAdapter) -> bool:
-    """Returns whether what was chosen leads the ranking; it does not where kinds above it were no candidates."""
+    """Returns whether the selected units are the first in the ranking, which may contain kinds that were excluded."""
     ranking = adapter.report.ranking(adapter.selection.granularity)
     return {row.unit for row in ranking[: len(adapter.selection.units)]} == set(adapter.selection.units)
 
@@ -107,18 +107,18 @@ def _how_trained(adapter: TrainedAdapter) -> str:
     options = [f"{name}={adapter.options[name]}" for name in ("r", "lora_alpha") if name in adapter.options]
     options += [f"{name}=True" for name in ("use_dora", "use_rslora") if adapter.options.get(name)]
     kinds = {name.rsplit(".", 1)[-1] for name in adapter.selection.components}
-    norms = "" if kinds <= set(MATRIX_KINDS) else "; layer norms, which LoRA cannot take, in full"
+    norms = "" if kinds <= set(MATRIX_KINDS) else "; layer norms, which LoRA cannot adapt, in full"
     return f"with LoRA ({', '.join(options)}{norms})"
 
 
 def _count(adapter: TrainedAdapter) -> str:
     chosen, total = adapter.selection.parameters[adapter.training], adapter.selection.model_parameters
     beside = adapter.saved_parameters - chosen
-    parts = f": {chosen:,} in the chosen components, {beside:,} in the head and what else trains beside them"
+    shares = f": {chosen:,} in the selected components and {beside:,} in the head and other modules"
     share = 100 * adapter.saved_parameters / total
     return (
-        f"The adapter holds {adapter.saved_parameters:,} trained parameters, {share:.2f} % of the {total:,} of the "
-        f"model{parts if beside > 0 else ', all of them in the chosen components'}."
+        f"The adapter contains {adapter.saved_parameters:,} trained parameters, {share:.2f} % of the {total:,} of the "
+        f"model{shares if beside > 0 else ', all of them in the selected components'}."
     )
 
 
@@ -133,7 +133,7 @@ def _ranked(adapter: TrainedAdapter, rank: int, row: RankedUnit) -> dict[str, An
 
 
 def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
-    """Yields what was measured and how; what is not known is empty."""
+    """Yields the facts about the measurement, by name. A fact that is not known is empty."""
     report = adapter.report
     yield "base model", adapter.hub_model or f"a {report.model_type} model that is not on the Hub"
     yield "criterion", report.criterion
@@ -142,7 +142,10 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
     sources = {True: ", each of a source and a target image", False: ", each of two target images"}
     yield "observed", observed(report) + (sources[report.uses_source] if report.observed == "pairs" else "") + pairs
     yield "images per batch", "" if report.batch_size is None else f"up to {report.batch_size}"
-    yield "settled", how_it_ended(report) or "looked at all there was to look at"
+    yield (
+        "settled",
+        how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
+    )
     yield "confidence of the selection", in_words(adapter.selection.confidence)
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")
@@ -154,8 +157,8 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
 def _result_rows(results: Results) -> Iterator[tuple[str, ...]]:
     data = results.dataset
     for name, value in results.metrics.items():
-        where = _cell(data.repo_id or data.name or data.form)
-        yield where, _cell(data.split or ""), _cell(name), f"{value:.4g}"
+        dataset = _cell(data.repo_id or data.name or data.form)
+        yield dataset, _cell(data.split or ""), _cell(name), f"{value:.4g}"
 
 
 def _labels(labels: Mapping[int, str]) -> str:
@@ -165,6 +168,6 @@ def _labels(labels: Mapping[int, str]) -> str:
 
 
 def _cell(text: str) -> str:
-    """Returns text that may stand in a cell of a table, and ends neither it nor the comments around our part."""
+    """Returns text for a cell of a table that cannot end the cell or the comments around the section."""
     plain = re.sub(r"\s+", " ", text).replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*_\[\]|])", r"\\\1", plain)

@@ -1,6 +1,6 @@
-"""plasticity.json, the file beside an adapter: the report, what the adapter trains, and the results of its weights.
+"""plasticity.json, the file beside an adapter: the report, a description of the adapter, and results of its weights.
 
-It is read and written here. `PlasticityReport` reads the report in it, and ignores the rest.
+This module reads and writes it. `PlasticityReport` reads only the report in it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from plasticity_peft.report.selection import Selection
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterDescription(Selection):
-    """What an adapter trains, how it trains it, and which labels it predicts."""
+    """The components that an adapter trains, the training mode, and the labels that it predicts."""
 
     training: Annotated[str, one_of(TRAINING_MODES)]
     """"lora" or "full"."""

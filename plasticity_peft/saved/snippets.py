@@ -1,24 +1,24 @@
-"""Code that a model card shows: it runs as it stands, with this package and without."""
+"""The code in a model card, which loads the adapter with this package and without it."""
 
 from __future__ import annotations
 
 from plasticity_peft.saved.trained import TrainedAdapter
 
 REPOSITORY = "user/repo"
-"""Stands for the repository that the adapter is published in, whose name an adapter does not know."""
+"""Placeholder for the repository of the adapter, whose name is not known when the card is written."""
 
 MOST_LABELS = 20
-"""Labels that are written out; more are read from plasticity.json."""
+"""Number of labels that the code contains. If there are more, it reads them from plasticity.json."""
 
 
 def stock_snippet(adapter: TrainedAdapter) -> str:
-    """Returns code that loads the adapter where this package is not installed, and classifies an image if it can."""
+    """Returns code that loads the adapter without this package, and classifies an image if the model has a head."""
     return _classifier(adapter) if adapter.classifies_images else _features(adapter)
 
 
 def own_snippet(adapter: TrainedAdapter) -> str:
     """Returns code that loads the adapter with this package."""
-    subfolder = "" if adapter.name == "default" else f', subfolder="{adapter.name}"'
+    subfolder = _subfolder(adapter)
     if not adapter.classifies_images:
         model = f'model = load_adapter(base, "{REPOSITORY}"{subfolder})'
         imports = ["from plasticity_peft import load_adapter", *_import_base(adapter)]
@@ -40,9 +40,8 @@ def _classifier(adapter: TrainedAdapter) -> str:
     imports, id2label = [], f"id2label = {_literal(labels)}"
     if len(labels) > MOST_LABELS:
         imports = ["import json", ""]
-        subfolder = "" if adapter.name == "default" else f"{adapter.name}/"
         id2label = (
-            f'with open(hf_hub_download(adapter, "{subfolder}plasticity.json")) as file:\n'
+            f'with open(hf_hub_download(adapter, "plasticity.json"{_subfolder(adapter)})) as file:\n'
             '    id2label = {int(key): label for key, label in json.load(file)["adapter"]["id2label"].items()}'
         )
     return _lines(
@@ -60,12 +59,26 @@ def _classifier(adapter: TrainedAdapter) -> str:
         "    ignore_mismatched_sizes=True,",
         ")",
         f"model = PeftModel.from_pretrained(base, adapter{_subfolder(adapter)}).eval()",
-        "image_processor = AutoImageProcessor.from_pretrained(base_model)",
+        *_image_processor(adapter),
         'inputs = image_processor(images=Image.open("image.png").convert("RGB"), return_tensors="pt")',
         "with torch.no_grad():",
         "    label = model(**inputs).logits.argmax(-1).item()",
         "print(id2label[label])",
     )
+
+
+def _image_processor(adapter: TrainedAdapter) -> list[str]:
+    """Returns code that loads the adapter's image processor, or the base model's if the adapter has none."""
+    own = f"image_processor = AutoImageProcessor.from_pretrained(adapter{_subfolder(adapter)})"
+    if adapter.has_image_processor:
+        return [own]
+    # It may be saved after the card is written, as Trainer does.
+    return [
+        "try:",
+        f"    {own}",
+        "except OSError:  # the adapter has no image processor of its own",
+        "    image_processor = AutoImageProcessor.from_pretrained(base_model)",
+    ]
 
 
 def _features(adapter: TrainedAdapter) -> str:
@@ -93,12 +106,12 @@ def _base(adapter: TrainedAdapter) -> str:
 
 
 def _unknown(adapter: TrainedAdapter) -> str:
-    """Returns what stands for a base model that is not on the Hub."""
+    """Returns a placeholder for a base model that is not on the Hub."""
     return f"path/to/the/{adapter.report.model_type}/that/was/adapted"
 
 
 def _literal(labels: dict[int, str]) -> str:
-    """Returns labels as Python, in which no text of theirs can end the block of code or a comment around it."""
+    """Returns labels as Python code whose text cannot end the block of code or a comment around it."""
     return ascii(labels).replace("<!--", "\\x3c!--").replace("-->", "--\\x3e").replace("`", "\\x60")
 
 

@@ -1,4 +1,4 @@
-"""What an adapter is, as far as a model card tells it: from its files, or from whoever holds the live model."""
+"""What a model card describes of an adapter: read from its files, or taken from the live model."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from plasticity_peft.errors import AdapterError
-from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME, find_json
+from plasticity_peft.hub import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_json
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.saved.record import AdapterRecord, Results, present_results, reading_record
+from plasticity_peft.saved.weights import read_header
 
 
 @dataclass(frozen=True)
@@ -28,19 +29,21 @@ class TrainedAdapter:
     training: str
     """"lora" or "full"."""
     saved_parameters: int
-    """How many numbers the adapter holds: what was trained, the head included."""
+    """Number of trained parameters, including the head."""
     base_model: str | None = None
-    """Name or folder that the base model was loaded from."""
+    """Hub name or folder of the base model."""
     base_class: str | None = None
-    """Class of the base model, where it is one of transformers."""
+    """Class of the base model, if it is one of transformers."""
     id2label: Mapping[int, str] | None = None
     """Names of the labels; None for a model without a head."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Options of LoRA: r, lora_alpha, ..."""
+    has_image_processor: bool = False
+    """True if an image processor is saved with the adapter."""
     results: tuple[Results, ...] = ()
-    """What was measured with its weights."""
+    """Metrics that were measured with its weights."""
     name: str = "default"
-    """Name of the adapter in its model; its files lie in a folder of this name, but for "default"."""
+    """Name of the adapter in its model. Its files are in a folder of this name, except for "default"."""
 
     @property
     def classifies_images(self) -> bool:
@@ -49,7 +52,7 @@ class TrainedAdapter:
 
     @property
     def hub_model(self) -> str | None:
-        """The base model, where it is on the Hub as far as one can tell offline."""
+        """The base model, if its name can be one on the Hub."""
         return self.base_model if is_hub_id(self.base_model) else None
 
     @classmethod
@@ -68,23 +71,26 @@ class TrainedAdapter:
         config = find_json(folder, CONFIG_NAME, AdapterError)
         if config is None:
             raise AdapterError(f"No {CONFIG_NAME} in {os.fspath(folder)}. A folder without it is not an adapter.")
-        mapping = config.get("auto_mapping") or {}
+        header = read_header(Path(folder, WEIGHTS_NAME), os.fspath(folder))
+        found = config.get("auto_mapping")
+        mapping = found if isinstance(found, Mapping) else {}
         library = str(mapping.get("parent_library"))
         return cls(
             report=record.report,
             selection=described.selection,
             training=described.training,
-            saved_parameters=_parameters(Path(folder, WEIGHTS_NAME)),
+            saved_parameters=sum(math.prod(entry.shape) for entry in header.values()),
             base_model=config.get("base_model_name_or_path"),
             base_class=mapping.get("base_model_class") if library.startswith("transformers.") else None,
             id2label=described.id2label,
             options=config,
+            has_image_processor=Path(folder, PROCESSOR_NAME).is_file(),
             results=present_results(folder),
         )
 
 
 def is_hub_id(name: str | None) -> bool:
-    """Returns whether `name` can be a repository on the Hub, and is no file or folder here.
+    """Returns whether `name` can be a repository on the Hub and is not a local file or folder.
 
     Examples:
         >>> is_hub_id("google/vit-base-patch16-224-in21k"), is_hub_id("/home/me/vit"), is_hub_id("")
@@ -97,14 +103,3 @@ def is_hub_id(name: str | None) -> bool:
     except HFValidationError:
         return False
     return True
-
-
-def _parameters(path: Path) -> int:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "np") as file:
-            shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"Cannot read {path.name} of the adapter: {error}.") from error
-    return sum(map(math.prod, shapes))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import struct
@@ -118,7 +119,11 @@ def test_a_module_of_a_strange_name_is_refused(name: str, part: str, good: dict[
     if part == "weight":
         more.popitem()
     with_weights(folder, lambda weights: {**weights, **more})
-    refused(folder, "adapter|Adapter")
+    refused(
+        folder,
+        "which its config does not name|too long for a module|start with 'base_model|belongs to no component|no such "
+        "component|only a part of classifier|has the shape|LoRA of .* is for a layer of shape|both LoRA and full",
+    )
 
 
 @pytest.mark.parametrize("subfolder", ["..", "../..", "a/../..", "/etc", "a\\..\\..", 5, b".."], ids=repr)
@@ -147,11 +152,11 @@ def test_ids_of_plasticity_json(where: str, name: str, good: dict[str, Path], tm
         try:
             unchanged(folder, good["lora"])  # by the known names of the architecture
         except PlasticityError:
-            refused(folder, "plasticity.json|twice", PlasticityError)
+            refused(folder, r"scores\.1\.modules|twice|Invalid JSON: unexpected end of hex escape", PlasticityError)
         return
     values["adapter"][where][0] = name
     path.write_text(json.dumps(values))
-    refused(folder, "adapter", ReportError)
+    refused(folder, rf"plasticity\.json of .*: (adapter\.{where}|.* unexpected end of hex escape)", ReportError)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +176,8 @@ def test_what_plasticity_json_says_of_the_adapter(
     values = json.loads(path.read_text())
     values["adapter"].update(changes)
     path.write_text(json.dumps(values))
-    refused(folder, "plasticity.json", ReportError)
+    (name,) = changes
+    refused(folder, rf"Cannot read plasticity\.json of .*: adapter\.{name}", ReportError)
 
 
 # --------------------------------------------------------------------------------------------------- weights
@@ -189,7 +195,7 @@ def test_weights_of_a_type_that_no_weights_have(dtype: str, part: str, good: dic
         )
     except KeyError:
         pytest.skip(f"this release of safetensors cannot write {dtype}")
-    refused(folder, "holds")
+    refused(folder, rf"contains \S+ for .*{re.escape(part)}|{re.escape(part)} is torch\.{dtype}, in the model")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
@@ -204,7 +210,7 @@ def test_weights_of_other_precisions_load(dtype: str, good: dict[str, Path], tmp
 def test_weights_that_are_no_numbers(value: float, good: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(good["plain"], tmp_path)
     with_weights(folder, lambda weights: {k: torch.full_like(v, value) for k, v in weights.items()})
-    refused(folder, "holds NaN or infinity")
+    refused(folder, "contains NaN or infinity")
 
 
 SHAPES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
@@ -214,7 +220,7 @@ SHAPES: dict[str, Callable[[str, torch.Tensor], torch.Tensor]] = {
     "three dimensions": lambda key, value: value[None] if "lora" in key else value,
     "two ranks": lambda key, value: torch.cat([value, value]) if "lora_A" in key else value,
     "a huge rank": lambda key, value: (
-        value.repeat(500, 1) if "lora_A" in key else value.repeat(1, 500) if "lora_B" in key else value
+        value.repeat(10_000, 1) if "lora_A" in key else value.repeat(1, 10_000) if "lora_B" in key else value
     ),
     "a head of more labels": lambda key, value: torch.cat([value, value]) if "classifier" in key else value,
 }
@@ -290,8 +296,8 @@ def first(kind: str) -> str:
     ("more", "text"),
     [
         # what is there already, in the model, and is not said to train
-        (lambda: add(vit__layernorm__weight=torch.ones(16)), "its config does not say that it trains"),
-        (lambda: add(**{f"{first('FC2')}__weight": torch.ones(16, 32)}), "its config does not say that it trains"),
+        (lambda: add(vit__layernorm__weight=torch.ones(16)), "which its config does not name"),
+        (lambda: add(**{f"{first('FC2')}__weight": torch.ones(16, 32)}), "which its config does not name"),
         (
             lambda: add(
                 **{
@@ -299,7 +305,7 @@ def first(kind: str) -> str:
                         f"{first('FC2')}__lora_B__weight": torch.ones(16, 2),
                     }
             ),
-            "its config says that none are there",
+            "which its config does not name",
         ),
         (
             lambda: add(classifier__lora_A__weight=torch.ones(2, 16), classifier__lora_B__weight=torch.ones(3, 2)),
@@ -307,8 +313,8 @@ def first(kind: str) -> str:
         ),
         (lambda: add(classifier__extra=torch.ones(3)), "classifier.extra has the shape"),
         (lambda: add(classifier__dense__weight=torch.ones(3, 16)), "no module of that name"),
-        (lambda: add(**{f"{first('FC1')}__lora_magnitude_vector": torch.ones(32)}), "vector is not there"),
-        (lambda: add(**{f"{first('FC1')}__lora_B__bias": torch.ones(32)}), "lora_B.bias is not there"),
+        (lambda: add(**{f"{first('FC1')}__lora_magnitude_vector": torch.ones(32)}), "must not contain lora_magnitude"),
+        (lambda: add(**{f"{first('FC1')}__lora_B__bias": torch.ones(32)}), "must not contain lora_B.bias of"),
         (lambda: add(**{f"{first('FC1')}__lora_C__weight": torch.ones(32)}), "Expected lora_A and lora_B"),
         (lambda: lambda weights: {key.removeprefix(PREFIX): value for key, value in weights.items()}, "start with"),
         (lambda: lambda weights: without(weights, "classifier.bias"), "only a part of classifier"),
@@ -396,7 +402,7 @@ BOMB = "(a+)+" * 10 + "$"
 def test_an_option_that_does_more_is_refused(changes: dict[str, Any], good: dict[str, Path], tmp_path: Path) -> None:
     folder = copied(good["plain"], tmp_path)
     with_config(folder, **changes)
-    refused(folder, "adapter|LORA|Cannot read adapter_config.json")
+    refused(folder, f"{'|'.join(changes)}|by its config|which its config does not name|it contains (NaN|Infinity)")
 
 
 @pytest.mark.parametrize(

@@ -231,7 +231,7 @@ def test_offline_it_loads_what_is_in_the_cache(world: World, published: dict) ->
     check_same(load(world, "user/lora").values, published["lora"])
     check_same(load(world, "user/lora", first=offline, keep=True).values, published["lora"])
     assert (
-        "AdapterError: user/lora is no folder, and the Hub cannot be reached"
+        "AdapterError: user/lora is not a folder, and the Hub cannot be reached"
         in load(world, "user/lora", first=offline).error
     )
 
@@ -243,7 +243,7 @@ def test_offline_it_loads_what_is_in_the_cache(world: World, published: dict) ->
         ("user/secret", {}, "", r"a private one needs token="),
         ("user/lora", {"revision": "v9"}, TOKEN, r"user/lora on the Hub has no revision 'v9'"),
         ("user/lora", {}, "hf_wrong", r"Invalid credentials in Authorization header"),
-        ("user/base", {}, TOKEN, r"user/base holds no adapter_config.json: it is no adapter"),
+        ("user/base", {}, TOKEN, r"No adapter_config.json in user/base. It is not an adapter"),
         ("user/orphan", {}, TOKEN, r"Cannot load user/gone, the base model of user/orphan: .* Give base_model"),
     ],
 )
@@ -322,7 +322,7 @@ def test_a_wrong_token_publishes_nothing(world: World) -> None:
 
 
 SHORT = [
-    "--model_name_or_path", "user/base", "--max_train_samples", "48", "--max_steps", "2", "--pairs", "16",
+    "--model_name_or_path", "user/base", "--max_train_samples", "48", "--max_steps", "2", "--max_samples", "16",
     "--disable_tqdm", "true", "--push_to_hub", "true", "--validation_fraction", "0.1", "--test_fraction", "0.1",
 ]  # fmt: skip
 

@@ -76,7 +76,7 @@ def test_parameter_counts_are_those_that_were_promised(
 def test_options_of_lora_pass_through_and_are_counted(vit: PreTrainedModel, options: dict[str, object]) -> None:
     chosen = config(**options)
     model = get_peft_model(vit, chosen)
-    path = chosen.target_modules[0]
+    path = min(chosen.target_modules)
     layer = model.get_base_model().get_submodule(path)
     stock = get_peft_model(tiny_model(), LoraConfig(**{"r": 2, "lora_alpha": 4, **options}, target_modules=[path]))
     twin = stock.get_base_model().get_submodule(path)
@@ -342,9 +342,7 @@ def test_a_report_replaces_data_and_probing(
     model: PreTrainedModel, training: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = measure_plasticity(model, IMAGES, max_samples=8)
-    monkeypatch.setattr(
-        "plasticity_peft.adapters.model.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured")
-    )
+    monkeypatch.setattr("plasticity_peft.adapters.model.measure_by", lambda *args, **kwargs: pytest.fail("measured"))
     chosen = config(report=report, training=training, top_k=2)
     get_peft_model(model, chosen)
     assert chosen.selection == report.select(top_k=2, r=2)

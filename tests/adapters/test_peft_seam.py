@@ -6,11 +6,12 @@ the message says what of ours that breaks. A release that fails here is not supp
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,51 +24,63 @@ from accelerate.utils.memory import should_reduce_batch_size
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from peft import LoraConfig, LoraModel, PeftModel, PeftType, get_peft_model
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from tests.support.models import logits, moved, tiny_model
+from tests.support.models import REPOSITORY, logits, moved, tiny_model
 
-TABLES = {
-    "PEFT_TYPE_TO_CONFIG_MAPPING": PEFT_TYPE_TO_CONFIG_MAPPING,
-    "PEFT_TYPE_TO_TUNER_MAPPING": PEFT_TYPE_TO_TUNER_MAPPING,
-    "PEFT_TYPE_TO_PREFIX_MAPPING": PEFT_TYPE_TO_PREFIX_MAPPING,
-}
+PACKAGE = REPOSITORY / "plasticity_peft"
 
 
 @contextmanager
-def reliance(on: str, because: str) -> Iterator[None]:
-    """Turns whatever goes wrong inside into one message: what was relied `on`, and `because` of what of ours."""
+def reliance(on: str, by: str, because: str = "") -> Iterator[None]:
+    """Turns whatever goes wrong inside into one message: what was relied `on`, `by` what of ours, and why.
+
+    Args:
+        on: what is true of a library.
+        by: the file that needs it, and what in it: "adapters/model.py: register". It must be there.
+        because: what it is needed for.
+    """
+    for place in by.split("; "):
+        file, _, names = place.partition(": ")
+        defined = set(re.findall(r"^ *(?:def|class) (\w+)", (PACKAGE / file).read_text(), re.MULTILINE))
+        missing = set(re.findall(r"\w+", names)) - defined
+        assert not missing, f"{file} has no {missing}: this reliance is no longer one"
     try:
         yield
     except (Exception, pytest.fail.Exception) as error:
-        pytest.fail(f"No longer true: {on}.\nNeeded by: {because}.\nFound: {type(error).__name__}: {error}")
+        pytest.fail(f"No longer true: {on}.\nNeeded by: {by}, {because}\nFound: {type(error).__name__}: {error}")
 
 
-@dataclass
-class ForeignConfig(LoraConfig):
-    """A config of a kind that PEFT does not know."""
+class Watched:
+    """Extends `inject_adapter` of LoRA's tuners as adapters/model.py does, and takes the targets only there.
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.peft_type = "FOREIGN"
+    It notes which adapters are asked for, by which tuner, and how many adapter layers the model had by then.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.calls: list[tuple[str, str, int]] = []
+        for tuner in (LoraModel, MixedModel):
+            patch.setattr(tuner, "inject_adapter", self._noting(tuner.inject_adapter))
+
+    def _noting(self, inject: Callable[..., None]) -> Callable[..., None]:
+        def inject_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+            self.calls.append((type(tuner).__name__, adapter_name, len(layers(model))))
+            tuner.peft_config[adapter_name].target_modules = [linear(model)]
+            inject(tuner, model, adapter_name, *args, **kwargs)
+
+        return inject_adapter
 
 
-class ForeignModel(LoraModel):
-    """A tuner that writes down when it is asked to inject, and how many adapter layers the model had by then."""
-
-    calls: list[tuple[str, int]]
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Takes the targets from the config only now, as PlasticityModel does."""
-        ForeignModel.calls.append((adapter_name, len(layers(model))))
-        self.peft_config[adapter_name].target_modules = [linear(model)]
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
+    return Watched(monkeypatch)
 
 
 def layers(model: nn.Module) -> list[BaseTunerLayer]:
@@ -84,64 +97,45 @@ def norms(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm)]
 
 
-@pytest.fixture
-def foreign() -> Iterator[type[ForeignModel]]:
-    """A method entered in the three tables, and taken out again."""
-    ForeignModel.calls = []
-    for table, value in zip(TABLES.values(), (ForeignConfig, ForeignModel, LoraModel.prefix), strict=True):
-        table["FOREIGN"] = value
-    yield ForeignModel
-    for table in TABLES.values():
-        table.pop("FOREIGN", None)
-
-
 # The tables.
 
 
-@pytest.mark.parametrize("name", TABLES)
-def test_a_table_of_methods_is_a_dictionary_that_peft_itself_looks_into(name: str) -> None:
+def test_the_table_of_configs_is_a_dictionary_that_peft_itself_looks_into() -> None:
     with reliance(
-        f"peft.mapping.{name} is one dict, shared by PEFT's own modules", "adapters/model.py, which registers there"
+        "peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING is one dict, shared by PEFT's own modules",
+        "adapters/model.py: register; registration.py: _add_stand_in",
+        "which add a key to it",
     ):
-        assert type(TABLES[name]) is dict
-        assert getattr(__import__("peft.peft_model").peft_model, name) is TABLES[name]
+        assert type(PEFT_TYPE_TO_CONFIG_MAPPING) is dict
+        for module in ("peft", "peft.mapping", "peft.peft_model"):
+            assert importlib.import_module(module).PEFT_TYPE_TO_CONFIG_MAPPING is PEFT_TYPE_TO_CONFIG_MAPPING
 
 
 def test_a_method_outside_the_enum_can_only_be_registered_in_the_tables() -> None:
     with (
-        reliance(
-            'PeftType("PLASTICITY") is no member', "adapters/model.py fills the tables; with a member it need not"
-        ),
+        reliance('PeftType("PLASTICITY") is no member', "adapters/model.py: register", "which need not with a member"),
         pytest.raises(ValueError, match="is not a valid PeftType"),
     ):
         PeftType("PLASTICITY")
 
 
-def test_get_peft_model_asks_the_tables(foreign: type[ForeignModel]) -> None:
+def test_the_tuner_of_a_lora_config_is_lora_model_or_mixed_model() -> None:
     with reliance(
-        "get_peft_model makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds", "adapters/model.py, PlasticityModel"
+        "get_peft_model makes a LoraModel of a LoraConfig, or a MixedModel if mixed=True",
+        "adapters/model.py: register",
     ):
-        model = get_peft_model(tiny_model(), ForeignConfig())
-        assert type(model.base_model) is foreign
-        assert model.peft_type == "FOREIGN"
-
-
-def test_transformers_add_adapter_asks_the_tables(foreign: type[ForeignModel]) -> None:
-    with reliance(
-        "PreTrainedModel.add_adapter makes the tuner that PEFT_TYPE_TO_TUNER_MAPPING holds",
-        "adapters/model.py, PlasticityModel.inject_adapter, for model.add_adapter(PlasticityConfig(...))",
-    ):
-        model = tiny_model()
-        model.add_adapter(ForeignConfig(), "first")
-        with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
-            model.add_adapter(ForeignConfig(), "second")
-        assert foreign.calls == [("first", 0), ("second", 1)]
+        config = LoraConfig(target_modules=[linear(tiny_model())])
+        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.LORA] is LoraModel
+        assert type(get_peft_model(tiny_model(), config).base_model) is LoraModel
+        assert type(get_peft_model(tiny_model(), config, mixed=True).base_model) is MixedModel
+        assert not issubclass(MixedModel, LoraModel)
 
 
 def test_the_config_class_of_a_saved_adapter_is_looked_up_by_its_peft_type(tmp_path: Path) -> None:
     with reliance(
         'an adapter_config.json with peft_type "LORA" is read as a LoraConfig',
-        "config.py, which writes LORA so that adapters load where this package is not installed",
+        "adapters/config.py: to_dict",
+        "which writes LORA, so that adapters load where this package is not installed",
     ):
         LoraConfig(target_modules=["query"]).save_pretrained(tmp_path)
         assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.LORA] is LoraConfig
@@ -160,7 +154,8 @@ def test_the_class_of_the_peft_model_is_looked_up_by_task_type(monkeypatch: pyte
 
     with reliance(
         "get_peft_model looks up MODEL_TYPE_TO_PEFT_MODEL_MAPPING by task_type, and takes PeftModel without one",
-        "adapters/model.py, which enters a PeftModel of its own there",
+        "adapters/model.py: register",
+        "which enters a PeftModel of its own there",
     ):
         model = tiny_model()
         assert type(get_peft_model(model, LoraConfig(target_modules=[linear(model)]))) is PeftModel
@@ -173,39 +168,52 @@ def test_the_class_of_the_peft_model_is_looked_up_by_task_type(monkeypatch: pyte
 # Injection.
 
 
-def test_inject_adapter_runs_for_every_adapter_before_its_layers_are_made(foreign: type[ForeignModel]) -> None:
+@pytest.mark.parametrize("tuner", ["LoraModel", "MixedModel"])
+def test_inject_adapter_runs_for_every_adapter_before_its_layers_are_made(tuner: str, watched: Watched) -> None:
     with reliance(
-        "inject_adapter(model, adapter_name, ...) is called for the first adapter and for further ones, before any "
-        "module is replaced, and reads peft_config[adapter_name] only then",
-        "adapters/model.py, PlasticityModel.inject_adapter, which measures and sets target_modules there",
+        "inject_adapter(model, adapter_name, ...), looked up on the class of the tuner, is called for the first "
+        "adapter and for further ones, before any module is replaced, and reads peft_config[adapter_name] only then",
+        "adapters/model.py: choosing_first",
+        "which measures and sets target_modules there",
     ):
-        model = get_peft_model(tiny_model(), ForeignConfig(), "first")
-        model.add_adapter("second", ForeignConfig())
-        assert foreign.calls == [("first", 0), ("second", 1)]
-        assert all(set(layer.lora_A) == {"first", "second"} for layer in layers(model))
+        model = get_peft_model(tiny_model(), LoraConfig(), "first", mixed=tuner == "MixedModel")
+        model.add_adapter("second", LoraConfig())
+        assert watched.calls == [(tuner, "first", 0), (tuner, "second", 1)]
+        assert len(layers(model)) == 1
+        assert set(layers(model)[0].lora_A) == {"first", "second"}
 
 
-def test_an_error_while_injecting_leaves_no_adapter_behind(
-    foreign: type[ForeignModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_add_adapter_asks_the_same_tuner(watched: Watched) -> None:
+    with reliance(
+        "PreTrainedModel.add_adapter calls LoraModel.inject_adapter",
+        "adapters/model.py: choosing_first",
+        "for model.add_adapter(PlasticityConfig(...))",
+    ):
+        model = tiny_model()
+        model.add_adapter(LoraConfig(), "first")
+        with pytest.warns(UserWarning, match="Already found a `peft_config` attribute"):
+            model.add_adapter(LoraConfig(), "second")
+        assert watched.calls == [("LoraModel", "first", 0), ("LoraModel", "second", 1)]
+
+
+def test_an_error_while_injecting_leaves_no_adapter_behind(watched: Watched, monkeypatch: pytest.MonkeyPatch) -> None:
     with reliance(
         "an adapter whose injection raises is forgotten by PeftModel.add_adapter",
-        "adapters/model.py: bad input leaves the model as it was",
+        "adapters/model.py: choosing_first",
+        "as bad input leaves the model as it was",
     ):
-        model = get_peft_model(tiny_model(), ForeignConfig(), "first")
-        monkeypatch.setattr(foreign, "inject_adapter", lambda *args, **kwargs: 1 / 0)
+        model = get_peft_model(tiny_model(), LoraConfig(), "first")
+        monkeypatch.setattr(LoraModel, "inject_adapter", lambda *args, **kwargs: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            model.add_adapter("second", ForeignConfig())
+            model.add_adapter("second", LoraConfig())
         assert list(model.peft_config) == ["first"]
 
 
-def test_transformers_marks_the_model_before_it_asks_the_tuner(
-    foreign: type[ForeignModel], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_transformers_marks_the_model_before_it_asks_the_tuner(monkeypatch: pytest.MonkeyPatch) -> None:
     with reliance(
         "add_adapter sets the instance attribute _hf_peft_config_loaded first, over a class attribute that is False",
-        "adapters/model.py, PlasticityModel.inject_adapter, which takes the mark away where choosing fails, and knows "
-        "by it that transformers' own adapter methods will be used",
+        "adapters/model.py: _unmarked_on_failure, choosing_first, _add_switch",
+        "which take the mark away if choosing fails, and know by it that transformers' own methods will be used",
     ):
         model = tiny_model()
         assert model._hf_peft_config_loaded is False
@@ -217,7 +225,7 @@ def test_transformers_marks_the_model_before_it_asks_the_tuner(
             "inject_adapter",
             lambda self, model, *rest, **kw: (seen.append(vars(model).copy()), inject(self, model, *rest, **kw))[1],
         )
-        model.add_adapter(ForeignConfig())
+        model.add_adapter(LoraConfig(target_modules=[linear(model)]))
         assert seen[0]["_hf_peft_config_loaded"] is True
         assert "peft_config" not in seen[0]
         assert hasattr(model, "peft_config")
@@ -226,7 +234,8 @@ def test_transformers_marks_the_model_before_it_asks_the_tuner(
 def test_dummy_target_modules_means_no_target(tmp_path: Path) -> None:
     with reliance(
         f"target_modules={DUMMY_TARGET_MODULES!r} adapts no module, and is saved as it is",
-        "adapters/model.py, _choose: full mode has only modules_to_save",
+        "adapters/model.py: lora_arguments",
+        "as full mode has only modules_to_save",
     ):
         assert DUMMY_TARGET_MODULES == "dummy-target-modules"  # it stands in adapters that were published
         model = tiny_model()
@@ -238,7 +247,9 @@ def test_dummy_target_modules_means_no_target(tmp_path: Path) -> None:
         adapted.save_pretrained(tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == DUMMY_TARGET_MODULES
     with (
-        reliance("target_modules=[] is refused", "adapters/model.py, _choose, which therefore uses the constant"),
+        reliance(
+            "target_modules=[] is refused", "adapters/model.py: lora_arguments", "which therefore uses the constant"
+        ),
         pytest.raises(ValueError, match="target_modules"),
     ):
         get_peft_model(tiny_model(), LoraConfig(target_modules=[]))
@@ -255,12 +266,12 @@ class Twins(nn.Module):
 
 
 def test_targets_match_at_a_dot_and_modules_to_save_match_any_end() -> None:
-    because = "adapters/model.py, check_only_chosen_match, which refuses what PEFT would widen"
-    with reliance("target_modules match a path that is the name, or ends in a dot and the name", because):
+    needed = ("adapters/preconditions.py: check_only_chosen_match", "which refuses what PEFT would widen")
+    with reliance("target_modules match a path that is the name, or ends in a dot and the name", *needed):
         adapted = get_peft_model(Twins(), LoraConfig(target_modules=["b"]))
         found = {name for name, m in adapted.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
         assert found == {"b", "inner.b"}
-    with reliance("modules_to_save match every path that ends in the name", because):
+    with reliance("modules_to_save match every path that ends in the name", *needed):
         config = LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=["b"])
         adapted = get_peft_model(Twins(), config)
         wrapped = [
@@ -282,7 +293,8 @@ def test_one_flag_hides_an_adapter_and_touches_no_gradient() -> None:
     with reliance(
         "layer._disable_adapters = True makes LoRA layers and modules_to_save compute what the base model does, "
         "without touching requires_grad",
-        "adapters/model.py, _adapters_hidden, inside which a further adapter is measured",
+        "adapters/model.py: _adapters_hidden",
+        "inside which a further adapter is measured",
     ):
         expected = logits(tiny_model())
         model = both(tiny_model())
@@ -299,7 +311,7 @@ def test_one_flag_hides_an_adapter_and_touches_no_gradient() -> None:
 
 def test_a_merged_layer_says_so() -> None:
     with reliance(
-        "BaseTunerLayer.merged tells whether an adapter is in the weights", "adapters/model.py, _adapters_hidden"
+        "BaseTunerLayer.merged tells whether an adapter is in the weights", "adapters/model.py: _adapters_hidden"
     ):
         model = both(tiny_model())
         assert [layer.merged for layer in layers(model)] == [False]
@@ -310,7 +322,8 @@ def test_a_merged_layer_says_so() -> None:
 def test_every_module_that_trains_in_full_is_an_auxiliary_wrapper() -> None:
     with reliance(
         "modules_to_save become AuxiliaryTrainingWrapper with enable_adapters(), and keep the original",
-        "adapters/model.py, check_not_in_other_mode, _adapters_hidden and _ModulesToSaveSwitch",
+        "adapters/preconditions.py: check_not_in_other_mode; "
+        "adapters/model.py: _adapters_hidden, _ModulesToSaveSwitch",
     ):
         model = both(tiny_model())
         (wrapper,) = (m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper))
@@ -334,7 +347,7 @@ def test_an_adapter_layer_needs_no_more_than_our_switch_has() -> None:
     with reliance(
         "a BaseTunerLayer is enabled, set, merged, listed and deleted by _active_adapter, merged_adapters and "
         "adapter_layer_names alone",
-        "adapters/model.py, _ModulesToSaveSwitch",
+        "adapters/model.py: _ModulesToSaveSwitch",
     ):
         model = tiny_model()
         model.add_adapter(LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[norms(model)[0]]))
@@ -349,7 +362,8 @@ def test_an_adapter_layer_needs_no_more_than_our_switch_has() -> None:
 def test_transformers_asks_the_first_adapter_layer_and_enables_adapter_layers_only() -> None:
     with reliance(
         "transformers' enable_adapters leaves modules_to_save off, and active_adapters needs an adapter layer",
-        "adapters/model.py, _ModulesToSaveSwitch, which is superfluous once transformers does both",
+        "adapters/model.py: _ModulesToSaveSwitch",
+        "which is superfluous once transformers does both",
     ):
         model = tiny_model()
         model.add_adapter(LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=[norms(model)[0]]))
@@ -372,7 +386,8 @@ def test_a_config_is_saved_from_what_to_dict_returns(tmp_path: Path) -> None:
     with reliance(
         "PeftConfig.save_pretrained writes what to_dict() returns to adapter_config.json, and PeftConfig.to_dict is "
         "dataclasses.asdict",
-        "config.py, PlasticityConfig.to_dict, which leaves out what stock PEFT does not know",
+        "adapters/config.py: PlasticityConfig, to_dict",
+        "which leaves out what stock PEFT does not know",
     ):
         Wordy(target_modules=["query"]).save_pretrained(tmp_path)
         assert json.loads((tmp_path / "adapter_config.json").read_text()) == {"peft_type": "LORA", "r": 3}
@@ -388,7 +403,8 @@ def test_an_adapter_is_saved_card_first_config_last(tmp_path: Path, monkeypatch:
     with reliance(
         "PeftModel.save_pretrained calls create_or_update_model_card, then writes the weights, then calls "
         "peft_config.save_pretrained(folder, auto_mapping_dict=...)",
-        "config.py, PlasticityConfig.save_pretrained, which writes plasticity.json last, when all else is there",
+        "adapters/config.py: PlasticityConfig, save_pretrained",
+        "which writes plasticity.json when all else is there",
     ):
         model = both(tiny_model())
         for owner, name in ((PeftModel, "create_or_update_model_card"), (LoraConfig, "save_pretrained")):
@@ -418,7 +434,8 @@ def test_pushing_puts_another_card_in_the_folder_and_then_uploads_it(monkeypatch
     with reliance(
         "PeftModel.push_to_hub saves into a folder, puts the card of the repository there, and calls "
         "_upload_modified_files(folder, ...)",
-        "peft_model.py, PlasticityPeftModel._upload_modified_files, which writes our card again",
+        "adapters/peft_model.py: PlasticityPeftModel, _upload_modified_files",
+        "which writes our card again",
     ):
         hub = transformers.utils.hub
         made = SimpleNamespace(repo_id="user/repo", __str__=lambda: "user/repo")
@@ -435,7 +452,7 @@ def test_pushing_puts_another_card_in_the_folder_and_then_uploads_it(monkeypatch
 
 def test_the_card_is_made_from_the_folder_alone() -> None:
     with reliance(
-        "create_or_update_model_card takes the folder alone", "peft_model.py, the card that an adapter is saved with"
+        "create_or_update_model_card takes the folder alone", "adapters/peft_model.py: create_or_update_model_card"
     ):
         assert list(inspect.signature(PeftModel.create_or_update_model_card).parameters) == ["self", "output_dir"]
 
@@ -446,7 +463,7 @@ def test_names_of_weights_in_a_file(tmp_path: Path) -> None:
     with reliance(
         "weights are saved as base_model.model.<path>.lora_A.weight, .lora_B.weight, and <path>.<weight> for "
         "modules_to_save",
-        "renames.py, read and write",
+        "saved/layers.py: read_layers, write_layers",
     ):
         model = tiny_model()
         path, norm = linear(model), norms(model)[0]
@@ -461,7 +478,8 @@ def test_names_of_weights_in_a_file(tmp_path: Path) -> None:
 def test_partial_state_shows_whether_it_was_made() -> None:
     with reliance(
         "PartialState._shared_state is empty until a PartialState is made, and _reset_state empties it",
-        "processes.py, this_process, which sets up nothing of Accelerate where there is one process",
+        "measuring/processes.py: this_process",
+        "which sets up nothing of Accelerate where there is one process",
     ):
         PartialState._reset_state()
         assert not PartialState._shared_state
@@ -474,7 +492,7 @@ def test_partial_state_shows_whether_it_was_made() -> None:
 def test_hooks_of_offloaded_weights() -> None:
     with reliance(
         "cpu_offload puts a hook with execution_device and offload in module._hf_hook",
-        "offloading.py, execution_device and offloaded",
+        "components/offloading.py: execution_device, offloaded",
     ):
         model = cpu_offload(nn.Sequential(nn.Linear(2, 2)), torch.device("cpu"))
         hooks = [module._hf_hook for module in model.modules() if hasattr(module, "_hf_hook")]
@@ -487,7 +505,8 @@ def test_hooks_of_offloaded_weights() -> None:
 def test_only_a_lack_of_memory_halves_a_batch() -> None:
     with reliance(
         "accelerate.utils.memory.should_reduce_batch_size tells errors of memory from others",
-        "calls.py, which passes the first on, and rounds.py, which halves the batch",
+        "components/calls.py: run; measuring/rounds.py: look_at",
+        "which pass the first on, and halve the batch",
     ):
         assert should_reduce_batch_size(torch.OutOfMemoryError("CUDA out of memory."))
         assert should_reduce_batch_size(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
@@ -496,7 +515,11 @@ def test_only_a_lack_of_memory_halves_a_batch() -> None:
 
 
 def test_progress_bars_are_switched_in_one_place() -> None:
-    with reliance("are_progress_bars_disabled follows disable_progress_bars", "rounds.py, which shows a bar"):
+    with reliance(
+        "are_progress_bars_disabled follows disable_progress_bars",
+        "measuring/rounds.py: Progress",
+        "which shows a bar",
+    ):
         before = are_progress_bars_disabled()
         try:
             disable_progress_bars()
@@ -510,7 +533,8 @@ def test_progress_bars_are_switched_in_one_place() -> None:
 def test_a_logger_below_transformers_has_its_level(monkeypatch: pytest.MonkeyPatch) -> None:
     with reliance(
         'get_logger("transformers.x") follows transformers.logging.set_verbosity',
-        "measuring/measure.py, whose logger it is",
+        "measuring/measure.py: _log",
+        "whose logger it is",
     ):
         before = logging.get_verbosity()
         try:
@@ -521,7 +545,11 @@ def test_a_logger_below_transformers_has_its_level(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_backbone_of_a_model_is_named_by_its_prefix() -> None:
-    with reliance("base_model_prefix names the child that holds the blocks", "architectures.py, which finds heads"):
+    with reliance(
+        "base_model_prefix names the child that holds the blocks",
+        "components/architecture.py: find_architecture",
+        "which finds heads",
+    ):
         model = tiny_model("vit")
         assert model.base_model_prefix == "vit"
         assert getattr(model, model.base_model_prefix) is model.base_model

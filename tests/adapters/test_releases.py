@@ -19,7 +19,8 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from plasticity_peft import PlasticityConfig, find_components, load_adapter, measure_plasticity
 from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
-from plasticity_peft.saved.renames import Layer, join, split
+from plasticity_peft.saved.gated import join_gated, split_gated
+from plasticity_peft.saved.layers import Layer
 from tests.support.models import REPOSITORY, logits, moved, tiny_model
 from tests.support.releases.make import IMAGES, LAYERS, WRITTEN
 
@@ -176,13 +177,13 @@ def with_weights(change: Any) -> Any:
             PLAIN,
             with_weights(lambda key, value: (key.replace("classifier", "pooler.other"), value)),
             AdapterError,
-            "holds weights of pooler.other, and its config does not say that it trains",
+            "contains weights of pooler.other, which its config does not name",
         ),
         (
             PLAIN,
             with_weights(lambda key, value: (key.replace("query", "gate"), value)),
             AdapterError,
-            r"LoRA weights of vit\S+gate, and its config says that none are there",
+            r"LoRA weights of vit\S+gate, which its config does not name",
         ),
         (
             PLAIN,
@@ -200,7 +201,7 @@ def with_weights(change: Any) -> Any:
             PLAIN,
             with_weights(lambda key, value: (key.replace("lora_A", "lora_C"), value)),
             AdapterError,
-            r"holds \['lora_B.weight', 'lora_C.weight'\] for vit",
+            r"contains \['lora_B.weight', 'lora_C.weight'\] for vit",
         ),
         (
             PLAIN,
@@ -226,7 +227,7 @@ def test_what_cannot_be_loaded_is_refused_and_the_model_left_alone(
 def test_an_adapter_of_another_model_is_refused() -> None:
     with pytest.raises(PlasticityError, match="measured on another architecture: 'vit'"):
         load_adapter(base("dinov2"), OURS)
-    with pytest.raises(PlasticityError, match=r"in a backbone that is called 'vit'; the model's is called 'dinov2'"):
+    with pytest.raises(PlasticityError, match=r"in a backbone with the name 'vit'; the model's has the name 'dinov2'"):
         load_adapter(base("dinov2"), PLAIN)
 
 
@@ -268,13 +269,13 @@ def test_two_halves_are_the_whole(seed: int) -> None:
 
     whole = lora(6, 2 + seed, 0.5)
     for function in (product, bias):
-        torch.testing.assert_close(torch.cat([function(half) for half in split(whole)]), function(whole))
+        torch.testing.assert_close(torch.cat([function(half) for half in split_gated(whole)]), function(whole))
     gate, up = lora(3, 2, 0.5), lora(3, 1 + seed, 1.5)
-    together = join({0: gate, 1: up})
+    together = join_gated({0: gate, 1: up})
     for function in (product, bias):
         torch.testing.assert_close(function(together), torch.cat([function(gate), function(up)]))
     for number in (0, 1):
-        alone = join({number: gate})
+        alone = join_gated({number: gate})
         torch.testing.assert_close(product(alone).chunk(2)[number], product(gate))
         assert not product(alone).chunk(2)[1 - number].any()
 
@@ -282,6 +283,6 @@ def test_two_halves_are_the_whole(seed: int) -> None:
 def test_half_a_layer_cannot_train_in_full() -> None:
     half = Layer(full={"weight": torch.zeros(3, 5)})
     with pytest.raises(AdapterError, match="one of the two input layers of a gated MLP in full or by DoRA"):
-        join({1: half})
-    whole = join({0: half, 1: Layer(full={"weight": torch.ones(3, 5)})})
+        join_gated({1: half})
+    whole = join_gated({0: half, 1: Layer(full={"weight": torch.ones(3, 5)})})
     assert whole.full["weight"].sum(dim=1).tolist() == [0, 0, 0, 5, 5, 5]

@@ -46,9 +46,7 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
     trainer_of(whole, tmp_path / "out", **options).train()
     checkpoint = tmp_path / "out" / "checkpoint-12"
 
-    monkeypatch.setattr(
-        "plasticity_peft.adapters.model.measure_plasticity", lambda *args, **kwargs: pytest.fail("measured")
-    )
+    monkeypatch.setattr("plasticity_peft.adapters.model.measure_by", lambda *args, **kwargs: pytest.fail("measured"))
     torch.manual_seed(1)
     config = PlasticityConfig(report=checkpoint / "plasticity.json", training=training)
     resumed = get_peft_model(type(tiny_model()).from_pretrained(tmp_path / "base"), config)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 
 from tests.support.models import REPOSITORY
+from tests.support.processes import environment, python
 
 REPORT = str(next(iter(sorted(REPOSITORY.glob("tests/support/releases/*/*/lora/plasticity.json")))))
 SCRIPT = """
@@ -25,13 +24,10 @@ print(json.dumps([code, sorted({name.split(".")[0] for name in sys.modules})]), 
 HEAVY = {"torch", "transformers", "peft", "accelerate", "huggingface_hub", "scipy", "datasets", "matplotlib"}
 
 
-def run(*arguments: str, **environment: str) -> tuple[str, set[str]]:
+def run(*arguments: str, **variables: str) -> tuple[str, set[str]]:
     """Returns what a command prints in a process of its own, and the packages that are imported at its end."""
-    result = subprocess.run(
-        [sys.executable, "-c", SCRIPT, *arguments],
-        env={**os.environ, **environment, "PYTHONPATH": str(REPOSITORY)},
-        capture_output=True, text=True, timeout=120, check=True,
-    )  # fmt: skip
+    result = python("-c", SCRIPT, *arguments, env=environment(**variables))
+    assert result.returncode == 0, result.stderr
     code, modules = json.loads(result.stderr.splitlines()[-1])
     assert code == 0, result.stderr
     return result.stdout, set(modules)
@@ -66,6 +62,6 @@ def test_completing_a_word_imports_nothing_heavy(words: str, completed: str) -> 
     assert modules & {*HEAVY, "numpy"} == set()
 
 
-def test_a_heavy_command_would_be_seen() -> None:
-    _, modules = run("select", REPORT, "--head", "classifier")
-    assert {"torch", "peft", "transformers"} <= modules
+def test_a_heavy_import_would_be_seen(tmp_path: Path) -> None:
+    _, modules = run("show", REPORT, "--plot", str(tmp_path / "a.png"))
+    assert modules & HEAVY == {"matplotlib"}

@@ -106,7 +106,7 @@ def rename(block: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("build", "text"),
     [
-        (changed(lambda block: block.add_module("gate", nn.Linear(16, 16))), r"account for .* would be passed over"),
+        (changed(lambda block: block.add_module("gate", nn.Linear(16, 16))), r"account for .* would be ignored"),
         (changed(widen), "do not fit together .* takes 16 features and returns 16: {'LN2': 24}"),
         (changed(rename), r"the blocks vit\S+0 and vit\S+1 have different layers: .*; (norm|.*, norm)"),
         (lambda: nn.Linear(2, 2), r"Linear \(model_type None\) has no vision transformer .* that it has: none with"),
@@ -158,10 +158,7 @@ def test_the_head_of_a_wrapped_model_is_found_too() -> None:
     assert any("net.classifier" in name for name in trained)
 
 
-def test_a_head_that_is_not_found_is_not_passed_over_in_silence() -> None:
-    with pytest.warns(
-        UserWarning, match=r"No head was found in OwnHead.* stays frozen.*: head\. Name in modules_to_save"
-    ):
-        get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2))
-    model = get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2, modules_to_save=["head"]))
+def test_the_head_of_a_model_whose_images_have_another_name_is_found_too() -> None:
+    model = get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2))
+    assert model.peft_config["default"].modules_to_save[-1] == "head"
     assert any("head" in name for name, parameter in model.named_parameters() if parameter.requires_grad)

@@ -138,7 +138,7 @@ def test_a_quantised_head_is_refused(way: str, folder: Path) -> None:
 
 
 def test_gradients_by_quantised_weights_are_refused(folder: Path) -> None:
-    with pytest.raises(ModelError, match=r"its weights are quantised .* have no gradient"):
+    with pytest.raises(ModelError, match=r"its weights are quantized .* have no gradient"):
         measure_plasticity(load(folder, "8-bit"), DATA, criterion="gradient_norm", max_samples=8)
 
 

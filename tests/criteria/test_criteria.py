@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.criteria import CRITERIA, gradients
+from plasticity_peft.criteria import gradients
 from plasticity_peft.criteria.bound import attention_bound
 from plasticity_peft.criteria.criterion import WeightCriterion
 from plasticity_peft.criteria.feature_norm import feature_norm
-from plasticity_peft.criteria.registry import DEFAULT
+from plasticity_peft.criteria.registry import CRITERIA, DEFAULT
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import Batches
 from tests.support import oracles
@@ -455,7 +455,7 @@ def test_the_papers_measure_selects_what_it_ranks_first_with_a_warning(vit: PreT
     best = report.ranking()[0].unit
     assert best.startswith("LN")
     config = PlasticityConfig(target_data=IMAGES, criterion="rate_of_change")
-    with pytest.warns(UserWarning, match=f"{best} ranks high because a layer norm divides by the spread"):
+    with pytest.warns(UserWarning, match=f"{best} ranks high because a layer norm divides by the standard deviation"):
         get_peft_model(vit, config)
     assert config.selection.units == (best,)
 

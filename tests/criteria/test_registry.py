@@ -18,8 +18,9 @@ from plasticity_peft import (
     register_criterion,
 )
 from plasticity_peft.components.calls import first_tensor, hooked, run
-from plasticity_peft.criteria import CRITERIA, Criterion, Observations, WeightCriterion
+from plasticity_peft.criteria import Criterion, Observations, WeightCriterion
 from plasticity_peft.criteria.bound import Bound
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.images import Batches, Pairs, Sampler, SingleImages
 from tests.support.models import random_images, tiny_model

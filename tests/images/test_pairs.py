@@ -70,7 +70,8 @@ def test_any_part_of_the_order_can_be_read_by_itself(with_source: bool) -> None:
     assert found.rows([3, 19]) == [tuple(drawn[3]), tuple(drawn[19])]
 
 
-def test_a_stream_is_read_in_order_and_no_further_than_asked() -> None:
+def test_a_stream_is_read_no_further_than_asked_and_its_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 7)
     read = []
 
     def endless() -> Iterator[torch.Tensor]:
@@ -81,13 +82,14 @@ def test_a_stream_is_read_in_order_and_no_further_than_asked() -> None:
     found = order(1000, endless())
     assert found.available(5) == 5
     assert found.rows(range(5)) == [(0, 1), (2, 3), (4, 5), (6, 7), (8, 9)]
-    assert len(read) == 10
+    assert len(read) == 17
     with_source = order(1000, endless(), torch.zeros(4, 3, 2, 2))
     assert with_source.available(4) == 4
     assert with_source.rows(range(4)) == [(0, 0), (1, 1), (2, 2), (3, 3)]
 
 
-def test_what_is_beyond_the_end_of_a_stream_is_drawn_from_all_of_it() -> None:
+def test_what_is_beyond_the_end_of_a_stream_is_drawn_from_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 2)
     images = torch.zeros(9, 3, 2, 2)
     found = order(20, as_stream(images))
     assert [found.available(wanted) for wanted in (4, 5, 20)] == [4, 5, 20]

@@ -19,9 +19,9 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, attention_call
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.layouts import LAYOUTS
-from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.criteria.gradients import GradientsByImage, differentiable, squared_norms
 from plasticity_peft.criteria.parameter_plasticity import features
+from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.measuring.left_as_found import left_as_found
 from tests.support import oracles

@@ -274,7 +274,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, os.strerror(28))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FileError, match=r"No space left on device\. What was there before is unchanged") as caught:
+    with pytest.raises(FileError, match=r"No space left on device\. The old file is unchanged") as caught:
         report.save(tmp_path / "report.json")
     assert caught.value.errno == 28
     assert (tmp_path / "report.json").read_text() == old

@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, LoraModel, PeftModel, get_peft_model
 from torch import nn
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
-from plasticity_peft.adapters.model import PlasticityModel
 from plasticity_peft.errors import ModelError
 from tests.support.families import FAMILIES, every_family, family, items
 from tests.support.injection import InjectedError, calls, injected
@@ -257,7 +256,7 @@ def injection_fails_at(
 
 def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple[str, ...]) -> tuple[int, int]:
     """Returns how many calls there are before and after the tuner's work: what is around it is beyond our reach."""
-    original, counted = PlasticityModel.inject_adapter, []
+    original, counted = LoraModel.inject_adapter, []
     work(family(name).build())
     model = family(name).build()
     with injected(parts, None) as injection:
@@ -267,11 +266,11 @@ def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple
             original(self, *args, **kwargs)
             counted.append(injection.count)
 
-        PlasticityModel.inject_adapter = inject  # type: ignore[method-assign]
+        LoraModel.inject_adapter = inject  # type: ignore[method-assign]
         try:
             work(model)
         finally:
-            PlasticityModel.inject_adapter = original  # type: ignore[method-assign]
+            LoraModel.inject_adapter = original  # type: ignore[method-assign]
     return counted[0] + 1, counted[1]
 
 

@@ -14,6 +14,8 @@ from plasticity_peft import PlasticityConfig, find_components, measure_plasticit
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import DataError, ModelError
+from plasticity_peft.images.pairs import draw_pairs
+from tests.support import oracles
 from tests.support.families import FAMILIES, every_family, family, items
 from tests.support.measures import MEASURES, PROTOCOLS, every_measure, means, rates
 from tests.support.models import logits, moved, random_images, tiny_model
@@ -53,8 +55,9 @@ def test_the_order_of_pairs_and_within_a_pair_does_not_matter(name: str, inputs:
 
 
 @pytest.mark.parametrize("inputs", PROTOCOLS)
-def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str) -> None:
-    """Streams are taken in their own order, so that a permutation of both is a permutation of the pairs."""
+def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams are taken in their own order without a buffer: a permutation of both is one of the pairs."""
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 1)
     target, source = random_images(40).double(), random_images(40, seed=2).double()
     reports = []
     for seed in range(3):
@@ -190,18 +193,21 @@ def test_a_model_is_adapted_before_it_is_compiled() -> None:
 
 def test_duplicated_images_are_skipped_and_counted() -> None:
     images = random_images(4).double()
-    target = torch.cat([images, images[:2]])
-    source = torch.cat([images[[1, 0, 3, 2]], images[:2]])  # of the pairs, the last two are of an image with itself
+    target, source = images[[0, 1, 2, 3, 0, 1]], images[[1, 0, 3, 2, 0, 1]]
+    pairs = draw_pairs(6, target=6, source=6, seed=0)
+    differ = [int(s) for s, t in pairs if not torch.equal(source[s], target[t])]
+    unique = [(source[s], target[t]) for s, t in pairs if int(s) in differ]
+    assert 2 <= len(unique) < 6
     for inputs in PROTOCOLS:
         model = tiny_model().double()
-        report = measure_plasticity(model, iter(target), iter(source), inputs=inputs, max_samples=6, settle=None)
-        unique = measure_plasticity(
-            model, iter(target[:4]), iter(source[:4]), inputs=inputs, max_samples=4, settle=None
-        )
-        assert (report.samples, report.skipped) == (4, 2)
-        assert means(report) == pytest.approx(means(unique), rel=DOUBLE)
+        report = measure_plasticity(model, target, source, inputs=inputs, max_samples=6, settle=None)
+        assert (report.samples, report.skipped) == (len(unique), 6 - len(unique))
+        halves = ({"pixel_values": torch.stack(half)} for half in zip(*unique, strict=True))
+        expected = oracles.rates(model, inputs, *halves)
+        assert [row.mean for row in report.scores] == pytest.approx(expected.mean(axis=0), rel=1e-9)
+    same = images[:1].expand(6, -1, -1, -1)
     with pytest.raises(DataError, match="Only 0 of 6 pairs"):
-        measure_plasticity(model, iter(target), iter(target), inputs="activation", max_samples=6)
+        measure_plasticity(model, same, same, inputs="activation", max_samples=6)
 
 
 # ----------------------------------------------------------------------------------------- what algebra foretells

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,13 +22,13 @@ from hypothesis import strategies as st
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.criteria import CRITERIA
 from plasticity_peft.errors import ConfigError, DataError, NonFiniteError, PlasticityError, ReportError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.report.scores import KindScore, Score
-from plasticity_peft.saved.renames import Layer, rename
+from plasticity_peft.saved.layers import Layer
+from plasticity_peft.saved.renames import rename
 from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
@@ -37,6 +38,7 @@ settings.load_profile("ours")
 
 IMAGES = random_images(6)
 MODEL = tiny_model()
+RANDOM = measure_plasticity(MODEL, criterion="random")
 
 # ---------------------------------------------------------------------------------------------------- configs
 
@@ -66,72 +68,151 @@ LORA = ["r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "lora_bias"
         "modules_to_save", "bias", "fan_in_fan_out"]  # fmt: skip
 
 
-def is_count(lowest: int, highest: float = math.inf) -> Callable[[Any], bool]:
+Right = Callable[[Any], bool]
+
+
+def number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def one_of(found: re.Match[str]) -> Right:
+    names = re.findall("'([^']*)'", found[1])
+    return lambda value: isinstance(value, str) and value in names
+
+
+def one_or_more(found: re.Match[str]) -> Right:
+    allowed = found[1].split(", ")
+
+    def right(value: Any) -> bool:
+        names = [value] if isinstance(value, str) else value
+        listed = isinstance(names, (list, tuple, set, frozenset, np.ndarray)) and len(names) > 0
+        return listed and all(isinstance(n, str) and n in allowed for n in names) and len(set(names)) == len(names)
+
+    return right
+
+
+def whole_number(found: re.Match[str]) -> Right:
+    lowest, highest = int(found[1] or found[2]), int(found[3] or 10**1000)
     return lambda value: type(value) is int and lowest <= value <= highest
 
 
-def is_share(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= 1
-
-
-def is_flag(value: Any) -> bool:
-    return type(value) is bool
-
-
-def is_pattern_of(right: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def bounded(found: re.Match[str]) -> Right:
+    """From, or above, the first number, and below, or at most, the second; finite."""
+    first, second = float(found[2]), float(found[4] or math.inf)
     return lambda value: (
-        value is None or (isinstance(value, dict) and all(isinstance(k, str) and right(v) for k, v in value.items()))
+        number(value)
+        and (value > first or (found[1] == "from" and value == first))
+        and (value < second or (found[3] == "at most" and value == second))
     )
 
 
-def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def is_kinds(value: Any) -> bool:
-    if not isinstance(value, (str, tuple, list, set, frozenset, np.ndarray)):
-        return False
-    names = [value] if isinstance(value, str) else list(value)
-    return bool(names) and all(isinstance(n, str) and n in KINDS for n in names) and len(set(names)) == len(names)
-
-
-RIGHT: dict[str, Callable[[Any], bool]] = {
-    "criterion": lambda value: value is None or (isinstance(value, str) and value in CRITERIA),
-    "inputs": lambda value: value is None or (isinstance(value, str) and value in ("embedding", "activation")),
-    "granularity": lambda value: isinstance(value, str) and value in ("kind", "component"),
-    "candidates": is_kinds,
-    "top_k": lambda value: value is None or is_count(1)(value),
-    "budget": lambda value: value is None or is_share(value),
-    "training": lambda value: isinstance(value, str) and value in ("lora", "full"),
-    "max_samples": is_count(2, 2**24),
-    "batch_size": is_count(1),
-    "seed": is_count(0, 2**64 - 1),
-    "settle": lambda value: value is None or (is_share(value) and value < 1),
-    "dtype": lambda value: (
-        value is None or value is torch.float16 or (isinstance(value, str) and value in ("float16", "bfloat16"))
-    ),
-    "backbone": lambda value: value is None or isinstance(value, str),
-    "r": is_count(1),
-    "lora_alpha": is_number,
-    "lora_dropout": lambda value: isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < 1,
-    "use_dora": is_flag,
-    "use_rslora": is_flag,
-    "lora_bias": is_flag,
-    "fan_in_fan_out": is_flag,
-    "rank_pattern": is_pattern_of(is_count(1)),
-    "alpha_pattern": is_pattern_of(is_number),
-    "modules_to_save": lambda value: (
+def mapping(found: re.Match[str]) -> Right:
+    """From what are regular expressions to what is promised for one of the values."""
+    name = found.string.partition(" ")[0]
+    right = promised(f"{name}['a']", {name: {"a": object()}})
+    return lambda value: (
         value is None
-        or (isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value))
+        or (
+            isinstance(value, dict)
+            and all(isinstance(key, str) and compiles(key) and right(value[key]) for key in value)
+        )
+    )
+
+
+def compiles(text: str) -> bool:
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
+PROMISES: list[tuple[str, Callable[[re.Match[str]], Right]]] = [
+    (r" must be one of ('.*')", one_of),
+    (r" must be one or more of (.*), each once", one_or_more),
+    (r" must be a whole number (?:of at least (\d+)|from (\d+) to (\d+))", whole_number),
+    (
+        r" must be a (?:share|confidence|number).*? (above|from) (\S+)(?: (?:and|to) (at most|below) (\S+))?[. ]",
+        bounded,
     ),
-    "bias": lambda value: isinstance(value, str) and value in ("none", "all", "lora_only"),
-}
-"""What an argument may be, said a second time."""
+    (r" must be True or False", lambda _: lambda value: type(value) is bool),
+    (r" must be the path of a module", lambda _: lambda value: isinstance(value, str)),
+    (
+        r" must be a list of module names",
+        lambda _: (
+            lambda value: (
+                isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
+            )
+        ),
+    ),
+    (r" must map module paths to numbers", mapping),
+]
+"""What messages say that an argument must be, and what that means."""
+
+
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(PlasticityConfig)}
+
+
+def promised(name: str, options: dict[str, Any]) -> Right:
+    """Returns what an argument may be, from the words in which something else is refused."""
+    with pytest.raises(ConfigError) as refused:
+        PlasticityConfig(**options)
+    text = str(refused.value).partition(" Got <object")[0] + " "
+    means = [build(found) for pattern, build in PROMISES if (found := re.search(f"^{re.escape(name)}{pattern}", text))]
+    assert len(means) == 1, f"nobody knows what this means: {text}"
+    none = "or None" in text or DEFAULTS.get(name, "") is None
+    return lambda value: means[0](value) or (none and value is None)
+
+
+def a_name_for(dtype: Right) -> Right:
+    return lambda value: dtype(str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value)
+
+
+RIGHT = {name: promised(name, {name: object()}) for name in [*OWN, *LORA]}
+"""What an argument may be, as users are told."""
+RIGHT["dtype"] = a_name_for(RIGHT["dtype"])
+
+
+def test_what_is_promised_is_understood() -> None:
+    """A few values that are allowed and a few that are not, for each argument."""
+    examples: dict[str, tuple[list[Any], list[Any]]] = {
+        "criterion": ([None, "bound"], ["x", b"bound", 1]),
+        "inputs": ([None, "embedding"], ["", "x"]),
+        "granularity": (["kind", "component"], [None, "layer"]),
+        "candidates": (
+            ["MHA", ["MHA", "FC1"], {"LN1"}, np.array(["MHA"])],
+            [None, [], ["MHA", "MHA"], "x", [["MHA"]]],
+        ),
+        "top_k": ([None, 1, 10**30], [0, True, 1.0, "1"]),
+        "budget": ([None, 1, 0.01], [0, 1.01, math.nan, True, "1%"]),
+        "training": (["lora", "full"], [None, "dora"]),
+        "max_samples": ([2, 2**24], [1, 2**24 + 1, None, 2.0]),
+        "batch_size": ([1], [0, None]),
+        "seed": ([0, 2**64 - 1], [-1, 2**64, None]),
+        "settle": ([None, 0.95], [0, 1, math.nan]),
+        "dtype": ([None, "float16", torch.bfloat16], ["float32", torch.float32]),
+        "backbone": ([None, "", "vit"], [3]),
+        "r": ([1], [0, None, 8.0]),
+        "lora_alpha": ([1, 0.5, 1e308], [0, math.inf, math.nan, None, True]),
+        "lora_dropout": ([0, 0.5], [1, -0.1, None]),
+        "use_dora": ([True], [1, None]),
+        "use_rslora": ([False], [0, None]),
+        "lora_bias": ([True], ["yes", None]),
+        "rank_pattern": ([None, {}, {"a|b": 2}], [{"a": 0}, {1: 1}, {"(": 1}, [("a", 1)]]),
+        "alpha_pattern": ([None, {"a": 0.5}], [{"a": 0}, {"a": math.inf}]),
+        "modules_to_save": ([None, ["head"], {"head"}], ["head", [1]]),
+        "bias": (["none", "all"], [None, ""]),
+        "fan_in_fan_out": ([True], [None]),
+    }
+    assert set(examples) == set(RIGHT)
+    for name, (allowed, refused) in examples.items():
+        assert all(RIGHT[name](value) for value in allowed), name
+        assert not any(RIGHT[name](value) for value in refused), name
 
 
 def test_every_field_is_looked_at() -> None:
     own = {field.name for field in dataclasses.fields(PlasticityConfig) if field.init and not _of_lora(field.name)}
-    assert own == {*OWN, "target_data", "source_data", "report"}
+    assert own == {*OWN, "target_data", "source_data", "report", "chosen", "forward_kwargs"}
 
 
 def _of_lora(name: str) -> bool:
@@ -149,14 +230,10 @@ def test_a_field_is_right_or_refused_by_name(name: str, value: Any) -> None:
     except ConfigError as error:
         assert name in str(error)  # noqa: PT017
         # Right by itself, but not in company: inputs with a criterion that has none, lora_bias with DoRA.
-        assert not bool_of(RIGHT[name](value)), error  # noqa: PT017
+        assert not RIGHT[name](value), error  # noqa: PT017
         return
-    assert bool_of(RIGHT[name](value)), value
+    assert RIGHT[name](value), value
     json.dumps(config.to_dict())
-
-
-def bool_of(value: Any) -> bool:
-    return bool(value)
 
 
 @pytest.mark.parametrize("name", [*OWN, "r", "rank_pattern", "use_dora", "lora_bias"])
@@ -170,10 +247,28 @@ def test_an_argument_of_measure_plasticity_is_right_or_refused_by_name(name: str
         # Right by itself, but not for this model, or without images.
         fits = name not in ("criterion", "inputs", "top_k", "backbone")
         assert name in str(error)  # noqa: PT017
-        assert not fits or not bool_of(RIGHT[name](value)), error  # noqa: PT017
+        assert not fits or not RIGHT[name](value), error  # noqa: PT017
         return
-    assert bool_of(RIGHT[name](value)), value
+    assert RIGHT[name](value), value
     assert len(report.scores) == 10
+
+
+SELECTING = ["granularity", "candidates", "top_k", "budget", "training", "r", "rank_pattern", "use_dora", "lora_bias"]
+
+
+@pytest.mark.parametrize("name", SELECTING)
+@settings(max_examples=20)
+@given(value=ANYTHING)
+def test_an_argument_of_select_is_right_or_refused_by_name(name: str, value: Any) -> None:
+    try:
+        chosen = RANDOM.select(**{name: value})
+    except ConfigError as error:
+        assert name in str(error)  # noqa: PT017
+        # Right by itself, but more than there are, or less than the smallest takes.
+        assert name in ("top_k", "budget") or not RIGHT[name](value), error  # noqa: PT017
+        return
+    assert RIGHT[name](value), value
+    assert chosen.units
 
 
 @settings(max_examples=100)
@@ -183,7 +278,7 @@ def test_combinations_are_carried_out_or_refused(options: dict[str, Any]) -> Non
         config = PlasticityConfig(**options)
     except ConfigError:
         return
-    assert all(bool_of(RIGHT[name](value)) for name, value in options.items() if name in RIGHT)
+    assert all(RIGHT[name](value) for name, value in options.items() if name in RIGHT)
     assert config.top_k is None or config.budget is None
 
 
@@ -522,7 +617,8 @@ def test_a_label_is_a_whole_number_or_refused(labels: list[Any]) -> None:
     except DataError as error:
         assert "abel" in str(error)  # noqa: PT017
         return
-    assert all(float(label) in (0.0, 1.0, 2.0) for label in labels)
+    # Numbers are float32, as in transformers; or a label has one number of each class.
+    assert all(np.size(label) == 3 or float(np.float32(label)) in (0.0, 1.0, 2.0) for label in labels)
 
 
 class HalfWayError(Exception):

@@ -64,7 +64,9 @@ def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture)
         logger.removeHandler(caplog.handler)
     assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
-    assert "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+    assert (
+        "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+    )
     both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
     assert (both.samples, both.ending.settled) == (32, True)
 
@@ -93,19 +95,22 @@ def test_what_is_no_confidence_is_refused(vit: PreTrainedModel, settle: Any) -> 
             make()
 
 
-def test_a_stream_is_read_no_further_than_it_takes_to_settle(vit: PreTrainedModel) -> None:
+def test_a_stream_is_read_no_further_than_it_takes_to_settle(
+    vit: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plasticity_peft.images.sources.BUFFER_IMAGES", 20)
     read = []
 
     def endless() -> Iterator[torch.Tensor]:
         while True:
             read.append(0)
-            yield IMAGES[len(read) % 60]
+            yield IMAGES[len(read) % 60] + 0.001 * len(read)
 
     for inputs, most in (("embedding", 64), (None, 32)):
         read.clear()
         report = measure_plasticity(vit, endless(), inputs=inputs, max_samples=10_000)
         assert (report.samples, report.ending.planned) == (32, 10_000)
-        assert len(read) == most
+        assert len(read) == most + 20
 
 
 def test_a_short_stream_is_used_up(vit: PreTrainedModel) -> None:

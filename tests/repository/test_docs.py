@@ -38,7 +38,7 @@ from typer.testing import CliRunner
 from plasticity_peft import PlasticityConfig, PlasticityReport
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.layouts import LAYOUTS
-from plasticity_peft.criteria import CRITERIA
+from plasticity_peft.criteria.registry import CRITERIA
 from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
 
@@ -130,7 +130,8 @@ def publishing() -> dict[str, Any]:
 def architectures() -> dict[str, Any]:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     vision = {**sizes, "image_size": 8, "patch_size": 4}
-    return {"clip": CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8))}
+    clip = CLIPModel(CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=8))
+    return {"clip": clip, "larger_images": random_images(8, size=16)}
 
 
 def distributed() -> dict[str, Any]:

@@ -27,7 +27,7 @@ from tests.support.processes import environment, launch, python
 TRAIN = REPOSITORY / "examples" / "train.py"
 COMPARE = REPOSITORY / "examples" / "compare_components.py"
 MODEL = REPOSITORY / "examples" / "fashion-mnist-vit"
-SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--pairs", "16", "--disable_tqdm", "true"]
+SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--max_samples", "16", "--disable_tqdm", "true"]
 
 
 def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
@@ -113,7 +113,7 @@ def test_help_names_every_option_of_ours() -> None:
 
 
 SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "48"]
-SMALL += ["--max_steps", "2", "--test_fraction", "0.1", "--validation_fraction", "0.1", "--pairs", "16"]
+SMALL += ["--max_steps", "2", "--test_fraction", "0.1", "--validation_fraction", "0.1", "--max_samples", "16"]
 SMALL += ["--learning_rates", "1e-3", "--criteria", "parameter_plasticity", "condition_number"]
 
 

@@ -7,9 +7,11 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,6 @@ from transformers import (
     ViTModel,
 )
 
-import plasticity_peft
 from plasticity_peft import PlasticityConfig, load_adapter, measure_plasticity
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.card import update_card
@@ -127,11 +128,11 @@ def test_a_card_tells_what_was_trained_and_why(cache: Path, case: str) -> None:
     saved = sum(value.numel() for value in load_file(adapter_in(cache, case) / "adapter_model.safetensors").values())
     trainable, _ = adapted(cache, case, **CASES[case]).get_nb_trainable_parameters()
     assert adapter.saved_parameters == saved == trainable
-    assert f"holds {saved:,} trained parameters, {100 * saved / selection.model_parameters:.2f} %" in text
+    assert f"contains {saved:,} trained parameters, {100 * saved / selection.model_parameters:.2f} %" in text
     first = {row.unit for row in ranking[: len(selection.units)]} == set(selection.units)
     assert ("the best of those that were candidates" in text) == (not first)
     assert ("in full." in text) == (case in ("full", "headless"))
-    assert ("layer norms, which LoRA cannot take, in full" in text) == (case == "norms")
+    assert ("layer norms, which LoRA cannot adapt, in full" in text) == (case == "norms")
     for word in (f"**{', '.join(selection.units)}**", f"| seed | {report.seed} |", report.title, "2602.06883"):
         assert word in text
     assert ("| target images | Tensor: 12 images |" in text) == (case != "weights")
@@ -168,8 +169,6 @@ save_file(outputs, f"outputs-{sys.argv[2]}.safetensors")
 @pytest.mark.parametrize("how", ["stock", "ours"])
 def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -> None:
     """Their repository is the only thing in them that is replaced; it is in the cache of the Hub."""
-    if how == "ours" and not hasattr(plasticity_peft, "load_pretrained"):
-        pytest.skip("this release has no load_pretrained")
     save_file({"images": IMAGES}, tmp_path / "images.safetensors")
     Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
     for case in CASES:
@@ -188,6 +187,39 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         answers = result.stdout.split("\n")
         assert len([answer for answer in answers if answer in LABELS.values()]) == 6
         assert len([answer for answer in answers if answer.startswith("label ")]) == 1
+
+
+@pytest.mark.parametrize("when", ["before the card", "after the card"])
+def test_the_stock_snippet_loads_the_image_processor_of_the_adapter(cache: Path, when: str, tmp_path: Path) -> None:
+    """Trainer saves the image processor after the adapter, whose card is then written already."""
+    repository = f"user/processor-{when.replace(' ', '-')}"
+    folder, model = cached(cache, repository), adapted(cache, "lora")
+    processor = ViTImageProcessor(size={"height": 8, "width": 8}, do_normalize=False)
+    if when == "before the card":
+        processor.save_pretrained(folder)
+    model.save_pretrained(folder)
+    code = snippets(ModelCard.load(folder / "README.md").text)[0]
+    assert ("except OSError" in code) == (when == "after the card")
+    if when == "after the card":
+        processor.save_pretrained(folder)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
+    code = code.replace("user/repo", repository) + "print(image_processor.do_normalize)\n"
+    result = python(*STRICT, "-c", code, cwd=tmp_path, env=environment(HF_HUB_CACHE=str(cache)))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split()[-1] == "False"
+    update_card(folder)
+    assert "except OSError" not in snippets(ModelCard.load(folder / "README.md").text)[0]
+
+
+def test_a_picture_is_drawn_once_for_a_report_and_a_selection(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = []
+    monkeypatch.setattr("plasticity_peft.card._png", lru_cache(lambda *given: drawn.append(given) or b"picture"))
+    for case, name in (("lora", "first"), ("lora", "again"), ("full", "other")):
+        update_card(shutil.copytree(adapter_in(cache, case), tmp_path / name))
+    assert len(drawn) == 2
+    assert (tmp_path / "other" / "plasticity.png").read_bytes() == b"picture"
 
 
 def trainer_of(model: PeftModel, folder: Path) -> Trainer:

@@ -45,6 +45,8 @@ from plasticity_peft import (
 from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(4)
+OLD = Path(__file__).parent / "releases" / "transformers-4.57.6" / "vit" / "lora"
+"""An adapter in the first version of the format, under the module names of another release."""
 FILES = ("plasticity.json", "adapter_config.json", "adapter_model.safetensors")
 TOKENS = [
     b"NaN", b"-Infinity", b"1e999", b"-0", b"9" * 400, b"9" * 5000, b"[" * 3000, b'{"a":' * 3000, b'"\\ud800"', b"\0",
@@ -54,7 +56,7 @@ TOKENS = [
 STRANGE: list[Any] = [
     None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1e308, math.nan, math.inf, "", "x",
     "../../x", "(a+)+(a+)+$", ".*", "\0", "\ud800", "x" * 2000, [], {}, [[]], [None], {"": None}, ["MHA"], "MHA",
-    "full", "block", "pissa", "gaussian", {"(.*)*x": 1}, [["a", "b"]], [10**9, 10**9], [-1], "classifier",
+    "full", "block", "component", "pissa", "gaussian", {"(.*)*x": 1}, [["a", "b"]], [10**9, 10**9], [-1], "classifier",
     ["classifier"],
 ]  # fmt: skip
 
@@ -78,7 +80,8 @@ def valid_folders(folder: Path) -> list[Path]:
     )
     for name, config in configs.items():
         get_peft_model(tiny_model(), config).save_pretrained(folder / name)
-    return [folder / name for name in configs]
+    shutil.copytree(OLD, folder / "old")
+    return [folder / name for name in (*configs, "old")]
 
 
 # -------------------------------------------------------------------------------------------------- mutations
@@ -198,6 +201,7 @@ class Fuzzer:
             source: {name: (source / name).read_bytes() for name in FILES if (source / name).exists()}
             for source in self.sources
         }
+        self.reports = [source for source in self.sources if FILES[0] in self.raw[source]]
         self.all = [raw for files in self.raw.values() for raw in files.values()]
         self.work = folder / "work"
         self.base = tiny_model()
@@ -215,14 +219,14 @@ class Fuzzer:
 
     def report_values(self) -> str:
         """Feeds `PlasticityReport.from_dict` a changed report."""
-        source = self.rng.choice([source for source in self.sources if FILES[0] in self.raw[source]])
+        source = self.rng.choice(self.reports)
         values = restructured(json.loads(self.raw[source][FILES[0]]), self.rng)
         self.last = {"values.txt": repr(values).encode("utf-8", "backslashreplace")}
         return _read(lambda: PlasticityReport.from_dict(values))
 
     def report_file(self) -> str:
         """Feeds `PlasticityReport.load` a changed file."""
-        raw = self._changed(self.rng.choice(self.sources[:3]), FILES[0])
+        raw = self._changed(self.rng.choice(self.reports), FILES[0])
         path = self.folder / "report.json"
         path.write_bytes(raw)
         self.last = {FILES[0]: raw}

@@ -31,6 +31,7 @@ from plasticity_peft.components.calls import (
     has_tensors,
 )
 from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.hooks import after_calls
 from plasticity_peft.components.offloading import execution_device, offloaded, onloaded
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.criteria.precision import full_precision, precise
@@ -110,11 +111,8 @@ def _ends_with(attention: nn.Module, projection: nn.Module, call: Call) -> bool:
     if not _is_plain(projection):
         return False
     seen: list[torch.Tensor] = []
-    handle = projection.register_forward_hook(lambda module, args, output: seen.append(output))
-    try:
+    with after_calls(projection, lambda module, args, kwargs, output: seen.append(output)):
         output = first_tensor(attention(*call.args, **call.kwargs))
-    finally:
-        handle.remove()
     return len(seen) == 1 and seen[0].shape == output.shape and torch.equal(seen[0], output)
 
 
