@@ -30,7 +30,7 @@ from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.errors import AdapterError, ConfigError
 from tests.support.models import backbone, logits, moved, random_images, tiny_model
 
-pytestmark = pytest.mark.skipif(
+_ON_TESTED_VERSIONS = pytest.mark.skipif(
     transformers.__version__.startswith("4."), reason="compared with stock PEFT on the tested versions only"
 )
 
@@ -39,9 +39,10 @@ IMAGES = random_images()
 REPORT = measure_plasticity(tiny_model(), criterion="bound")
 HEADLESS = measure_plasticity(backbone(), criterion="bound")
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning:peft", "ignore:Adapter .* was active which is now deleted"
-)
+pytestmark = [
+    _ON_TESTED_VERSIONS,
+    pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore:Adapter .* was active which is now deleted"),
+]
 
 
 def config(training: str = "lora", **options: Any) -> PlasticityConfig:

@@ -59,9 +59,9 @@ def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> No
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     short = [*SHORT, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
     short += ["--load_best_model_at_end", "false", "--save_total_limit", "10"]
-    run(*short, "--training", "full", "--granularity", "block", "--top_k", "3")
+    run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
-        *short, "--training", "full", "--granularity", "block", "--top_k", "3",
+        *short, "--training", "full", "--granularity", "component", "--top_k", "3",
         "--resume_from_checkpoint", tmp_path / "checkpoint-2",
     )  # fmt: skip
     assert "Measuring plasticity" not in log
