@@ -281,6 +281,12 @@ class Batches(_TargetSampler):
     def _shape(self, number: int) -> tuple[int, ...]:
         return self.target.shape(int(self._batches[number][1][0]))
 
+    @property
+    def images_per_batch(self) -> int:
+        """Largest number of images in a batch: `batch_size`, unless a DataLoader gives its batches as they come."""
+        whole = self._whole_batches()
+        return max(map(len, whole)) if len(whole) > 1 else self.batch_size
+
     @cached_property
     def _batches(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Numbers and places of the images of each batch."""

@@ -179,7 +179,7 @@ class _Design:
 
     def keys_of(self, sort: int) -> np.ndarray:
         """Returns the images of one sort in each sample: int64 of shape (samples, 1 or 2)."""
-        return self._keys[self._keys % SORTS == sort].reshape(self._count, -1)
+        return np.asarray(self._keys[self._keys % SORTS == sort].reshape(self._count, -1))
 
     def scale(self, form: Any, effects: Any) -> tuple[float, bool]:
         """Returns what turns comoments into the variance of the mean, and whether they contain it.

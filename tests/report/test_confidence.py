@@ -15,9 +15,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import stats
-
 from peft import get_peft_model
+from scipy import stats
 from typer.testing import CliRunner
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, measure_plasticity
@@ -233,7 +232,9 @@ def test_the_confidence_is_shown(tmp_path: Path) -> None:
     assert f"(selection: confidence {reached})" in report.plot("ranking", selection=selection).get_title()
     for name, each, shown in (("report", report, reached), ("old", unknown, "unknown")):
         each.save(tmp_path / f"{name}.json")
-        assert f"confidence {shown}" in run("select", tmp_path / f"{name}.json", "--head", "classifier").splitlines()[0]
+        assert (
+            f"confidence {shown}" in run("select", tmp_path / f"{name}.json", "--head", "classifier").splitlines()[0]
+        )
         record = AdapterRecord(each, AdapterDescription.of(each.select(), "lora", None))
         (tmp_path / name).mkdir()
         record.write(tmp_path / name)
