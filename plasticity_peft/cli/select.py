@@ -72,7 +72,7 @@ def select(
     modules = lora_arguments(components, selection.components, training, heads=heads)
     config = {"r": r, "lora_alpha": lora_alpha, **modules}
     heading = f"{', '.join(selection.units)}: {selection.parameters[training]:,} parameters, the head not counted"
-    _print(config, format, f"{heading}; confidence {in_words(selection.confidence)}")
+    _print(config, format, f"{heading}; confidence {in_words(selection.confidence, selection.tied)}")
 
 
 def _architecture(model: str, revision: str | None, backbone: str | None) -> tuple[Any, list[str]]:

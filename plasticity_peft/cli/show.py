@@ -37,4 +37,4 @@ def show(
     if adapter:
         units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
         typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")
-        typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence)}")
+        typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence, adapter.selection.tied)}")

@@ -41,10 +41,12 @@ from plasticity_peft.measuring.processes import Share, failing_together, same, t
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
 from plasticity_peft.measuring.settling import Settling, error_factor, looks
 from plasticity_peft.measuring.sharing import Observed
+from plasticity_peft.report.confidence import tied
 from plasticity_peft.report.provenance import Provenance, provenance_of
-from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.report import PlasticityReport, warn_if_not_settled
 from plasticity_peft.report.scores import Ending, KindScore, Score
 from plasticity_peft.report.selection import Choice, SelectionRule
+from plasticity_peft.report.text import how_it_ended
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -272,8 +274,9 @@ class _Measuring:
         if confidence is not None:
             chosen = choice.chosen(columns.ranking(seen.observed))
             ending = Ending(seen.settled, chosen, granularity, confidence, planned)
-            _log(ending, sampler, seen, share)
         report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
+        if share.rank == 0:
+            _log(report, choice)
         return replace(
             report,
             target_provenance=_of_those_drawn(report.target_provenance, sampler),
@@ -400,18 +403,17 @@ def _log_order(sampler: Sampler, share: Share) -> None:
             logger.log(WARNING if images.looks_sorted else INFO, images.order)
 
 
-def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
-    if share.rank > 0:
+def _log(report: PlasticityReport, choice: Choice) -> None:
+    """Logs how the measurement ended; as a warning, if the selection is not settled."""
+    ending = report.ending
+    if ending is None:
         return
-    units, count = ", ".join(ending.units) or "nothing", seen.observed.moments.count
     if ending.settled:
-        logger.info("Settled after %s of %s %s: %s", count, ending.planned, sampler.plural, units)
+        logger.info("%s", how_it_ended(report))
     else:
-        logger.warning(
-            "Not settled: after %s %s, %s cannot be separated from the rest at a confidence of %s. More images "
-            "(max_samples=...), or another top_k, may settle it. The standard errors show how close it is.",
-            count, sampler.plural, units, ending.confidence,
-        )  # fmt: skip
+        reached = None if report.separation is None else report.separation.reached
+        ranking = [row for row in report.ranking(ending.granularity) if row.unit in choice.units]
+        warn_if_not_settled(report, ending.units, reached, tied(choice, ranking))
 
 
 def _check_device(model: nn.Module) -> None:

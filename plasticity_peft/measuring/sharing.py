@@ -41,7 +41,8 @@ class Observed:
     moments: Moments
     keys: np.ndarray
     """Images of each observation: int64 of shape (n, images per observation), or (n, 0) if observations share none.
-    The key of image i is 2 i for a target image and 2 i + 1 for a source image."""
+    The key of image i is 2 i for a target image and 2 i + 1 for a source image. These 16 bytes per pair are all that
+    grows with the number of pairs."""
     groups: np.ndarray
     """Groups of images, each of one sort: int64 of shape (groups,)."""
     sums: np.ndarray

@@ -97,7 +97,7 @@ def _draw_depth(ax: Any, report: BaseReport, selection: Selection | None) -> Non
     if ringed:
         ax.plot(*zip(*ringed, strict=True), "o", color="black", markersize=10, fillstyle="none", label="selected")
     _label_blocks(ax, report, blocks)
-    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}")
+    ax.set(ylabel=_unit(report), title=f"over depth{_sure(selection)}\n{_certainty(report, 'bands')}")
     _scale(ax.yaxis, [row.mean for row in report.scores])
     ax.grid(alpha=0.3)
     _add_legend(ax)
@@ -137,9 +137,8 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
     _scale(ax.xaxis, [row.score for row in units])
     what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
     marked = "; selected: filled, bold" if chosen else ""
-    known = selection is not None and selection.confidence is not None
-    sure = f" (selection: confidence {in_words(selection.confidence)})" if selection and known else ""
-    ax.set(xlabel=_unit(report), title=f"{what}{sure}\n{_certainty(report, 'intervals')}{marked}")
+    title = f"{what}{_sure(selection)}\n{_certainty(report, 'intervals')}{marked}"
+    ax.set(xlabel=_unit(report), title=title)
     ax.grid(alpha=0.3)
 
 
@@ -169,7 +168,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
         for color, width in (("white", 3.5), ("black", 1.5)):
             width *= 1 if len(blocks) <= MOST_TICKS else 0.6
             ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=color, linewidth=width))
-    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}")
+    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}{_sure(selection)}")
 
 
 DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
@@ -178,6 +177,12 @@ DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
     "heatmap": _draw_heatmap,
 }
 VIEWS = ("overview", *DRAWN)
+
+
+def _sure(selection: Selection | None) -> str:
+    if selection is None:
+        return ""
+    return f" (selection: {'a tie' if selection.tied else f'confidence {in_words(selection.confidence)}'})"
 
 
 def _granularity(selection: Selection | None) -> str:

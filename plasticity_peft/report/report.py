@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from plasticity_peft.arguments import check_candidates
@@ -21,12 +22,12 @@ from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file, without_report
-from plasticity_peft.report.confidence import SURE, confidence, in_words
+from plasticity_peft.report.confidence import SURE, in_words, tied
 from plasticity_peft.report.format import FORMAT, VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import BaseReport
-from plasticity_peft.report.selection import Choice, Selection, SelectionRule
-from plasticity_peft.report.text import as_html, as_text, why_norms_lead
+from plasticity_peft.report.selection import Selection, SelectionRule
+from plasticity_peft.report.text import as_html, as_text, confidence_of, observed, why_norms_lead
 
 # Below the logger of transformers, which is not imported here, so that its verbosity holds here too.
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -82,7 +83,8 @@ class PlasticityReport(BaseReport):
     ) -> Selection:
         """Returns the best units, by number or by budget. Without `top_k` and `budget` it is the best one.
 
-        `Selection.confidence` is how sure the selection is. Below 95 % a warning is logged.
+        `Selection.confidence` is how sure the selection is. A warning is logged if it is below the `settle` of the
+        measurement, or below 95 % without one, and if equal scores decided.
 
         Args:
             top_k: number of units.
@@ -124,26 +126,20 @@ class PlasticityReport(BaseReport):
         explanation = why_norms_lead(self, (row for row in ranking if row.unit in units))
         if explanation:
             warnings.warn(explanation, stacklevel=3)
-        sure = self._confidence(rule, choice, names)
-        _warn_if_unsure(units, sure)
         rows = [row for row in self.scores if rule.unit_of(row) in units]
         counts = [rule.parameters_of(row) for row in rows]
-        return Selection(
+        selection = Selection(
             granularity=rule.granularity,
             units=units,
             components=tuple(row.id for row in rows),
             modules=tuple(path for row in rows for path in row.modules),
             parameters={mode: sum(count[mode] for count in counts) for mode in TRAINING_MODES},
             model_parameters=self.model_parameters,
-            confidence=sure,
+            confidence=confidence_of(self, choice, ranking),
+            tied=tied(choice, ranking),
         )
-
-    def _confidence(self, rule: SelectionRule, choice: Choice, ranking: Sequence[str]) -> float | None:
-        distances = None if self.separation is None else self.separation.of(rule.granularity)
-        if self.separation is None or distances is None:
-            return None
-        units = KINDS if rule.granularity == "kind" else [row.id for row in self.scores]
-        return confidence(choice, ranking, units, distances, self.separation.looks)
+        warn_if_not_settled(self, units, selection.confidence, selection.tied)
+        return selection
 
     def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
         """Raises ReportError unless this report was measured on a model with the given components."""
@@ -241,11 +237,20 @@ class PlasticityReport(BaseReport):
         return as_html(self)
 
 
-def _warn_if_unsure(units: Sequence[str], confidence: float | None) -> None:
-    if confidence is not None and confidence < SURE:
-        logger.warning(
-            "The selection of %s is not settled: its confidence is %s. Other images could lead to another selection. "
-            "More images (max_samples=...), or another top_k or budget, may settle it.",
-            ", ".join(units),
-            in_words(confidence),
-        )
+def warn_if_not_settled(
+    report: BaseReport, units: Sequence[str], confidence: float | None, tied: Sequence[str]
+) -> None:
+    """Logs a warning, once, if the confidence of a selection is below what measuring promised, or below 95 %."""
+    promised = SURE if report.ending is None else report.ending.confidence
+    if not tied and (confidence is None or confidence >= promised):
+        return
+    advice = "Another" if tied else f"More {report.observed} (max_samples=...), or another"
+    _warn_once(
+        f"The selection of {', '.join(units) or 'nothing'} from {observed(report)} is not settled: its confidence is "
+        f"{in_words(confidence, tied)}. {advice} top_k or budget may settle it."
+    )
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    logger.warning(message)

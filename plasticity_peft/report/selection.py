@@ -49,6 +49,8 @@ class Selection:
     confidence: Chance | None = None
     """How sure the selection is: lower bound of the probability that no other unit belongs in the place of a selected
     one, see `plasticity_peft.report.confidence`. None if the report does not contain it."""
+    tied: tuple[Text, ...] = ()
+    """Units of equal score, selected and others, whose order decided the selection: that of the blocks, best first."""
 
 
 def lora_parameters(

@@ -146,7 +146,7 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
         "settled",
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
-    yield "confidence of the selection", in_words(adapter.selection.confidence)
+    yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")
     yield "seed", str(report.seed)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import combinations
 from math import erfc, sqrt
@@ -28,6 +25,7 @@ from plasticity_peft.report.agreement import check_comparable
 from plasticity_peft.report.confidence import FARTHEST, Separation, confidence, in_words
 from plasticity_peft.report.selection import Budget, TopK
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord
+from tests.support.logs import warned_of_selections
 from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(40)
@@ -107,24 +105,75 @@ def test_a_settled_report_is_as_sure_as_promised() -> None:
     assert measure_plasticity(tiny_model(), IMAGES, settle=None).separation.reached is None
 
 
-@contextmanager
-def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    logger = logging.getLogger("transformers.plasticity_peft.report.report")
-    logger.addHandler(caplog.handler)
-    try:
-        yield caplog
-    finally:
-        logger.removeHandler(caplog.handler)
-
-
-def test_a_cut_that_is_not_settled_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cut_that_is_not_settled_is_warned_of() -> None:
     report = measure_plasticity(tiny_model(), IMAGES, max_samples=1000)
     unsure = replace(report, separation=replace(report.separation, kinds=(1.0,) * 10))
-    with logged(caplog):
+    with warned_of_selections() as messages:
         assert report.select().confidence >= 0.95
-        assert caplog.text == ""
+        assert messages == []
         assert unsure.select().confidence == 0
-    assert f"The selection of {report.ranking()[0].unit} is not settled: its confidence is below 1 %." in caplog.text
+        assert unsure.select().tied == ()
+    (warning,) = messages  # once
+    unit = report.ranking()[0].unit
+    assert warning.startswith(f"The selection of {unit} from {report.samples} images is not settled: ")
+    assert "its confidence is below 1 %. More images (max_samples=...), or another top_k or budget" in warning
+
+
+def test_what_measuring_promised_is_what_a_selection_is_held_to() -> None:
+    report = measure_plasticity(tiny_model(), IMAGES, max_samples=1000)
+    apart = replace(report, separation=replace(report.separation, kinds=(2.8,) * 10))  # 4 p = 0.02, at 2 looks
+    assert report.ending is not None
+    with warned_of_selections() as messages:
+        assert 0.8 < apart.select().confidence < 0.95
+        assert len(messages) == 1
+        replace(apart, ending=replace(report.ending, confidence=0.8)).select()
+        assert len(messages) == 1
+        replace(apart, ending=None).select(1, candidates=("MHA", "FC1", "FC2"))
+        assert len(messages) == 2
+
+
+@pytest.mark.parametrize("granularity", ["kind", "component"])
+def test_a_tie_is_said_to_be_one(granularity: str) -> None:
+    """Whatever the report contains beside the scores: for exact ones, for those of older releases."""
+    report = measure_plasticity(tiny_model(), criterion="bound")
+    ranking = [row.unit for row in report.ranking(granularity)]
+    rows = {row.unit: row.score for row in report.ranking(granularity)}
+    first, second, third = ranking[:3]
+    level = {second: rows[first], third: rows[first]}
+    equal = replace(
+        report,
+        kinds=tuple(replace(row, mean=level.get(row.kind, row.mean)) for row in report.kinds),
+        scores=tuple(replace(row, mean=level.get(row.id, row.mean)) for row in report.scores),
+        separation=None,
+    )
+    with warned_of_selections() as messages:
+        for top_k in (1, 2):
+            selection = equal.select(top_k, granularity=granularity)
+            assert set(selection.tied) == {first, second, third}
+            assert in_words(selection.confidence, selection.tied).startswith("none, because the scores of ")
+            assert "(selection: a tie)" in equal.plot("ranking", selection=selection).get_title()
+        assert len(messages) == 2
+        assert "are equal. Another top_k or budget may settle it." in messages[0]
+        assert equal.select(3, granularity=granularity).tied == ()
+        assert report.select(2, granularity=granularity).tied == ()
+        assert len(messages) == 2
+    if granularity == "kind":
+        assert "Confidence of top_k=1, 2, 3, 4: tie, tie, unknown, unknown." in str(equal)
+        assert "Confidence" not in str(report)  # exact, and known to be
+
+
+def test_scores_that_weights_give_exactly_are_tied_if_they_are_equal() -> None:
+    model = tiny_model()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "layernorm_" in name and name.endswith("weight"):
+                parameter.fill_(7.0)
+    found = measure_plasticity(model, criterion="condition_number")
+    place = [row.unit for row in found.ranking()].index("LN2")
+    selection = found.select(place)
+    assert (selection.tied, selection.confidence) == (("LN1", "LN2"), 0)
+    assert found.select(place + 1).confidence == 1
+    assert AdapterDescription.of(selection, "lora", None).selection == selection
 
 
 def test_an_adapter_keeps_the_confidence() -> None:
@@ -226,10 +275,15 @@ def test_the_confidence_is_shown(tmp_path: Path) -> None:
     reached = in_words(report.separation.reached)
     assert f"Confidence reached: {reached}." in str(report)
     assert f"Confidence reached: {reached}." in report._repr_html_()
+    each = ", ".join(in_words(report.select(top_k).confidence) for top_k in (1, 2, 3, 4))
+    assert f"Confidence of top_k=1, 2, 3, 4: {each}." in str(report)
     unknown = replace(report, separation=None)
     assert "Confidence reached: unknown." in str(unknown)
+    assert "Confidence of each top_k: unknown, because the report is of an older release." in unknown._repr_html_()
     selection = report.select()
-    assert f"(selection: confidence {reached})" in report.plot("ranking", selection=selection).get_title()
+    for view in ("depth", "ranking", "heatmap"):
+        assert f"(selection: confidence {reached})" in report.plot(view, selection=selection).get_title()
+        assert "selection:" not in report.plot(view).get_title()
     for name, each, shown in (("report", report, reached), ("old", unknown, "unknown")):
         each.save(tmp_path / f"{name}.json")
         assert (
