@@ -245,7 +245,7 @@ class _Measuring:
         check_calls(self.model, self.architecture, image)
         values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
         columns.check_finite(values)
-        observed = Observed.of(values.detach().cpu().numpy(), np.empty((1, 0), dtype=np.int64))
+        observed = columns.observed(values, np.empty((1, 0), dtype=np.int64))
         return self._report(columns, Seen(observed, skipped=0), observed="weights")
 
     def images(self, criterion: Criterion, choice: Choice, granularity: str) -> PlasticityReport:
@@ -348,14 +348,14 @@ class _Measuring:
 
 def _estimates(columns: Columns, found: Observed, observed: str) -> list[dict[str, float | None]]:
     """Returns the fields of the score of each component and each kind."""
-    criterion, names, means = columns.criterion, [*columns.ids, *KINDS], columns.means(found)
+    criterion, means = columns.criterion, found.moments.mean
     if not means.any():
         raise ModelError(f"The {criterion.name} of every component is 0: there is nothing to rank by.")
     exact = observed == "weights"
-    spreads = np.zeros_like(means) if exact else columns.deviations(found)
-    errors = _errors(columns, found) if observed == Pairs.plural else None
+    spreads = np.zeros_like(means) if exact else found.moments.std
+    errors = None if exact else _errors(columns, found)
     estimates: list[dict[str, float | None]] = []
-    for number, (name, mean) in enumerate(zip(names, means, strict=True)):
+    for number, (name, mean) in enumerate(zip(columns.names, means, strict=True)):
         if mean == 0 and criterion.power < 0:
             raise NonFiniteError(f"The {criterion.name} of {name} is infinite: 1 / 0.")
         # The spread of mean ** power, to first order.
@@ -367,11 +367,11 @@ def _estimates(columns: Columns, found: Observed, observed: str) -> list[dict[st
 
 
 def _errors(columns: Columns, found: Observed) -> np.ndarray:
-    """Returns the standard errors of means over pairs; the mean itself if the pairs do not contain how it varies."""
+    """Returns the standard errors of means; the mean itself if the samples do not contain how it varies."""
     variance, freedom = columns.spread(found).of_means()
     known = freedom > 0
     factors = error_factor(np.where(known, freedom, 1.0))
-    return np.where(known, np.sqrt(variance) * factors, columns.means(found))
+    return np.where(known, np.sqrt(variance) * factors, found.moments.mean)
 
 
 def _check_enough(seen: Seen) -> None:

@@ -1,9 +1,9 @@
 """Mean and spread of numbers that arrive in pieces: batch by batch, process by process.
 
-One rule, `Moments.merge`, serves both. The state is the count, the mean and the comoments, the sums of products of
-distances from the mean; two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm
-for computing sample variances" (1979). The score of a component is the mean over pairs of the *per-pair* ratio, so
-that what enters here is ratios, never numerators and denominators apart.
+One rule, `Moments.merge`, serves both. The state is the count, the mean and the comoments, the sums of products of two
+and of three distances from the mean; two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise
+algorithm for computing sample variances" (1979). The score of a component is the mean over pairs of the *per-pair*
+ratio, so that what enters here is ratios, never numerators and denominators apart.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ class Moments:
     """Mean of each quantity: float64 of shape (k,), zeros while `count` is 0."""
     m2: np.ndarray
     """Sum over observations of the products of two distances from the mean: float64 of shape (k, k)."""
+    m3: np.ndarray
+    """The same of the squared distance of one quantity times the distance of another: float64 of shape (k, k)."""
 
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
@@ -38,7 +40,7 @@ class Moments:
         values = np.asarray(values, dtype=np.float64)
         mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
         apart = values - mean
-        return cls(len(values), mean, apart.T @ apart)
+        return cls(len(values), mean, apart.T @ apart, (apart**2).T @ apart)
 
     def merge(self, other: Moments) -> Moments:
         """Returns the moments of both sets of observations together; neither operand changes."""
@@ -51,7 +53,17 @@ class Moments:
             count=count,
             mean=self.mean + delta * share,
             m2=self.m2 + other.m2 + np.outer(delta, delta) * (self.count * share),
+            m3=self._m3_around(delta * share) + other._m3_around(-delta * (self.count / count)),
         )
+
+    def _m3_around(self, apart: np.ndarray) -> np.ndarray:
+        """Returns `m3` with distances from the mean plus `apart`."""
+        squares = np.diag(self.m2) + self.count * apart**2
+        return np.asarray(self.m3 - np.outer(squares, apart) - 2 * apart[:, None] * self.m2)
+
+    def only(self, columns: slice) -> Moments:
+        """Returns the moments of some of the quantities."""
+        return Moments(self.count, self.mean[columns], self.m2[columns, columns], self.m3[columns, columns])
 
     @property
     def std(self) -> np.ndarray:

@@ -41,7 +41,8 @@ class Seen:
     """What all processes observed together."""
 
     observed: Observed
-    """Observations of the components, in the order of the architecture."""
+    """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
+    whose spread is the uncertainty of a kind, because blocks share their samples."""
     skipped: int
     """Number of samples that were left out because they have no value."""
     settled: bool = False
@@ -60,29 +61,32 @@ class Columns:
         """Canonical ids of the components."""
         return [component.id for component in self.architecture.components]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return [*self.ids, *KINDS]
+
     def nothing(self) -> Observed:
         """Returns the state before anything is observed."""
-        return Observed.of(np.empty((0, len(self.ids))), np.empty((0, 0), dtype=np.int64))
+        return Observed.of(np.empty((0, len(self.names))), np.empty((0, 0), dtype=np.int64))
 
-    def means(self, observed: Observed) -> np.ndarray:
-        """Returns the means of the components, then those of the kinds, each the mean over blocks."""
-        means = observed.moments.mean
-        return np.concatenate([means, means.reshape(-1, len(KINDS)).mean(axis=0)])
+    def observed(self, values: torch.Tensor, keys: np.ndarray) -> Observed:
+        """Returns the state after some observations of the components: float64 of shape (samples, components)."""
+        seen = values.detach().cpu().numpy()
+        of_kinds = seen.reshape(len(seen), len(self.architecture.blocks), len(KINDS)).mean(axis=1)
+        return Observed.of(np.concatenate([seen, of_kinds], axis=1), keys)
 
     def spread(self, observed: Observed) -> Spread:
-        """Returns the spread of these means. A kind's is that of the mean over blocks, which share their samples."""
-        return self._spread(observed).through(np.concatenate([np.eye(len(self.ids)), self._mean_over_blocks]))
-
-    def deviations(self, observed: Observed) -> np.ndarray:
-        """Returns the sample standard deviations of the components, and of the means over blocks of a sample."""
-        moments = observed.moments
-        variances = ((self._mean_over_blocks @ moments.m2) * self._mean_over_blocks).sum(axis=1) / (moments.count - 1)
-        return np.concatenate([moments.std, np.sqrt(variances)])
+        """Returns the spread of the means of all columns."""
+        if isinstance(self.criterion, WeightCriterion):
+            return Spread(np.zeros_like(observed.moments.m2), np.inf)
+        return Spread.of(observed)
 
     def ranking(self, observed: Observed) -> list[str]:
         """Returns the units to choose from, best first."""
-        choice, names = self.settling.choice, [*self.ids, *KINDS]
-        means = self.means(observed)[[names.index(unit) for unit in choice.units]] * np.sign(self.criterion.power)
+        choice = self.settling.choice
+        columns = [self.names.index(unit) for unit in choice.units]
+        means = observed.moments.mean[columns] * np.sign(self.criterion.power)
         return [choice.units[number] for number in np.argsort(-means, kind="stable")]
 
     def reached(self, observed: Observed) -> float:
@@ -90,33 +94,31 @@ class Columns:
         if observed.moments.count < 2:
             return 0.0
         kinds = self.settling.choice.units[0] in KINDS
-        spread, means = self._spread(observed), self.means(observed)
-        apart = self._kinds_apart(means, spread) if kinds else distances(means[: len(self.ids)], spread)
+        columns = self._kinds if kinds else self._components
+        apart = distances(observed.moments.mean[columns], self.spread(observed).only(columns))
         return self.settling.reached(self.ranking(observed), KINDS if kinds else self.ids, apart.tolist())
 
     def separation(self, observed: Observed, selecting: bool) -> Separation:
         """Returns how far apart the units are; of what would be selected, if measuring was to settle it."""
-        means, spread = self.means(observed), self._spread(observed)
-        few = len(self.ids) <= MOST_COMPONENTS
+        means, spread = observed.moments.mean, self.spread(observed)
+        kinds, components = (
+            tuple(distances(means[columns], spread.only(columns)).round(6).tolist())
+            for columns in (self._kinds, self._components)
+        )
         return Separation(
-            kinds=_rounded(self._kinds_apart(means, spread)),
-            components=_rounded(distances(means[: len(self.ids)], spread)) if few else None,
+            kinds=kinds,
+            components=components if len(self.ids) <= MOST_COMPONENTS else None,
             looks=self.settling.looks,
             reached=self.reached(observed) if selecting else None,
         )
 
-    @cached_property
-    def _mean_over_blocks(self) -> np.ndarray:
-        blocks = len(self.ids) // len(KINDS)
-        return np.tile(np.eye(len(KINDS)), blocks) / blocks
+    @property
+    def _components(self) -> slice:
+        return slice(0, len(self.ids))
 
-    def _spread(self, observed: Observed) -> Spread:
-        if isinstance(self.criterion, WeightCriterion):
-            return Spread(np.zeros_like(observed.moments.m2), np.inf)
-        return Spread.of(observed)
-
-    def _kinds_apart(self, means: np.ndarray, spread: Spread) -> np.ndarray:
-        return distances(means[len(self.ids) :], spread.through(self._mean_over_blocks))
+    @property
+    def _kinds(self) -> slice:
+        return slice(len(self.ids), None)
 
     def check_finite(self, values: torch.Tensor) -> None:
         """Raises NonFiniteError, which names the component, if a value is NaN or infinite."""
@@ -127,10 +129,6 @@ class Columns:
                 f"The {self.criterion.name} of {component.id} ({component.path}) is NaN or infinite. In half "
                 "precision this is often overflow: measure the model in float32 or bfloat16."
             )
-
-
-def _rounded(distances: np.ndarray) -> tuple[float, ...]:
-    return tuple(distances.round(6).tolist())
 
 
 def observe_until_settled(
@@ -202,14 +200,14 @@ class _Worker:
             if kept is None and keys.shape[1]:  # the criterion does not report which samples the values are of
                 return self._one_by_one(batch)
             keys = keys[: len(values)] if kept is None else keys[kept.cpu().numpy()]
-        return Observed.of(values.detach().cpu().numpy(), keys), skipped
+        return self._columns.observed(values, keys), skipped
 
     def _one_by_one(self, batch: Sequence[int]) -> tuple[Observed, int]:
         observed, skipped = self._columns.nothing(), 0
         for number in batch:
             values, left_out, _ = self._observe(self._sampler.load([number]))
             keys = self._sampler.image_keys([number])[: len(values)]
-            observed, skipped = observed.merge(Observed.of(values.detach().cpu().numpy(), keys)), skipped + left_out
+            observed, skipped = observed.merge(self._columns.observed(values, keys)), skipped + left_out
         return observed, skipped
 
     def _halve(self) -> None:

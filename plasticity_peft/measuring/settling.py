@@ -36,8 +36,9 @@ def looks(total: int, first: int) -> list[int]:
 def distances(means: np.ndarray, spread: Spread) -> np.ndarray:
     """Returns how far apart all pairs of means are, (0, 1), (0, 2), ...: shape (k (k - 1) / 2,).
 
-    It is the difference in standard errors, converted to the normal distribution: the same chance lies beyond it as
-    beyond the difference in standard errors in the t distribution. 0 if it is not known how much the means vary.
+    It is the difference in standard errors, less what skewness adds to it, converted to the normal distribution: the
+    same chance lies beyond it as beyond that number in the t distribution. 0 if it is not known how much the means
+    vary.
     """
     from scipy import stats
 
@@ -47,10 +48,22 @@ def distances(means: np.ndarray, spread: Spread) -> np.ndarray:
     variance, freedom = spread.of_differences()
     errors = np.sqrt(variance)
     ratio = np.divide(apart, errors, out=np.where(apart > 0, np.inf, 0.0), where=errors > 0)
+    if spread.moments is not None:
+        skewness = spread.skewness_of_differences() * np.sign(means[first] - means[second])
+        ratio = np.where(errors > 0, _without_skewness(ratio, skewness, spread.moments.count), ratio)
     known = freedom > 0
     beyond = stats.t.sf(ratio, np.where(known, freedom, 1.0))
     farthest = stats.norm.sf(FARTHEST)
     return np.where(known, stats.norm.isf(np.maximum(beyond, farthest)), 0.0).clip(0.0, FARTHEST)
+
+
+def _without_skewness(ratio: np.ndarray, skewness: np.ndarray, count: int) -> np.ndarray:
+    """Returns t statistics after Hall's transformation, or as they were if that is less: shape (differences,)."""
+    root = np.sqrt(count)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite ratios, which are replaced
+        one = ratio / root
+        corrected = root * (one + skewness * one**2 / 3 + skewness**2 * one**3 / 27 + skewness / (6 * count))
+    return np.asarray(np.minimum(ratio, corrected).clip(0.0))
 
 
 def error_factor(freedom: np.ndarray) -> np.ndarray:

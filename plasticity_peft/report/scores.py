@@ -31,14 +31,15 @@ class Estimate:
     """Number of samples; 0 for a criterion that reads only weights, whose scores are exact."""
 
     error: NonNegative | None = None
-    """Standard error of `mean` if samples are pairs, which share images. It is increased for few images, so that two
-    standard errors on both sides contain the true mean with a probability of about 95 %."""
+    """Standard error of `mean`; None in reports of older releases. It takes into account that pairs share images, and
+    is increased for few images, so that two standard errors on both sides contain the true mean with a probability of
+    about 95 %."""
 
     pairs = renamed_attribute("Score", "pairs", "samples")
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `mean`: `error`, or std / sqrt(samples) if samples share no images."""
+        """Standard error of `mean`: `error`, or std / sqrt(samples) in reports of older releases."""
         if self.error is not None:
             return self.error
         return float(self.std / self.samples**0.5) if self.samples else 0.0

@@ -17,7 +17,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Pr
 from plasticity_peft import find_components, measure_plasticity
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.images.pairs import draw_pairs
-from plasticity_peft.measuring.settling import Settling, distances, error_factor
+from plasticity_peft.measuring.rounds import Columns
+from plasticity_peft.measuring.settling import Settling, distances, error_factor, looks
 from plasticity_peft.measuring.sharing import Observed, Spread
 from plasticity_peft.report.selection import TopK
 from tests.support.models import REPOSITORY
@@ -27,6 +28,8 @@ pytestmark = pytest.mark.slow
 DEMO = REPOSITORY / "examples" / "fashion-mnist-vit"
 REPETITIONS = 400
 SIZES = (5, 6, 8, 12, 20, 40, 80)
+TIES = ((0, 1), (1, 3), (0, 2), (3, 4))
+"""Kinds that are made the two best, the second one better by a hair."""
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +126,9 @@ def test_two_standard_errors_hold_the_true_mean(rates: np.ndarray, truth: np.nda
     assert coverage(found, truth, errors_of_independent_pairs).mean() < 0.75, "the test must be able to fail"
 
 
-def settled(found: list[Observed], choice: TopK, shift: np.ndarray) -> list[set[str]]:
+def settled(found: list[Observed], choice: TopK, shift: np.ndarray, looks: int = 1) -> list[set[str]]:
     """Returns what is called settled if `shift` is added to the kinds."""
-    settling, chosen = Settling(choice, confidence=0.95, looks=1), []
+    settling, chosen = Settling(choice, confidence=0.95, looks=looks), []
     for each in found:
         means = each.moments.mean + shift
         ranking = [KINDS[number] for number in np.argsort(-means, kind="stable")]
@@ -143,8 +146,59 @@ def test_settling_keeps_its_promise(rates: np.ndarray, truth: np.ndarray, size: 
         best = {KINDS[number] for number in np.argsort(-truth)[:top_k]}
         wrong = [chosen for chosen in settled(found, TopK(KINDS, top_k), np.zeros(5)) if chosen != best]
         assert len(wrong) <= most, top_k
-    for first, second in ((0, 1), (1, 3), (0, 2), (3, 4)):  # these two best, and the second one better by a hair
+    for first, second in TIES:
         shift = np.where(np.isin(np.arange(5), (first, second)), truth.max() * 100, 0) - truth
         shift[second] += 1e-9
         wrong = [chosen for chosen in settled(found, TopK(KINDS, 1), shift) if chosen == {KINDS[first]}]
         assert len(wrong) <= most, (KINDS[first], KINDS[second])
+
+
+# ---- single images
+
+
+@pytest.fixture(scope="module")
+def norms(model: PreTrainedModel, digits: torch.Tensor) -> np.ndarray:
+    """What the default criterion observes of each of 500 digits: shape (images, kinds). It is very skewed."""
+    seen: list[np.ndarray] = []
+    observed = Columns.observed
+
+    def kept(self: Columns, values: torch.Tensor, keys: np.ndarray) -> Observed:
+        seen.append(values.numpy().reshape(len(values), -1, len(KINDS)).mean(axis=1))
+        return observed(self, values, keys)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Columns, "observed", kept)
+        report = measure_plasticity(model.float(), digits.float(), max_samples=500, settle=None)
+    norms = np.concatenate(seen)
+    np.testing.assert_allclose(norms.mean(axis=0) ** 0.5, [row.mean for row in report.kinds], rtol=1e-6)
+    return norms
+
+
+def of_images(norms: np.ndarray, images: np.ndarray) -> Observed:
+    return Observed.of(norms[images], np.empty((len(images), 0), dtype=np.int64))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_two_standard_errors_of_images_hold_the_true_score(norms: np.ndarray, size: int) -> None:
+    """The score is the square root of the mean, and its error that of the mean to first order."""
+    generator, true = np.random.default_rng(size), np.sqrt(norms.mean(axis=0))
+    found = [of_images(norms, generator.choice(len(norms), size, replace=False)) for _ in range(5 * REPETITIONS)]
+    scores = np.sqrt([each.moments.mean for each in found])
+    within = np.abs(scores - true) <= 2 * np.array([errors(each) for each in found]) / (2 * scores)
+    assert 0.9 <= within.mean() <= 0.98, within.mean(axis=0)
+    assert within.mean(axis=0).min() >= 0.87
+    assert within.mean(axis=0).max() <= 0.98
+
+
+@pytest.mark.parametrize(("first", "second"), [*TIES, *((second, first) for first, second in TIES)])
+def test_settling_on_images_keeps_its_promise(norms: np.ndarray, first: int, second: int) -> None:
+    """At a near tie of the two best, over all looks at up to 256 of 1,024 images."""
+    stops, generator = looks(1024, first=32), np.random.default_rng(first)
+    values = norms - norms.mean(axis=0) + np.where(np.isin(np.arange(5), (first, second)), 1e6, 0.0)
+    values[:, second] += 1e-6
+    wrong = 0
+    for _ in range(REPETITIONS):
+        order = generator.permutation(len(values))
+        found = [of_images(values, order[:stop]) for stop in stops if stop <= 256]
+        wrong += any(settled([each], TopK(KINDS, 1), np.zeros(5), len(stops)) == [{KINDS[first]}] for each in found)
+    assert wrong <= stats.binom.ppf(1 - 1e-3, REPETITIONS, 0.05)

@@ -110,6 +110,19 @@ def test_without_the_corrections_the_promise_would_be_broken() -> None:
     assert settled > at_most(0.05)
 
 
+def test_skewed_images_keep_the_promise() -> None:
+    """Two units are tied, and one of them owes its mean to rare images, as norms of gradients do."""
+    generator, wrong, ignored = np.random.default_rng(5), 0, 0
+    for _ in range(1000):
+        values = np.stack([generator.normal(np.exp(0.5), 0.1, 32), generator.lognormal(size=32)], axis=1)
+        spread = Spread.of(Observed.of(values, np.empty((32, 0), dtype=np.int64)))
+        (apart,) = distances(values.mean(axis=0), spread)
+        (without,) = distances(values.mean(axis=0), replace(spread, moments=None))
+        wrong, ignored = wrong + (apart > 1.96), ignored + (without > 1.96)
+    assert wrong / 1000 <= at_most(0.05, 1000)
+    assert ignored / 1000 > at_most(0.05, 1000), "the simulation must fail if skewness is ignored"
+
+
 # ---- pairs that share images
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from plasticity_peft import measure_plasticity
 from plasticity_peft.criteria import rate_of_change
@@ -49,6 +50,17 @@ def test_samples_that_share_nothing_have_the_usual_errors() -> None:
         spread = Spread.of(Observed.of(values, keys))
         np.testing.assert_allclose(spread.of_means()[0], values.var(axis=0, ddof=1) / 20)
         np.testing.assert_allclose(spread.of_differences()[0][2], (values[:, 1] - values[:, 2]).var(ddof=1) / 20)
+
+
+def test_the_skewness_of_differences_is_that_of_scipy() -> None:
+    values = GENERATOR.lognormal(size=(20, 3))
+    differences = np.stack([values[:, one] - values[:, other] for one, other in ((0, 1), (0, 2), (1, 2))], axis=1)
+    for keys in (np.empty((20, 0), dtype=np.int64), 2 * np.arange(40).reshape(20, 2)):
+        found = Spread.of(Observed.of(values, keys)).skewness_of_differences()
+        np.testing.assert_allclose(found, stats.skew(differences, bias=False))
+    assert not Spread.of(Observed.of(values, drawn("target")[:20])).skewness_of_differences().any()
+    equal = Spread.of(Observed.of(values[:, [0, 0]], keys)).skewness_of_differences()
+    assert equal.tolist() == [0]
 
 
 def effects(keys: np.ndarray, of_images: float, of_pairs: float, generator: np.random.Generator) -> np.ndarray:
