@@ -97,7 +97,7 @@ def _draw_depth(ax: Any, report: BaseReport, selection: Selection | None) -> Non
     if ringed:
         ax.plot(*zip(*ringed, strict=True), "o", color="black", markersize=10, fillstyle="none", label="selected")
     _label_blocks(ax, report, blocks)
-    ax.set(ylabel=_unit(report), title=f"over depth{_sure(selection)}\n{_certainty(report, 'bands')}")
+    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}{_sure(selection)}")
     _scale(ax.yaxis, [row.mean for row in report.scores])
     ax.grid(alpha=0.3)
     _add_legend(ax)
@@ -137,7 +137,7 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
     _scale(ax.xaxis, [row.score for row in units])
     what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
     marked = "; selected: filled, bold" if chosen else ""
-    title = f"{what}{_sure(selection)}\n{_certainty(report, 'intervals')}{marked}"
+    title = f"{what}\n{_certainty(report, 'intervals')}{marked}{_sure(selection)}"
     ax.set(xlabel=_unit(report), title=title)
     ax.grid(alpha=0.3)
 
@@ -180,9 +180,10 @@ VIEWS = ("overview", *DRAWN)
 
 
 def _sure(selection: Selection | None) -> str:
+    """Returns a further line of a title, if there is a selection."""
     if selection is None:
         return ""
-    return f" (selection: {'a tie' if selection.tied else f'confidence {in_words(selection.confidence)}'})"
+    return f"\nselection: {'a tie' if selection.tied else f'confidence {in_words(selection.confidence)}'}"
 
 
 def _granularity(selection: Selection | None) -> str:

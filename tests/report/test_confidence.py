@@ -151,7 +151,7 @@ def test_a_tie_is_said_to_be_one(granularity: str) -> None:
             selection = equal.select(top_k, granularity=granularity)
             assert set(selection.tied) == {first, second, third}
             assert in_words(selection.confidence, selection.tied).startswith("none, because the scores of ")
-            assert "(selection: a tie)" in equal.plot("ranking", selection=selection).get_title()
+            assert "selection: a tie" in equal.plot("ranking", selection=selection).get_title()
         assert len(messages) == 2
         assert "are equal. Another top_k or budget may settle it." in messages[0]
         assert equal.select(3, granularity=granularity).tied == ()
@@ -282,7 +282,7 @@ def test_the_confidence_is_shown(tmp_path: Path) -> None:
     assert "Confidence of each top_k: unknown, because the report is of an older release." in unknown._repr_html_()
     selection = report.select()
     for view in ("depth", "ranking", "heatmap"):
-        assert f"(selection: confidence {reached})" in report.plot(view, selection=selection).get_title()
+        assert f"selection: confidence {reached}" in report.plot(view, selection=selection).get_title()
         assert "selection:" not in report.plot(view).get_title()
     for name, each, shown in (("report", report, reached), ("old", unknown, "unknown")):
         each.save(tmp_path / f"{name}.json")
