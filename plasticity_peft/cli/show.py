@@ -36,5 +36,5 @@ def show(
     typer.echo(str(found))
     if adapter:
         units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
-        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")
+        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters without the head)")
         typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence, adapter.selection.tied)}")

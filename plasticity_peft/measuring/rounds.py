@@ -1,8 +1,8 @@
-"""The loop: samples through a criterion, round by round, until a selection is settled.
+"""The loop of a measurement: samples go through a criterion, round by round, until the selection is settled.
 
-A round ends when the ranking is looked at: after 32, 64, 128, ... samples, whatever the number of processes and the
-size of a pass. So all processes stop at the same sample with the same answer. Once per round they exchange what they
-observed, as sums.
+A round ends when the ranking is examined: after 32, 64, 128, ... samples. This does not depend on the number of
+processes or the size of a pass, so all processes stop at the same sample with the same result. They exchange sums of
+what they observed once per round.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from plasticity_peft.measuring.sharing import Observed, Spread
 from plasticity_peft.report.confidence import MOST_COMPONENTS, Separation
 from plasticity_peft.report.selection import Choice
 
-# Below the logger of transformers, so that its verbosity holds here too.
+# A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 Observe = Callable[[Any], Observations]
-"""What `Criterion.prepare` returns."""
+"""The return type of `Criterion.prepare`."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all processes observed together."""
+    """The observations of all processes together."""
 
     observed: Observed
     """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
     whose spread is the uncertainty of a kind, because blocks share their samples."""
     skipped: int
-    """Number of samples that were left out because they have no value."""
+    """Number of samples that were skipped because they have no value."""
     settled: bool = False
 
 
@@ -83,7 +83,7 @@ class Columns:
         return Spread.of(observed)
 
     def ranking(self, observed: Observed) -> list[str]:
-        """Returns the units to choose from, best first."""
+        """Returns the units to select from, best first."""
         choice = self.settling.choice
         columns = [self.names.index(unit) for unit in choice.units]
         means = observed.moments.mean[columns] * np.sign(self.criterion.power)
@@ -134,14 +134,14 @@ class Columns:
 def observe_until_settled(
     observe: Observe, columns: Columns, sampler: Sampler, share: Share, stop_early: bool
 ) -> Seen:
-    """Returns what all processes observe, the same in each.
+    """Returns the observations of all processes together, the same in each.
 
     Args:
-        observe: what the criterion prepared.
-        columns: the components and kinds, and what is to be selected.
+        observe: the function that the criterion prepared.
+        columns: the components and kinds, and the rule of the selection.
         sampler: the samples.
-        share: this process among all.
-        stop_early: False to look at all samples, even if the selection is settled before.
+        share: the place of this process.
+        stop_early: False to use all samples, even if the selection is settled earlier.
     """
     worker = _Worker(observe, columns, sampler)
     observed, skipped, settled, start = columns.nothing(), 0, False, 0
@@ -162,7 +162,7 @@ def observe_until_settled(
 
 
 class _Worker:
-    """Observes in this process, in passes that are halved if memory does not suffice."""
+    """Observes in this process. The size of a pass is halved if memory runs out."""
 
     def __init__(self, observe: Observe, columns: Columns, sampler: Sampler) -> None:
         self._observe, self._columns, self._sampler = observe, columns, sampler
@@ -174,15 +174,15 @@ class _Worker:
         observed, skipped, done = self._columns.nothing(), 0, 0
         while done < len(numbers):
             batch = self._sampler.alike(numbers[done : done + self._per_pass])
-            # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
-            # which takes longer than a round of a small model.
+            # Accelerate's find_executable_batch_size is not used, as it collects garbage at its start, here in every
+            # round, which takes longer than a round of a small model.
             try:
                 found = self._observed(batch)
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
                 found = None
-            if found is None:  # here the error no longer holds what was in memory
+            if found is None:  # the error, which keeps tensors alive, is gone here
                 clear_device_cache(garbage_collection=True)
                 self._halve()
                 continue
@@ -216,15 +216,15 @@ class _Worker:
             whole = isinstance(sampler, Batches)  # the value of a batch is that of the batch as a whole
             what = f"a batch of {sampler.batch_size} images" if whole else f"one {sampler.singular}"
             raise ModelError(
-                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Give "
+                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Use "
                 f'{"a smaller batch_size, " if whole else ""}smaller images, or dtype="bfloat16".'
             )
         self._per_pass = smaller
-        logger.warning("Out of memory: measuring goes on with %s %s in a pass.", smaller, sampler.plural)
+        logger.warning("Out of memory: measuring continues with %s %s per pass.", smaller, sampler.plural)
 
 
 class Progress:
-    """A progress bar in the first process, for all; off if those of transformers or huggingface_hub are off."""
+    """A progress bar of all processes, in the first one, unless transformers or huggingface_hub disable theirs."""
 
     def __init__(self, sampler: Sampler, share: Share, description: str = "Measuring plasticity") -> None:
         self._shown, self._share = 0, share
@@ -248,7 +248,7 @@ class Progress:
     def show(self, number: int, ranking: Sequence[str], choice: Choice) -> None:
         """Shows that all processes together observed `number` samples, and what they would select."""
         self._to(number)
-        self._bar.set_postfix_str(f"chosen so far: {', '.join(choice.chosen(ranking))}")
+        self._bar.set_postfix_str(f"selected so far: {', '.join(choice.chosen(ranking))}")
 
     def end(self) -> None:
         """Shows that no more samples are needed."""

@@ -20,7 +20,7 @@ from plasticity_peft.report.selection import Choice
 
 
 def looks(total: int, first: int) -> list[int]:
-    """Returns after how many of `total` samples the ranking is looked at: each time twice as many, and at the end.
+    """Returns after how many of `total` samples the ranking is examined: each time twice as many, and at the end.
 
     Examples:
         >>> looks(200, first=32)

@@ -137,7 +137,7 @@ def test_a_progress_bar_that_can_be_switched_off(vit: PreTrainedModel, capfd: py
     bar = shown(vit, capfd)
     assert "Measuring plasticity: 100%" in bar
     assert "32/32" in bar
-    assert f"chosen so far: {best}" in bar
+    assert f"selected so far: {best}" in bar
     try:
         transformers_logging.disable_progress_bar()
         assert shown(vit, capfd) == ""
@@ -240,7 +240,7 @@ for one, other in zip(found.scores, expected.scores):
 def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
     result = python("-c", REALLY_SHORT)
     assert result.returncode == 0, result.stderr
-    assert "Out of memory: measuring goes on with 6 pairs in a pass." in result.stderr
+    assert "Out of memory: measuring continues with 6 pairs per pass." in result.stderr
 
 
 # ---- precision
