@@ -90,7 +90,9 @@ class CompareArguments:
     criteria: list[str] = field(
         default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare. The first is used by default."}
     )
-    pairs: int = field(default=256, metadata={"help": "Pairs of images to measure on."})
+    max_samples: int = field(
+        default=256, metadata={"aliases": ["--pairs"], "help": "Images, or pairs of images, to measure on."}
+    )
     r: int = field(default=8, metadata={"help": "Rank of LoRA, unless a method has its own."})
 
 
@@ -158,7 +160,7 @@ def measure(
     missing = broadcast_object_list([not path.is_file() for path in paths])
     for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
         if needed:
-            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.pairs, "settle": None}
+            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.max_samples, "settle": None}
             report = measure_plasticity(model, images["train"], images.get("source"), **options)
             if PartialState().is_main_process:
                 report.save(path)

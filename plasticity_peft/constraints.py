@@ -82,13 +82,14 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
     from pydantic import ValidationError
 
     try:
-        text = json.dumps(values)
-    except (TypeError, ValueError, RecursionError) as reason:
-        raise error(f"{place or 'it'} cannot be represented in JSON: {reason}") from reason
-    try:
-        return _reader(kind).validate_json(text)
+        read = _reader(kind).validate_json(json.dumps(values))
+        # Only now, so that the error for a field that is NaN contains its name.
+        json.dumps(values, allow_nan=False)
     except ValidationError as reason:
         raise error(_in_words(reason.errors(), values, place)) from None
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise error(f"{place or 'it'} cannot be represented in JSON: {reason}") from reason
+    return read
 
 
 @cache

@@ -89,7 +89,7 @@ def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
         return
     flags = [parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point()]
     if all(flags):
-        yield path
+        yield from _items(modules, path)
     elif any(flags):
         children = [name for name, child in module.named_children() if holds_weights(child)]
         for name in children:
@@ -252,9 +252,9 @@ def _fresh(model: nn.Module, architecture: Architecture, training: Training) -> 
 
 
 def _left(model: nn.Module, architecture: Architecture, training: Training) -> Iterator[str]:
-    """Yields warnings about weights in the user's own modules that would train without PEFT, and now do not."""
+    """Yields warnings about weights in heads or modules of the user that would train without PEFT and now do not."""
     modules, parameters = dict(walk(model)), dict(_trainable(model))
-    parts: list[str] = []
+    parts = [*architecture.heads]
     for path, owner in _owners(model, architecture):
         if not from_transformers(owner):
             parts += _beside(owner, path, architecture)
@@ -265,7 +265,8 @@ def _left(model: nn.Module, architecture: Architecture, training: Training) -> I
     if single:
         yield (
             f"{', '.join(single)}: parameters outside of any layer, which PEFT cannot train or save. They stay "
-            "frozen. Move them to a module of their own, which is then found or can be listed in modules_to_save."
+            "frozen. Move them to a module of their own, or list in modules_to_save a module that contains them, "
+            "which then trains as a whole."
         )
     if whole:
         found = f"No head was found in {type(model).__name__}. " if not (training.heads or training.named) else ""

@@ -42,6 +42,8 @@ class _Named(ABC):
     title: ClassVar[str]
     """Name of the scores, as the heading of a column."""
     power: ClassVar[float] = 1.0
+    protocols: ClassVar[bool] = False
+    """True if `inputs` decides what components are fed. Always False for a criterion that reads only weights."""
 
 
 class Criterion(_Named):

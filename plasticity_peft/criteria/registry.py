@@ -90,19 +90,15 @@ def resolve(criterion: str | None, inputs: str | None) -> tuple[str, str | None]
         raise ConfigError(
             f"criterion must be one of {names}, or a name that register_criterion added. Got {shown(criterion)}."
         )
-    if _has_protocols(criterion):
+    if CRITERIA[criterion].protocols:
         return criterion, inputs or PROTOCOLS[0]
     if inputs is not None:
-        having = ", ".join(repr(name) for name in CRITERIA if _has_protocols(name))
+        having = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].protocols)
         raise ConfigError(
             f"inputs selects what {having} feed to the components; criterion={criterion!r} feeds nothing to them. "
             f"Leave inputs out, or give one of these criteria. Got inputs={inputs!r}."
         )
     return criterion, None
-
-
-def _has_protocols(name: str) -> bool:
-    return bool(getattr(CRITERIA[name], "protocols", False))
 
 
 C = TypeVar("C")

@@ -195,6 +195,26 @@ def test_a_part_of_a_head_that_was_frozen_stays_frozen() -> None:
         assert saved(adapt(Own(head=half))) == ["head"]
 
 
+class Scaled(nn.Module):
+    """A head with a frozen layer, a list of layers, and a parameter outside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16).requires_grad_(False)
+        self.rest = nn.ModuleList([nn.Linear(16, 8), nn.Linear(8, 3)])
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.rest[1](self.rest[0](self.first(tokens) * self.scale))
+
+
+def test_a_list_of_layers_in_a_head_that_was_frozen_in_part_trains_by_its_items() -> None:
+    with pytest.warns(UserWarning, match=r"^head\.scale: parameters outside of any layer, .* as a whole"):
+        model = adapt(Own(head=Scaled()))
+    assert saved(model) == ["head.rest.0", "head.rest.1"]
+    assert saved(adapt(Own(head=Scaled()), modules_to_save=["head"])) == ["head"]
+
+
 def test_a_second_adapter_has_the_head_of_the_first() -> None:
     model = quietly(Twice(nn.Conv2d(3, 4, 2).requires_grad_(False)), backbone="net")
     model.add_adapter("second", config(backbone="net"))

@@ -28,7 +28,7 @@ from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--head_only", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--pairs", "16",
+    "--head_only", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--max_samples", "16",
     "--test_fraction", "0.05", "--validation_fraction", "0.05", "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
 
