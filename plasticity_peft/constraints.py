@@ -46,6 +46,7 @@ PositiveCount = Annotated[int, Interval(ge=1, le=HIGHEST_COUNT)]
 Seed = Annotated[int, Interval(ge=0, le=HIGHEST_SEED)]
 NonNegative = Annotated[float, Interval(ge=0)]
 Confidence = Annotated[float, Interval(gt=0, lt=1)]
+Chance = Annotated[float, Interval(ge=0, le=1)]
 Text = Annotated[str, Len(0, 1000), PRINTABLE]
 Name = Annotated[str, Len(1, 100), PRINTABLE]
 

@@ -56,6 +56,7 @@ def select(
     """
     from plasticity_peft.adapters.model import lora_arguments
     from plasticity_peft.cli.reports import read_report
+    from plasticity_peft.report.confidence import in_words
 
     found = read_report(report, revision)
     kinds = options.several(candidates)
@@ -70,7 +71,8 @@ def select(
         typer.echo("Warning: no head will train. Give --head to name it, or --model to find it.", err=True)
     modules = lora_arguments(components, selection.components, training, heads=heads)
     config = {"r": r, "lora_alpha": lora_alpha, **modules}
-    _print(config, format, ", ".join(selection.units), selection.parameters[training])
+    heading = f"{', '.join(selection.units)}: {selection.parameters[training]:,} parameters, without the head"
+    _print(config, format, f"{heading}; confidence {in_words(selection.confidence, selection.tied)}")
 
 
 def _architecture(model: str, revision: str | None, backbone: str | None) -> tuple[Any, list[str]]:
@@ -84,7 +86,7 @@ def _architecture(model: str, revision: str | None, backbone: str | None) -> tup
     return architecture, peft_names(built, architecture.heads)
 
 
-def _print(config: dict[str, Any], format: str, units: str, parameters: int) -> None:
+def _print(config: dict[str, Any], format: str, heading: str) -> None:
     import yaml
 
     from plasticity_peft.cli.reports import print_json
@@ -92,5 +94,5 @@ def _print(config: dict[str, Any], format: str, units: str, parameters: int) -> 
     if format == "json":
         print_json(config)
     else:
-        typer.echo(f"# {units}: {parameters:,} parameters, without the head")
+        typer.echo(f"# {heading}")
         typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)

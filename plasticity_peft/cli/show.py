@@ -23,6 +23,7 @@ def show(
 ) -> None:
     """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture or JSON."""
     from plasticity_peft.cli.reports import check_picture, print_json, read_record, save_picture
+    from plasticity_peft.report.confidence import in_words
 
     check_picture(plot)
     record = read_record(report, revision)
@@ -36,3 +37,4 @@ def show(
     if adapter:
         units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
         typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters without the head)")
+        typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence, adapter.selection.tied)}")

@@ -25,6 +25,9 @@ class Observations(NamedTuple):
     """At least 0; float64 of shape (samples, components), the components in the order of the architecture."""
     skipped: int = 0
     """Number of samples that were left out because they have no value."""
+    kept: torch.Tensor | None = None
+    """True for each sample that `values` contains, if pairs were left out: bool of shape (samples,). Without it, the
+    samples of such a pass are observed again one by one."""
 
 
 class _Named(ABC):

@@ -24,7 +24,7 @@ from plasticity_peft.images.sampler import Batches, ImageBatch
 
 
 class GradientNorm(Criterion):
-    """Norm of the gradient."""
+    """Norm of the gradient of the mean loss of a batch. It depends on the size of the batch, which reports contain."""
 
     name = "gradient_norm"
     title = "gradient norm"

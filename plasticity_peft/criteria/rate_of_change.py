@@ -70,4 +70,4 @@ def ratios(architecture: Architecture, distances: Distances) -> Observations:
                 "often overflow: measure the model in float32 or bfloat16."
             )
     apart = (distances.inputs > 0).all(dim=1)
-    return Observations(distances.outputs[apart] / distances.inputs[apart], int((~apart).sum()))
+    return Observations(distances.outputs[apart] / distances.inputs[apart], int((~apart).sum()), apart)

@@ -86,6 +86,13 @@ class Sampler(ABC):
     def load(self, numbers: Sequence[int]) -> Any:
         """Returns the samples with these numbers, on the model's device and in its dtype."""
 
+    def image_keys(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns the images that these samples share with others: int64 of shape (samples, images per sample).
+
+        The key of image i is 2 i for a target image and 2 i + 1 for a source image. Samples share none by default.
+        """
+        return np.empty((len(numbers), 0), dtype=np.int64)
+
     def arranged(self, numbers: Sequence[int]) -> Sequence[int]:
         """Returns the numbers of samples with those next to each other whose images have one shape.
 
@@ -141,11 +148,19 @@ class Pairs(Sampler):
 
     def load(self, numbers: Sequence[int]) -> PairBatch:
         """Returns the pairs with these numbers."""
-        rows = self._order.rows(numbers)
-        if self._ragged:
-            rows = [(first, self._partner(first, second)) for first, second in rows]
+        rows = self._rows(numbers)
         images = [(self._first, index) for index, _ in rows] + [(self.target, index) for _, index in rows]
         return PairBatch(self._to_model(stack(images)))
+
+    def image_keys(self, numbers: Sequence[int]) -> np.ndarray:
+        """Returns the keys of the two images of each pair."""
+        rows = np.array(self._rows(numbers), dtype=np.int64).reshape(-1, 2)
+        return np.asarray(2 * rows + np.array([self.source is not None, False]))
+
+    def _rows(self, numbers: Sequence[int]) -> list[tuple[int, int]]:
+        """Returns the indices of the images of these pairs, source first."""
+        rows = self._order.rows(numbers)
+        return [(first, self._partner(first, second)) for first, second in rows] if self._ragged else rows
 
     @property
     def _first(self) -> Images:
@@ -266,6 +281,12 @@ class Batches(_TargetSampler):
 
     def _shape(self, number: int) -> tuple[int, ...]:
         return self.target.shape(int(self._batches[number][1][0]))
+
+    @property
+    def images_per_batch(self) -> int:
+        """Largest number of images in a batch: `batch_size`, unless a DataLoader gives its batches as they come."""
+        whole = self._whole_batches()
+        return max(map(len, whole)) if len(whole) > 1 else self.batch_size
 
     @cached_property
     def _batches(self) -> list[tuple[np.ndarray, np.ndarray]]:

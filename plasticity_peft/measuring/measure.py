@@ -37,14 +37,16 @@ from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches, Pairs, Sampler
 from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
-from plasticity_peft.measuring.moments import Moments
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
-from plasticity_peft.measuring.settling import Settling, looks
+from plasticity_peft.measuring.settling import Settling, error_factor, looks
+from plasticity_peft.measuring.sharing import Observed
+from plasticity_peft.report.confidence import tied
 from plasticity_peft.report.provenance import Provenance, provenance_of
-from plasticity_peft.report.report import PlasticityReport
+from plasticity_peft.report.report import PlasticityReport, warn_if_not_settled
 from plasticity_peft.report.scores import Ending, KindScore, Score
 from plasticity_peft.report.selection import Choice, SelectionRule
+from plasticity_peft.report.text import how_it_ended
 
 # A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -236,7 +238,8 @@ class _Measuring:
         check_calls(self.model, self.architecture, image)
         values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
         columns.check_finite(values)
-        return self._report(columns, Seen(columns.moments(values), skipped=0), observed="weights")
+        observed = columns.observed(values, np.empty((1, 0), dtype=np.int64))
+        return self._report(columns, Seen(observed, skipped=0), observed="weights")
 
     def images(self, criterion: Criterion, choice: Choice, granularity: str) -> PlasticityReport:
         """Returns the scores of a criterion that looks at images, spread over all processes."""
@@ -255,17 +258,23 @@ class _Measuring:
         size = (planned, len(self.architecture.components), self.architecture.model_type)
         same(share, "number of images, or model", size)
         confidence = self.settings.settle
-        settling = Settling(choice, confidence or 0.0, looks=len(looks(planned, sampler.first_look)))
+        number = 1 if confidence is None else len(looks(planned, sampler.first_look))
+        settling = Settling(choice, confidence or 0.0, looks=number)
         columns = Columns(self.architecture, criterion, settling)
         seen = observe_until_settled(observe, columns, sampler, share, stop_early=confidence is not None)
         _check_enough(seen)
         ending = None
         if confidence is not None:
-            chosen = choice.chosen(columns.ranking(seen.moments))
+            chosen = choice.chosen(columns.ranking(seen.observed))
             ending = Ending(seen.settled, chosen, granularity, confidence, planned)
-            _log(ending, sampler, seen, share)
         report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
-        return replace(report, target_provenance=_of_those_drawn(report.target_provenance, sampler))
+        if share.rank == 0:
+            _log(report, choice)
+        return replace(
+            report,
+            target_provenance=_of_those_drawn(report.target_provenance, sampler),
+            batch_size=sampler.images_per_batch if isinstance(sampler, Batches) else None,
+        )
 
     def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""
@@ -306,7 +315,7 @@ class _Measuring:
     ) -> PlasticityReport:
         components = self.architecture.components
         exact, paired = observed == "weights", observed == Pairs.plural
-        estimates = _estimates(columns, seen.moments, exact)
+        estimates = _estimates(columns, seen.observed, observed)
         of_components, of_kinds = estimates[: len(components)], estimates[len(components) :]
         return PlasticityReport(
             scores=tuple(Score(**vars(c), **row) for c, row in zip(components, of_components, strict=True)),  # type: ignore[arg-type]
@@ -317,7 +326,7 @@ class _Measuring:
             title=columns.criterion.title,
             inputs=self.settings.inputs,
             observed=observed,
-            samples=0 if exact else seen.moments.count,
+            samples=0 if exact else seen.observed.moments.count,
             skipped=seen.skipped,
             seed=self.settings.seed,
             uses_source=paired and self.source_data is not None,
@@ -326,30 +335,41 @@ class _Measuring:
             ending=ending,
             target_provenance=None if exact else provenance_of(self.target_data),
             source_provenance=provenance_of(self.source_data) if paired else None,
+            separation=columns.separation(seen.observed, selecting=ending is not None),
         )
 
 
-def _estimates(columns: Columns, moments: Moments, exact: bool) -> list[dict[str, float]]:
+def _estimates(columns: Columns, found: Observed, observed: str) -> list[dict[str, float | None]]:
     """Returns the fields of the score of each component and each kind."""
-    criterion, names = columns.criterion, columns.names
-    means = moments.mean[: len(names)]
-    spreads = np.zeros_like(means) if exact else moments.std[: len(names)]
+    criterion, means = columns.criterion, found.moments.mean
     if not means.any():
         raise ModelError(f"The {criterion.name} of every component is 0, so they cannot be ranked.")
-    estimates = []
-    for name, mean, std in zip(names, means, spreads, strict=True):
+    exact = observed == "weights"
+    spreads = np.zeros_like(means) if exact else found.moments.std
+    errors = None if exact else _errors(columns, found)
+    estimates: list[dict[str, float | None]] = []
+    for number, (name, mean) in enumerate(zip(columns.names, means, strict=True)):
         if mean == 0 and criterion.power < 0:
             raise NonFiniteError(f"The {criterion.name} of {name} is infinite: 1 / 0.")
         # The spread of mean ** power, to first order.
         slope = abs(criterion.power) * mean ** (criterion.power - 1) if mean > 0 else 0.0
-        score, count = float(mean**criterion.power), 0 if exact else moments.count
-        estimates.append({"mean": score, "std": float(slope * std), "samples": count})
+        row = {"mean": float(mean**criterion.power), "std": float(slope * spreads[number])}
+        error = None if errors is None else float(slope * errors[number])
+        estimates.append({**row, "samples": 0 if exact else found.moments.count, "error": error})
     return estimates
+
+
+def _errors(columns: Columns, found: Observed) -> np.ndarray:
+    """Returns the standard errors of means; the mean itself if the samples do not contain how it varies."""
+    variance, freedom = columns.spread(found).of_means()
+    known = freedom > 0
+    factors = error_factor(np.where(known, freedom, 1.0))
+    return np.where(known, np.sqrt(variance) * factors, found.moments.mean)
 
 
 def _check_enough(seen: Seen) -> None:
     """Raises DataError if there are too few samples to estimate their spread."""
-    count = seen.moments.count
+    count = seen.observed.moments.count
     if count < 2:
         raise DataError(
             f"Only {count} of {count + seen.skipped} pairs have a rate of change; in the others a component gets the "
@@ -376,18 +396,17 @@ def _log_order(sampler: Sampler, share: Share) -> None:
             logger.log(WARNING if images.looks_sorted else INFO, images.order)
 
 
-def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
-    if share.rank > 0:
+def _log(report: PlasticityReport, choice: Choice) -> None:
+    """Logs how the measurement ended; as a warning, if the selection is not settled."""
+    ending = report.ending
+    if ending is None:
         return
-    units, count = ", ".join(ending.units) or "nothing", seen.moments.count
     if ending.settled:
-        logger.info("Settled after %s of %s %s: %s", count, ending.planned, sampler.plural, units)
+        logger.info("%s", how_it_ended(report))
     else:
-        logger.warning(
-            "Not settled: after %s %s, %s cannot be separated from the others at a confidence of %s. More images "
-            "(max_samples=...) or another top_k may settle it. The standard errors show how close it is.",
-            count, sampler.plural, units, ending.confidence,
-        )  # fmt: skip
+        reached = None if report.separation is None else report.separation.reached
+        ranking = [row for row in report.ranking(ending.granularity) if row.unit in choice.units]
+        warn_if_not_settled(report, ending.units, reached, tied(choice, ranking))
 
 
 def _check_device(model: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """Mean and standard deviation of numbers that arrive in pieces: batch by batch, and process by process.
 
-`Moments.merge` combines both batches and processes. The state is the count, the mean and M2, the sum of squared
-distances from the mean. Two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm
-for computing sample variances" (1979). A rate of change is the mean of the ratio of each pair, so only ratios are
-added here, never numerators and denominators separately.
+`Moments.merge` combines both batches and processes. The state is the count, the mean and the comoments: the sums of
+products of two and of three distances from the mean. Two states combine as in Chan, Golub & LeVeque, "Updating
+formulae and a pairwise algorithm for computing sample variances" (1979). A rate of change is the mean of the ratio of
+each pair, so only ratios are added here, never numerators and denominators separately.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Count, mean and M2 of `n` observations of `k` quantities that were observed together.
+    """Count, mean and comoments of `n` observations of `k` quantities that were observed together.
 
     Examples:
         >>> import numpy as np
@@ -30,16 +30,17 @@ class Moments:
     mean: np.ndarray
     """Mean of each quantity: float64 of shape (k,), zeros while `count` is 0."""
     m2: np.ndarray
-    """Sum over observations of the squared distance from the mean: float64 of shape (k,)."""
+    """Sum over observations of the products of two distances from the mean: float64 of shape (k, k)."""
+    m3: np.ndarray
+    """The same of the squared distance of one quantity times the distance of another: float64 of shape (k, k)."""
 
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
         """Returns the moments of `values`, an array of shape (n, k); `n` may be 0."""
         values = np.asarray(values, dtype=np.float64)
-        if len(values) == 0:
-            return cls(0, np.zeros(values.shape[1]), np.zeros(values.shape[1]))
-        mean = values.mean(axis=0)
-        return cls(len(values), mean, ((values - mean) ** 2).sum(axis=0))
+        mean = values.mean(axis=0) if len(values) else np.zeros(values.shape[1])
+        apart = values - mean
+        return cls(len(values), mean, apart.T @ apart, (apart**2).T @ apart)
 
     def merge(self, other: Moments) -> Moments:
         """Returns the moments of both sets of observations together; neither operand changes."""
@@ -51,17 +52,27 @@ class Moments:
         return Moments(
             count=count,
             mean=self.mean + delta * share,
-            m2=self.m2 + other.m2 + delta**2 * (self.count * share),
+            m2=self.m2 + other.m2 + np.outer(delta, delta) * (self.count * share),
+            m3=self._m3_around(delta * share) + other._m3_around(-delta * (self.count / count)),
         )
+
+    def _m3_around(self, apart: np.ndarray) -> np.ndarray:
+        """Returns `m3` with distances from the mean plus `apart`."""
+        squares = np.diag(self.m2) + self.count * apart**2
+        return np.asarray(self.m3 - np.outer(squares, apart) - 2 * apart[:, None] * self.m2)
+
+    def only(self, columns: slice) -> Moments:
+        """Returns the moments of some of the quantities."""
+        return Moments(self.count, self.mean[columns], self.m2[columns, columns], self.m3[columns, columns])
 
     @property
     def std(self) -> np.ndarray:
         """Sample standard deviation of each quantity, shape (k,). Raises ValueError below two observations."""
         if self.count < 2:
             raise ValueError(f"A standard deviation needs at least 2 observations. Got {self.count}.")
-        return np.asarray(np.sqrt(self.m2 / (self.count - 1)))
+        return np.asarray(np.sqrt(np.diag(self.m2) / (self.count - 1)))
 
     @property
     def standard_error(self) -> np.ndarray:
-        """Standard error of each mean, std / sqrt(count), shape (k,)."""
+        """Standard error of the mean of independent observations, std / sqrt(count), shape (k,)."""
         return np.asarray(self.std / np.sqrt(self.count))

@@ -1,8 +1,8 @@
 """The loop of a measurement: samples go through a criterion, round by round, until the selection is settled.
 
 A round ends when the ranking is examined: after 32, 64, 128, ... samples. This does not depend on the number of
-processes or the size of a pass, so all processes stop at the same sample with the same result. They exchange moments
-once per round.
+processes or the size of a pass, so all processes stop at the same sample with the same result. They exchange sums of
+what they observed once per round.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.criteria.criterion import AnyCriterion, Observations
+from plasticity_peft.criteria.criterion import AnyCriterion, Observations, WeightCriterion
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.images.sampler import Batches, Sampler
-from plasticity_peft.measuring.moments import Moments
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same
-from plasticity_peft.measuring.settling import Settling, looks
+from plasticity_peft.measuring.settling import Settling, distances, looks
+from plasticity_peft.measuring.sharing import Observed, Spread
+from plasticity_peft.report.confidence import MOST_COMPONENTS, Separation
 from plasticity_peft.report.selection import Choice
 
 # A child of the logger of transformers, so that its verbosity applies here too.
@@ -39,9 +40,9 @@ Observe = Callable[[Any], Observations]
 class Seen:
     """The observations of all processes together."""
 
-    moments: Moments
-    """The columns are the components in the order of the architecture, the kinds, and the differences of the units to
-    select from. A kind is the mean over blocks of each sample, and its standard deviation is over samples."""
+    observed: Observed
+    """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
+    whose spread is the uncertainty of a kind, because blocks share their samples."""
     skipped: int
     """Number of samples that were skipped because they have no value."""
     settled: bool = False
@@ -49,41 +50,75 @@ class Seen:
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the moments, and the selection that follows from them."""
+    """The components and kinds, and what the observations say about a selection of them."""
 
     architecture: Architecture
     criterion: AnyCriterion
     settling: Settling
 
     @cached_property
+    def ids(self) -> list[str]:
+        """Canonical ids of the components."""
+        return [component.id for component in self.architecture.components]
+
+    @cached_property
     def names(self) -> list[str]:
-        """Names of the columns that are scores."""
-        return [*(component.id for component in self.architecture.components), *KINDS]
+        """Names of the columns."""
+        return [*self.ids, *KINDS]
 
-    @property
-    def count(self) -> int:
-        """Number of columns."""
-        units = len(self.settling.choice.units)
-        return len(self.names) + units * (units - 1) // 2
+    def nothing(self) -> Observed:
+        """Returns the state before anything is observed."""
+        return Observed.of(np.empty((0, len(self.names))), np.empty((0, 0), dtype=np.int64))
 
-    def moments(self, values: torch.Tensor) -> Moments:
-        """Returns the moments of some observations: float64 of shape (samples, components)."""
+    def observed(self, values: torch.Tensor, keys: np.ndarray) -> Observed:
+        """Returns the state after some observations of the components: float64 of shape (samples, components)."""
         seen = values.detach().cpu().numpy()
         of_kinds = seen.reshape(len(seen), len(self.architecture.blocks), len(KINDS)).mean(axis=1)
-        scores = np.concatenate([seen, of_kinds], axis=1)
-        differences = self.settling.differences(scores[:, self._units] * np.sign(self.criterion.power))
-        return Moments.of(np.concatenate([scores, differences], axis=1))
+        return Observed.of(np.concatenate([seen, of_kinds], axis=1), keys)
 
-    def ranking(self, moments: Moments) -> list[str]:
+    def spread(self, observed: Observed) -> Spread:
+        """Returns the spread of the means of all columns."""
+        if isinstance(self.criterion, WeightCriterion):
+            return Spread(np.zeros_like(observed.moments.m2), np.inf)
+        return Spread.of(observed)
+
+    def ranking(self, observed: Observed) -> list[str]:
         """Returns the units to select from, best first."""
-        means = moments.mean[self._units] * np.sign(self.criterion.power)
-        return [self.settling.choice.units[number] for number in np.argsort(-means, kind="stable")]
+        choice = self.settling.choice
+        columns = [self.names.index(unit) for unit in choice.units]
+        means = observed.moments.mean[columns] * np.sign(self.criterion.power)
+        return [choice.units[number] for number in np.argsort(-means, kind="stable")]
 
-    def settled(self, moments: Moments) -> bool:
-        """Returns whether the units that would be selected are separated from the others."""
-        first = len(self.names)
-        differences = Moments(moments.count, moments.mean[first:], moments.m2[first:])
-        return self.settling.settled(self.ranking(moments), differences)
+    def reached(self, observed: Observed) -> float:
+        """Returns the confidence of what would be selected."""
+        if observed.moments.count < 2:
+            return 0.0
+        kinds = self.settling.choice.units[0] in KINDS
+        columns = self._kinds if kinds else self._components
+        apart = distances(observed.moments.mean[columns], self.spread(observed).only(columns))
+        return self.settling.reached(self.ranking(observed), KINDS if kinds else self.ids, apart.tolist())
+
+    def separation(self, observed: Observed, selecting: bool) -> Separation:
+        """Returns how far apart the units are; of what would be selected, if measuring was to settle it."""
+        means, spread = observed.moments.mean, self.spread(observed)
+        kinds, components = (
+            tuple(distances(means[columns], spread.only(columns)).round(6).tolist())
+            for columns in (self._kinds, self._components)
+        )
+        return Separation(
+            kinds=kinds,
+            components=components if len(self.ids) <= MOST_COMPONENTS else None,
+            looks=self.settling.looks,
+            reached=self.reached(observed) if selecting else None,
+        )
+
+    @property
+    def _components(self) -> slice:
+        return slice(0, len(self.ids))
+
+    @property
+    def _kinds(self) -> slice:
+        return slice(len(self.ids), None)
 
     def check_finite(self, values: torch.Tensor) -> None:
         """Raises NonFiniteError, which names the component, if a value is NaN or infinite."""
@@ -95,10 +130,6 @@ class Columns:
                 "precision this is often overflow: measure the model in float32 or bfloat16."
             )
 
-    @cached_property
-    def _units(self) -> list[int]:
-        return [self.names.index(unit) for unit in self.settling.choice.units]
-
 
 def observe_until_settled(
     observe: Observe, columns: Columns, sampler: Sampler, share: Share, stop_early: bool
@@ -107,13 +138,13 @@ def observe_until_settled(
 
     Args:
         observe: the function that the criterion prepared.
-        columns: the columns of the moments, and the rule of the selection.
+        columns: the components and kinds, and the rule of the selection.
         sampler: the samples.
         share: the place of this process.
         stop_early: False to use all samples, even if the selection is settled earlier.
     """
     worker = _Worker(observe, columns, sampler)
-    moments, skipped, settled, start = Moments.of(np.empty((0, columns.count))), 0, False, 0
+    observed, skipped, settled, start = columns.nothing(), 0, False, 0
     with Progress(sampler, share) as progress:
         for stop in looks(sampler.planned(), sampler.first_look):
             with failing_together(share):
@@ -121,13 +152,13 @@ def observe_until_settled(
                 seen = worker.look_at(share.of(range(start, reached)), progress)
             start = same(share, f"number of {sampler.plural}", reached)
             for more, left_out in gathered(share, seen):
-                moments, skipped = moments.merge(more), skipped + left_out
-            settled = columns.settled(moments)
-            progress.show(start, columns.ranking(moments), columns.settling.choice)
+                observed, skipped = observed.merge(more), skipped + left_out
+            settled = columns.reached(observed) >= columns.settling.confidence
+            progress.show(start, columns.ranking(observed), columns.settling.choice)
             if (settled and stop_early) or start < stop:
                 break
         progress.end()
-    return Seen(moments, skipped, settled)
+    return Seen(observed, skipped, settled)
 
 
 class _Worker:
@@ -137,29 +168,47 @@ class _Worker:
         self._observe, self._columns, self._sampler = observe, columns, sampler
         self._per_pass = sampler.per_pass
 
-    def look_at(self, numbers: Sequence[int], progress: Progress) -> tuple[Moments, int]:
-        """Returns the moments of the samples with these numbers, and how many samples were skipped."""
+    def look_at(self, numbers: Sequence[int], progress: Progress) -> tuple[Observed, int]:
+        """Returns what is observed of the samples with these numbers, and how many samples were skipped."""
         numbers = self._sampler.arranged(numbers)
-        moments, skipped, done = Moments.of(np.empty((0, self._columns.count))), 0, 0
+        observed, skipped, done = self._columns.nothing(), 0, 0
         while done < len(numbers):
             batch = self._sampler.alike(numbers[done : done + self._per_pass])
             # Accelerate's find_executable_batch_size is not used, as it collects garbage at its start, here in every
             # round, which takes longer than a round of a small model.
             try:
-                values, left_out = self._observe(self._sampler.load(batch))
+                found = self._observed(batch)
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
-                values = None
-            if values is None:  # the error, which keeps tensors alive, is gone here
+                found = None
+            if found is None:  # the error, which keeps tensors alive, is gone here
                 clear_device_cache(garbage_collection=True)
                 self._halve()
                 continue
-            self._columns.check_finite(values)
-            moments, skipped = moments.merge(self._columns.moments(values)), skipped + left_out
+            observed, skipped = observed.merge(found[0]), skipped + found[1]
             done += len(batch)
             progress.advance(len(batch))
-        return moments, skipped
+        return observed, skipped
+
+    def _observed(self, batch: Sequence[int]) -> tuple[Observed, int]:
+        """Returns what is observed of the samples in one pass, and how many were skipped."""
+        values, skipped, kept = self._observe(self._sampler.load(batch))
+        self._columns.check_finite(values)
+        keys = self._sampler.image_keys(batch)
+        if len(values) < len(keys):
+            if kept is None and keys.shape[1]:  # the criterion does not report which samples the values are of
+                return self._one_by_one(batch)
+            keys = keys[: len(values)] if kept is None else keys[kept.cpu().numpy()]
+        return self._columns.observed(values, keys), skipped
+
+    def _one_by_one(self, batch: Sequence[int]) -> tuple[Observed, int]:
+        observed, skipped = self._columns.nothing(), 0
+        for number in batch:
+            values, left_out, _ = self._observe(self._sampler.load([number]))
+            keys = self._sampler.image_keys([number])[: len(values)]
+            observed, skipped = observed.merge(self._columns.observed(values, keys)), skipped + left_out
+        return observed, skipped
 
     def _halve(self) -> None:
         smaller, sampler = self._per_pass // 2, self._sampler

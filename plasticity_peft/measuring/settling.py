@@ -1,22 +1,21 @@
-"""When to stop: as soon as the units that would be selected are statistically separated from the others.
+"""When to stop: once the units that would be selected are statistically separated from the others.
 
-After 32, 64, 128, ... samples the ranking is examined. The selection is settled if every selected unit scores higher
-than every other unit by a paired t test. The test uses the difference of two units sample by sample, because units
-share their samples. The level of each test is 1 - confidence, divided by the number of examinations and by the number
-of pairs of units that could be in the wrong order (Bonferroni). So the probability that a wrong selection is ever
-called settled is at most 1 - confidence, as far as the mean of these differences is normally distributed.
+After 32, 64, 128, ... samples the ranking is examined. The selection is settled if its confidence, as
+`plasticity_peft.report.confidence` defines it, is at least the promised one: every selected unit is compared with
+every other unit by a paired t test, sample by sample, because all units see the same samples. The chances of error of
+these tests are added, and multiplied by the number of looks (Bonferroni). So a wrong selection is called settled with
+a probability of at most 1 - confidence.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import combinations
 
 import numpy as np
 
-from plasticity_peft.measuring.moments import Moments
+from plasticity_peft.measuring.sharing import Spread
+from plasticity_peft.report.confidence import FARTHEST, confidence
 from plasticity_peft.report.selection import Choice
 
 
@@ -34,47 +33,60 @@ def looks(total: int, first: int) -> list[int]:
     return [*stops, total]
 
 
+def distances(means: np.ndarray, spread: Spread) -> np.ndarray:
+    """Returns how far apart all pairs of means are, (0, 1), (0, 2), ...: shape (k (k - 1) / 2,).
+
+    It is the difference in standard errors, less what skewness adds to it, converted to the normal distribution: the
+    same chance lies beyond it as beyond that number in the t distribution. 0 if it is not known how much the means
+    vary.
+    """
+    from scipy import stats
+
+    first, second = np.triu_indices(len(means), 1)
+    apart = np.abs(means[first] - means[second])
+    apart[apart < 1e-12 * np.abs(means[first])] = 0.0  # what rounding leaves of two equal means
+    variance, freedom = spread.of_differences()
+    errors = np.sqrt(variance)
+    ratio = np.divide(apart, errors, out=np.where(apart > 0, np.inf, 0.0), where=errors > 0)
+    if spread.moments is not None:
+        skewness = spread.skewness_of_differences() * np.sign(means[first] - means[second])
+        ratio = np.where(errors > 0, _without_skewness(ratio, skewness, spread.moments.count), ratio)
+    known = freedom > 0
+    beyond = stats.t.sf(ratio, np.where(known, freedom, 1.0))
+    farthest = stats.norm.sf(FARTHEST)
+    return np.where(known, stats.norm.isf(np.maximum(beyond, farthest)), 0.0).clip(0.0, FARTHEST)
+
+
+def _without_skewness(ratio: np.ndarray, skewness: np.ndarray, count: int) -> np.ndarray:
+    """Returns t statistics after Hall's transformation, or as they were if that is less: shape (differences,)."""
+    root = np.sqrt(count)
+    with np.errstate(invalid="ignore", over="ignore"):  # infinite ratios, which are replaced
+        one = ratio / root
+        corrected = root * (one + skewness * one**2 / 3 + skewness**2 * one**3 / 27 + skewness / (6 * count))
+    return np.asarray(np.minimum(ratio, corrected).clip(0.0))
+
+
+def error_factor(freedom: np.ndarray) -> np.ndarray:
+    """Returns by what a standard error is multiplied so that two of them are what they are for many images.
+
+    The factor makes mean +- 1.96 standard errors an interval of 95 % confidence.
+    """
+    from scipy import stats
+
+    factor: np.ndarray = stats.t.isf(0.025, freedom) / stats.norm.isf(0.025)
+    return factor
+
+
 @dataclass(frozen=True)
 class Settling:
-    """Decides whether the selection is settled, each time that the ranking is examined."""
+    """What is to be selected, and how sure it must be."""
 
     choice: Choice
     confidence: float
-    """Lower bound of the probability that no wrong selection is ever called settled."""
+    """Lower bound of the probability that no wrong selection is called settled."""
     looks: int
-    """Largest number of times that the ranking is examined."""
+    """Number of looks."""
 
-    def differences(self, units: np.ndarray) -> np.ndarray:
-        """Returns the differences of all pairs of units: (n, units) to (n, units * (units - 1) / 2)."""
-        first, second = self._pairs
-        return np.asarray(units[:, first] - units[:, second])
-
-    def settled(self, ranking: Sequence[str], differences: Moments) -> bool:
-        """Returns whether the selection from `ranking` is separated from the other units.
-
-        Args:
-            ranking: all units, those with the highest means first.
-            differences: moments of the values that `differences` returned.
-        """
-        from scipy import stats
-
-        if differences.count < 2:
-            return False
-        level = (1 - self.confidence) / (self.looks * self.choice.possible_errors)
-        least = stats.t.isf(level / 2, differences.count - 1)
-        first, second = self._pairs
-        names = [(self.choice.units[one], self.choice.units[other]) for one, other in zip(first, second, strict=True)]
-        column = {pair: number for number, pair in enumerate(names)}
-        errors = differences.standard_error
-        for better, worse in self.choice.orders(ranking):
-            forward = (better, worse) in column
-            number = column[(better, worse) if forward else (worse, better)]
-            above = differences.mean[number] * (1 if forward else -1)
-            if not above > least * errors[number]:
-                return False
-        return True
-
-    @cached_property
-    def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        pairs = np.array(list(combinations(range(len(self.choice.units)), 2)), dtype=np.int64).reshape(-1, 2)
-        return pairs[:, 0], pairs[:, 1]
+    def reached(self, ranking: Sequence[str], units: Sequence[str], distances: Sequence[float]) -> float:
+        """Returns the confidence of what is selected from `ranking`; see `plasticity_peft.report.confidence`."""
+        return confidence(self.choice, ranking, units, distances, self.looks)

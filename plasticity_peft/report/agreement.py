@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,10 @@ from plasticity_peft.report.report import PlasticityReport
 
 
 def check_comparable(first: PlasticityReport, second: PlasticityReport, names: tuple[str, str]) -> None:
-    """Raises ReportError unless both reports score the same components, by canonical id."""
+    """Raises ReportError unless both reports score the same components, by canonical id.
+
+    Warns if both were measured on batches, of different sizes.
+    """
     ids = [{row.id for row in report.scores} for report in (first, second)]
     if ids[0] != ids[1]:
         contents = " and ".join(
@@ -21,6 +25,13 @@ def check_comparable(first: PlasticityReport, second: PlasticityReport, names: t
             for name, own, report in zip(names, ids, (first, second), strict=True)
         )
         raise ReportError(f"The reports are of models with different components, and cannot be compared: {contents}.")
+    sizes = [report.batch_size for report in (first, second)]
+    if None not in sizes and sizes[0] != sizes[1]:
+        warnings.warn(
+            f"{names[0]} was measured on batches of {sizes[0]} images and {names[1]} on batches of {sizes[1]}. The "
+            "scores depend on the batch size: measure both with the same batch_size.",
+            stacklevel=2,
+        )
 
 
 def agreement(

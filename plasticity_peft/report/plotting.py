@@ -14,6 +14,7 @@ from typing import Any
 from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
+from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.report.text import heading
@@ -96,7 +97,7 @@ def _draw_depth(ax: Any, report: BaseReport, selection: Selection | None) -> Non
     if ringed:
         ax.plot(*zip(*ringed, strict=True), "o", color="black", markersize=10, fillstyle="none", label="selected")
     _label_blocks(ax, report, blocks)
-    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}")
+    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}{_sure(selection)}")
     _scale(ax.yaxis, [row.mean for row in report.scores])
     ax.grid(alpha=0.3)
     _add_legend(ax)
@@ -136,7 +137,8 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
     _scale(ax.xaxis, [row.score for row in units])
     what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
     marked = "; selected: filled, bold" if chosen else ""
-    ax.set(xlabel=_unit(report), title=f"{what}\n{_certainty(report, 'intervals')}{marked}")
+    title = f"{what}\n{_certainty(report, 'intervals')}{marked}{_sure(selection)}"
+    ax.set(xlabel=_unit(report), title=title)
     ax.grid(alpha=0.3)
 
 
@@ -166,7 +168,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
         for color, width in (("white", 3.5), ("black", 1.5)):
             width *= 1 if len(blocks) <= MOST_TICKS else 0.6
             ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=color, linewidth=width))
-    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}")
+    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}{_sure(selection)}")
 
 
 DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
@@ -175,6 +177,13 @@ DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
     "heatmap": _draw_heatmap,
 }
 VIEWS = ("overview", *DRAWN)
+
+
+def _sure(selection: Selection | None) -> str:
+    """Returns a further line of a title, if there is a selection."""
+    if selection is None:
+        return ""
+    return f"\nselection: {'a tie' if selection.tied else f'confidence {in_words(selection.confidence)}'}"
 
 
 def _granularity(selection: Selection | None) -> str:

@@ -7,10 +7,12 @@ which stay the same if transformers renames modules.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from typing import Any
 
 from plasticity_peft.arguments import check_candidates
@@ -20,11 +22,15 @@ from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file, without_report
+from plasticity_peft.report.confidence import SURE, in_words, tied
 from plasticity_peft.report.format import FORMAT, VERSION, current, reading
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection, SelectionRule
-from plasticity_peft.report.text import as_html, as_text, why_norms_lead
+from plasticity_peft.report.text import as_html, as_text, confidence_of, observed, why_norms_lead
+
+# Below the logger of transformers, which is not imported here, so that its verbosity holds here too.
+logger = logging.getLogger(f"transformers.{__name__}")
 
 
 @dataclass(frozen=True)
@@ -36,21 +42,30 @@ class PlasticityReport(BaseReport):
 
     Attributes:
         scores: one row per component, block by block, in the order LN1, MHA, LN2, FC1, FC2. A row has `id` ("3.MHA"),
-        `kind`, `block`, `mean`, `std`, `samples`, `standard_error`, `parameters` and the paths `modules`. kinds: one
-        row per kind, in the same order: `kind`, `mean`, `std`, `samples` and `standard_error`. model_type:
-        `config.model_type` of the measured model. model_parameters: number of parameters of the measured model,
-        including its head. inputs: protocol of the criterion, "embedding" (the paper's) or "activation"; None for a
-        criterion without protocols. samples: number of samples over which each score is averaged; 0 if `observed` is
-        "weights". skipped: number of pairs that were skipped because a component got the same input for both images.
-        seed: seed of the drawing of images and of the criterion's random numbers. uses_source: True if a pair is one
-        source and one target image, False if it is two target images. versions: versions of the packages that were
-        used to measure, by name. criterion: name of the criterion; components with higher scores should train. title:
-        name of the scores, in words. observed: what a sample is: "pairs", "images", "batches" or, for a criterion that
-        reads only weights, "weights". The scores of such a criterion are exact. input_std: standard deviation over the
-        features of a token that enters block 0, mean over the tokens of one image; None for a criterion without
-        protocols. ending: how the measurement ended; None if all samples were measured regardless of the ranking.
+            `kind`, `block`, `mean`, `std`, `samples`, `standard_error`, `parameters` and the paths `modules`.
+        kinds: one row per kind, in the same order: `kind`, `mean`, `std`, `samples` and `standard_error`.
+        model_type: `config.model_type` of the measured model.
+        model_parameters: number of parameters of the measured model, including its head.
+        inputs: protocol of the criterion, "embedding" (the paper's) or "activation"; None for a criterion without
+            protocols.
+        samples: number of samples that each score is the mean of; 0 if `observed` is "weights".
+        skipped: number of pairs that were skipped because a component got the same input for both images.
+        seed: seed of the drawing of images and of the criterion's random numbers.
+        uses_source: True if a pair is one source and one target image, False if it is two target images.
+        versions: versions of the packages that were used to measure, by name.
+        criterion: name of the criterion; components with higher scores should train.
+        title: name of the scores, in words.
+        observed: what a sample is: "pairs", "images", "batches" or, for a criterion that reads only weights,
+            "weights". The scores of such a criterion are exact.
+        input_std: standard deviation over the features of a token that enters block 0, mean over the tokens of one
+            image; None for a criterion without protocols.
+        ending: how the measurement ended; None if all samples were measured regardless of the ranking.
         target_provenance: origin of the target images; None if there were none, or if it is unknown.
         source_provenance: origin of the source images; None if there were none, or if it is unknown.
+        batch_size: largest number of images in a batch if `observed` is "batches", else None. Scores of gradients
+            depend on it: compare them only between reports of one batch size.
+        separation: how far apart the units are, from which `select` computes `Selection.confidence`; None in reports
+            of older releases.
     """
 
     def select(
@@ -67,6 +82,9 @@ class PlasticityReport(BaseReport):
         lora_bias: bool = False,
     ) -> Selection:
         """Returns the best units, by number or by budget. Without `top_k` and `budget`, the best unit is selected.
+
+        `Selection.confidence` is how sure the selection is. A warning is logged if it is below the `settle` of the
+        measurement, or below 95 % without one, and if equal scores decided.
 
         Args:
             top_k: number of units.
@@ -110,14 +128,18 @@ class PlasticityReport(BaseReport):
             warnings.warn(explanation, stacklevel=3)
         rows = [row for row in self.scores if rule.unit_of(row) in units]
         counts = [rule.parameters_of(row) for row in rows]
-        return Selection(
+        selection = Selection(
             granularity=rule.granularity,
             units=units,
             components=tuple(row.id for row in rows),
             modules=tuple(path for row in rows for path in row.modules),
             parameters={mode: sum(count[mode] for count in counts) for mode in TRAINING_MODES},
             model_parameters=self.model_parameters,
+            confidence=confidence_of(self, choice, ranking),
+            tied=tied(choice, ranking),
         )
+        warn_if_not_settled(self, units, selection.confidence, selection.tied)
+        return selection
 
     def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
         """Raises ReportError unless this report was measured on a model with the given components."""
@@ -212,3 +234,22 @@ class PlasticityReport(BaseReport):
     def _repr_html_(self) -> str:
         """Returns the table for a notebook."""
         return as_html(self)
+
+
+def warn_if_not_settled(
+    report: BaseReport, units: Sequence[str], confidence: float | None, tied: Sequence[str]
+) -> None:
+    """Logs a warning, once, if the confidence of a selection is below what measuring promised, or below 95 %."""
+    promised = SURE if report.ending is None else report.ending.confidence
+    if not tied and (confidence is None or confidence >= promised):
+        return
+    advice = "Another" if tied else f"More {report.observed} (max_samples=...), or another"
+    _warn_once(
+        f"The selection of {', '.join(units) or 'nothing'} from {observed(report)} is not settled: its confidence is "
+        f"{in_words(confidence, tied)}. {advice} top_k or budget may settle it."
+    )
+
+
+@lru_cache(maxsize=1024)
+def _warn_once(message: str) -> None:
+    logger.warning(message)

@@ -15,6 +15,7 @@ from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, PositiveCount, Seed, Text, one_of
 from plasticity_peft.deprecation import renamed_attribute
 from plasticity_peft.errors import ReportError
+from plasticity_peft.report.confidence import Separation
 from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.selection import RankedUnit
 
@@ -29,11 +30,18 @@ class Estimate:
     samples: Count
     """Number of samples; 0 for a criterion that reads only weights, whose scores are exact."""
 
+    error: NonNegative | None = None
+    """Standard error of `mean`; None in reports of older releases. It takes into account that pairs share images, and
+    is increased for few images, so that two standard errors on both sides contain the true mean with a probability of
+    about 95 %."""
+
     pairs = renamed_attribute("Score", "pairs", "samples")
 
     @property
     def standard_error(self) -> float:
-        """Standard error of `mean`: std / sqrt(samples)."""
+        """Standard error of `mean`: `error`, or std / sqrt(samples) in reports of older releases."""
+        if self.error is not None:
+            return self.error
         return float(self.std / self.samples**0.5) if self.samples else 0.0
 
 
@@ -93,6 +101,8 @@ class BaseReport:
     ending: Ending | None = None
     target_provenance: Provenance | None = None
     source_provenance: Provenance | None = None
+    batch_size: PositiveCount | None = None
+    separation: Separation | None = None
 
     pairs = renamed_attribute("PlasticityReport", "pairs", "samples")
     source = renamed_attribute("PlasticityReport", "source", "uses_source")
@@ -145,6 +155,8 @@ class BaseReport:
             )
         if self.ending:
             self._check_ending(self.ending)
+        if self.separation:
+            self._check_separation(self.separation)
 
     def _check_rows(self) -> None:
         blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
@@ -170,6 +182,14 @@ class BaseReport:
         unknown = [unit for unit in ending.units if unit not in ids]
         if unknown:
             raise ReportError(f"ending.units must be of granularity {ending.granularity!r}, got {shown(unknown[0])}")
+
+    def _check_separation(self, separation: Separation) -> None:
+        for name, units in (("kinds", len(KINDS)), ("components", len(self.scores))):
+            found, pairs = getattr(separation, name), units * (units - 1) // 2
+            if found is not None and len(found) != pairs:
+                raise ReportError(
+                    f"separation.{name} must have {pairs} entries, one per pair of {name}, got {len(found)}"
+                )
 
 
 def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:

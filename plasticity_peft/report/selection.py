@@ -14,7 +14,7 @@ from annotated_types import Len
 from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.constraints import Count, PositiveCount, Text, allowed, one_of
+from plasticity_peft.constraints import Chance, Count, PositiveCount, Text, allowed, one_of
 from plasticity_peft.errors import ConfigError
 
 BY_MODE = allowed(
@@ -46,6 +46,11 @@ class Selection:
     """Number of parameters that train in each mode, without the head: {"lora": ..., "full": ...}."""
     model_parameters: PositiveCount
     """Number of parameters of the whole model that was measured. A budget is a share of it."""
+    confidence: Chance | None = None
+    """How sure the selection is: lower bound of the probability that no other unit belongs in the place of a selected
+    one, see `plasticity_peft.report.confidence`. None if the report does not contain it."""
+    tied: tuple[Text, ...] = ()
+    """Units of equal score, selected and others, whose order decided the selection: that of the blocks, best first."""
 
 
 def lora_parameters(
@@ -158,11 +163,6 @@ class Choice(ABC):
         chosen = self.chosen(ranking)
         return [(better, worse) for better in chosen for worse in ranking[len(chosen) :]]
 
-    @property
-    @abstractmethod
-    def possible_errors(self) -> int:
-        """The largest number of pairs of units that could be in the wrong order in a wrong selection."""
-
     def check_possible(self, ranking: Sequence[str]) -> None:  # noqa: B027 - most choices are always possible
         """Raises ConfigError if nothing can be selected from a ranking."""
 
@@ -177,11 +177,6 @@ class TopK(Choice):
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
         """Returns the first `top_k` units."""
         return tuple(ranking[: self.top_k])
-
-    @property
-    def possible_errors(self) -> int:
-        """A wrong selection has a unit that is not among the best `top_k` before one that is."""
-        return max(1, self.top_k * (len(self.units) - self.top_k))
 
 
 @dataclass(frozen=True)
@@ -218,11 +213,6 @@ class Budget(Choice):
         # A unit that fits must not belong in the position of the first one that does not.
         left = self.limit - sum(self.sizes[unit] for unit in chosen)
         return super().orders(ranking) + [(rest[0], worse) for worse in rest[1:] if self.sizes[worse] <= left]
-
-    @property
-    def possible_errors(self) -> int:
-        """Any two units could be in the wrong order."""
-        return max(1, len(self.units) * (len(self.units) - 1) // 2)
 
     def check_possible(self, ranking: Sequence[str]) -> None:
         """Raises ConfigError if not even the best unit fits."""

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from plasticity_peft.components.component import MATRIX_KINDS
+from plasticity_peft.report.confidence import confidence, in_words, tied
 from plasticity_peft.report.scores import BaseReport, Score
-from plasticity_peft.report.selection import RankedUnit
+from plasticity_peft.report.selection import Choice, RankedUnit, TopK
 
 
 def heading(report: BaseReport) -> str:
@@ -24,15 +25,15 @@ def observed(report: BaseReport) -> str:
 
 def as_text(report: BaseReport) -> str:
     """Returns the ranking of the kinds as a table of text, and how the measurement ended."""
-    text = table(_title(report), _columns(report), _rows(report))
-    return "\n".join(filter(None, [text, how_it_ended(report), why_norms_lead(report, report.ranking()[:1])]))
+    notes = [how_it_ended(report), how_sure(report), why_norms_lead(report, report.ranking()[:1])]
+    return "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
 
 
 def as_html(report: BaseReport) -> str:
     """Returns the same table as HTML, without scripts and style sheets. All text is escaped."""
     names = "".join(f"<th>{escape(name)}</th>" for name in _columns(report))
     rows = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for values in _rows(report))
-    notes = [where_from(report), how_it_ended(report), why_norms_lead(report, report.ranking()[:1])]
+    notes = [where_from(report), how_it_ended(report), how_sure(report), why_norms_lead(report, report.ranking()[:1])]
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     return (
         f"<table><caption>{escape(_title(report))}</caption><thead><tr>{names}</tr></thead>"
@@ -51,10 +52,36 @@ def how_it_ended(report: BaseReport) -> str:
     ending = report.ending
     if ending is None:
         return ""
-    units, confidence = ", ".join(ending.units), f"{ending.confidence:.0%} confidence"
+    units, promised = ", ".join(ending.units), f"{ending.confidence:.0%} confidence"
+    reached = f" Confidence reached: {in_words(None if report.separation is None else report.separation.reached)}."
     if ending.settled:
-        return f"Settled after {report.samples} of {ending.planned} {report.observed}: {units} ({confidence})."
-    return f"Not settled: {units} does not stand out from the rest ({confidence})."
+        return f"Settled after {report.samples} of {ending.planned} {report.observed}: {units} ({promised}).{reached}"
+    return f"Not settled: {units} does not stand out from the rest ({promised}).{reached}"
+
+
+def how_sure(report: BaseReport) -> str:
+    """Returns the confidence of each number of kinds; "" if it is known that all of them are exact."""
+    ranking = report.ranking()
+    choices = [TopK(tuple(row.unit for row in ranking), top_k) for top_k in range(1, len(ranking))]
+    found = [
+        "tie" if tied(choice, ranking) else in_words(confidence_of(report, choice, ranking)) for choice in choices
+    ]
+    if report.observed == "weights" and "tie" not in found:
+        return ""
+    if set(found) == {"unknown"}:
+        return "Confidence of each top_k: unknown, because the report is of an older release."
+    return f"Confidence of top_k={', '.join(str(choice.top_k) for choice in choices)}: {', '.join(found)}."
+
+
+def confidence_of(report: BaseReport, choice: Choice, ranking: Sequence[RankedUnit]) -> float | None:
+    """Returns the confidence of what `choice` selects from `ranking`; None if the report does not contain it."""
+    names = [row.unit for row in ranking]
+    kinds = [row.kind for row in report.kinds]
+    units = kinds if names[0] in kinds else [row.id for row in report.scores]
+    apart = None if report.separation is None else report.separation.of("kind" if units is kinds else "component")
+    if report.separation is None or apart is None:
+        return None
+    return confidence(choice, names, units, apart, report.separation.looks)
 
 
 def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
@@ -74,6 +101,7 @@ def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
 def _title(report: BaseReport) -> str:
     pairs = report.observed == "pairs" and report.criterion != "token_sensitivity"
     of = f" of {'a source and a target image' if report.uses_source else 'two target images'}" if pairs else ""
+    of = of if report.batch_size is None else f" of up to {report.batch_size} images"
     skipped = f" ({report.skipped} skipped)" if report.skipped else ""
     return f"{heading(report)}{skipped}{of}, seed {report.seed}"
 

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from plasticity_peft.components.component import MATRIX_KINDS
+from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
 from plasticity_peft.report.text import heading, how_it_ended, observed
@@ -140,10 +141,12 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
     pairs = f", {report.skipped} skipped" if report.skipped else ""
     sources = {True: ", each of a source and a target image", False: ", each of two target images"}
     yield "observed", observed(report) + (sources[report.uses_source] if report.observed == "pairs" else "") + pairs
+    yield "images per batch", "" if report.batch_size is None else f"up to {report.batch_size}"
     yield (
         "settled",
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
+    yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")
     yield "seed", str(report.seed)

@@ -120,6 +120,9 @@ def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp
         for row, expected in zip([*found.scores, *found.kinds], [*alone.scores, *alone.kinds], strict=True):
             assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
             assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case
+            assert row.standard_error == pytest.approx(expected.standard_error, rel=1e-6, abs=1e-12), case
+        for own, expected in zip(found.separation.components, alone.separation.components, strict=True):
+            assert own == pytest.approx(expected, rel=1e-6, abs=2e-6), case
 
     errors = {
         "bad": "OSError: the image cannot be read",

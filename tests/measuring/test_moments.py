@@ -19,6 +19,9 @@ def assert_equal(moments: Moments, values: np.ndarray) -> None:
     assert moments.count == len(values)
     np.testing.assert_allclose(moments.mean, values.mean(axis=0), rtol=1e-13)
     np.testing.assert_allclose(moments.std, values.std(axis=0, ddof=1), rtol=1e-7)
+    apart = values - values.mean(axis=0)
+    scale = np.outer(np.abs(apart**2).sum(axis=0), np.abs(apart).max(axis=0))
+    np.testing.assert_allclose((moments.m3 - np.einsum("ni,ni,nj->ij", apart, apart, apart)) / scale, 0, atol=1e-7)
     np.testing.assert_allclose(moments.standard_error, values.std(axis=0, ddof=1) / np.sqrt(len(values)), rtol=1e-7)
 
 
@@ -51,13 +54,14 @@ def test_empty_is_neutral_on_both_sides() -> None:
 def test_merging_changes_no_operand() -> None:
     values = DATA["plain"]
     empty, first, second = Moments.of(values[:0]), Moments.of(values[:9]), Moments.of(values[9:])
-    before = [(m.count, m.mean.copy(), m.m2.copy()) for m in (empty, first, second)]
+    before = [(m.count, m.mean.copy(), m.m2.copy(), m.m3.copy()) for m in (empty, first, second)]
     merged = empty.merge(first).merge(second)
     merged.mean[:] = -1
-    for moments, (count, mean, m2) in zip((empty, first, second), before, strict=True):
+    for moments, (count, mean, m2, m3) in zip((empty, first, second), before, strict=True):
         assert moments.count == count
         np.testing.assert_array_equal(moments.mean, mean)
         np.testing.assert_array_equal(moments.m2, m2)
+        np.testing.assert_array_equal(moments.m3, m3)
 
 
 @pytest.mark.parametrize("count", [0, 1])

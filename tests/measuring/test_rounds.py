@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.errors import ConfigError, ModelError
+from tests.support.logs import warned_of_selections
 from tests.support.measures import MEASURES, means
 from tests.support.models import REPOSITORY, random_images, tiny_model
 from tests.support.processes import python
@@ -55,17 +56,17 @@ def tied_model() -> PreTrainedModel:
     return model
 
 
-def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("transformers.plasticity_peft.measuring.measure")
-    logger.addHandler(caplog.handler)
-    try:
+def test_a_tie_goes_to_the_end_and_is_reported() -> None:
+    with warned_of_selections() as messages:
         found = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100)
-    finally:
-        logger.removeHandler(caplog.handler)
+        with pytest.warns(UserWarning, match="LN1 ranks high"):
+            assert found.select().tied == ("LN1", "LN2")
     assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
-    assert (
-        "Not settled: after 100 pairs, LN1 cannot be separated from the others at a confidence of 0.95." in caplog.text
+    (warning,) = messages  # once, though the report was selected from as well
+    assert warning == (
+        "The selection of LN1 from 100 pairs is not settled: its confidence is none, because the scores of LN1 and "
+        "LN2 are equal. Another top_k or budget may settle it."
     )
     both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
     assert (both.samples, both.ending.settled) == (32, True)
