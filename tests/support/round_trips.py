@@ -115,7 +115,7 @@ def save_case(task: Task, training: str, folder: Path, **options: Any) -> str | 
 
 
 def stock_answers(folders: list[Path]) -> dict[str, str]:
-    """Returns what stock PEFT makes of each case in one process that cannot import this package: "equal" or why not."""
+    """Returns what stock PEFT makes of each case, in one process without this package: "equal" or why not."""
     result = python("-c", STOCK, *folders, cwd=folders[0], timeout=1200)
     assert result.returncode == 0, result.stderr
     return dict(line.split("\t", 1) for line in result.stdout.splitlines())

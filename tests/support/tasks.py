@@ -173,15 +173,15 @@ DETR = {
     "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 32,
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, **LABELS,
 }  # fmt: skip
-VISION_16 = {**PLAIN}
 WORDS = {
-    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0, "head_dim": 8,
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 32, "pad_token_id": 0, "head_dim": 8,
 }  # fmt: skip
 LOOKING = torch.tensor([[2, 31, 31, 31, 31, 5, 6, 7], [2, 31, 31, 31, 31, 8, 9, 4]])
 """Token ids: 31 stands for a patch of an image."""
 TIPS = {
-    "backbone_config": {"model_type": "tipsv2_vision_model", **MLP_RATIO, "num_hidden_layers": 4, **FOUR_STAGES, "reshape_hidden_states": False},
+    "backbone_config": {"model_type": "tipsv2_vision_model", **MLP_RATIO, "num_hidden_layers": 4, **FOUR_STAGES,
+                        "reshape_hidden_states": False},
     "neck_hidden_sizes": [4, 4, 4, 4], "fusion_hidden_size": 4, "reassemble_factors": [4, 2, 1, 0.5],
     "num_depth_bins": 4, **LABELS,
 }  # fmt: skip
@@ -556,7 +556,7 @@ TASKS: dict[str, Task] = {
     **{
         name: task(
             model,
-            {"vision_config": {**vision, **VISION_16}, "text_config": WORDS, **options},
+            {"vision_config": {**vision, **PLAIN}, "text_config": WORDS, **options},
             pixels(input_ids=lambda: LOOKING, attention_mask=lambda: torch.ones_like(LOOKING)),
             given(labels=lambda: LOOKING),
             named=named,
