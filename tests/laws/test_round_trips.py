@@ -33,7 +33,7 @@ from tests.support.tasks import COUNT, LORA_IS_LOST, STOCK_REFUSES, TASKS, Task
 MODES = ("lora", "full")
 TRAINED = ("vit", "segformer-semantic", "glpn", "videomae", "clip-towers", "mask2former", "upernet-swin")
 """Those that the Trainer is run on."""
-CASES, CASES_UNDER_FOUR, CLASSES = 0, 0, 83
+CASES, CLASSES = 189, 83
 """How many adapters are saved and loaded, and of how many classes for a task there is a row."""
 REFUSED = "no component is found: test_sweep.py holds the reasons"
 NOT_BUILT = "it cannot be built from its default config here"
@@ -109,12 +109,14 @@ def test_a_handful_of_classes_answers_the_same_when_loaded(tmp_path: Path) -> No
 def test_every_class_answers_the_same_when_loaded(
     tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
-    names = [name for name, task in TASKS.items() if task.available and name not in STOCK_REFUSES]
+    if not FIVE:
+        pytest.skip("the small models are those of transformers 5; the handful runs under 4 too")
+    names = [name for name in TASKS if name not in STOCK_REFUSES]
     cases = [(name, mode) for name in names for mode in MODES if mode == "full" or name not in LORA_IS_LOST]
     problems = wrong(cases, tmp_path)
     assert not problems, "\n".join(problems)
     record_property("adapters that were saved and loaded", len(cases))
-    assert len(cases) == (CASES if FIVE else CASES_UNDER_FOUR)
+    assert len(cases) == CASES
 
 
 @pytest.mark.slow
