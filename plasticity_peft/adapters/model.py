@@ -37,6 +37,7 @@ from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_labels,
+    check_loadable,
     check_not_in_other_mode,
     check_not_wrapped,
     check_only_chosen_match,
@@ -185,6 +186,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     heads = heads_that_train(model, architecture.heads)
     named = named_by_the_user(model, config.modules_to_save, config.task_type)
     check_trainable(model, architecture, config, heads)
+    check_loadable(model, architecture, config)
     labels = _labels(model, architecture) if heads else None
     report = config.load_report()
     if report is not None:

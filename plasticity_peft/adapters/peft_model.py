@@ -20,6 +20,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from safetensors.torch import save
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from plasticity_peft.adapters.config import PlasticityConfig
@@ -35,6 +36,18 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 class PlasticityPeftModel(PeftModel):
     """A PeftModel whose model card describes what was measured, selected and trained. `get_peft_model` makes it."""
+
+    def train(self, mode: bool = True) -> PlasticityPeftModel:
+        """Sets training or evaluation mode; batch norms that are frozen stay in evaluation mode.
+
+        They would change their running statistics, which no adapter contains: the model that is saved would not be
+        the model that was trained.
+        """
+        super().train(mode)
+        for module in self.modules() if mode else ():
+            if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+                module.eval()
+        return self
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter. Other active adapters stay active, also if they have no LoRA layers.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 
+import torch
+from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -14,6 +16,7 @@ from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.saved.layers import PREFIX
 
 
 def check_not_wrapped(model: nn.Module) -> None:
@@ -58,6 +61,36 @@ def check_trainable(
                 'train its weights. Use training="lora", load the model without quantization, or select '
                 'other kinds: candidates=("LN1", "LN2").'
             )
+
+
+def check_loadable(model: nn.Module, architecture: Architecture, config: PlasticityConfig) -> None:
+    """Raises ModelError if PEFT would look for saved LoRA weights under names that the model does not have.
+
+    PEFT renames LoRA weights before it loads them, as transformers renames old checkpoints of the same model. For some
+    models that consist of several, the new names are those of another part, and the trained weights would be lost.
+    """
+    candidates = [part for part in architecture.components if part.kind in config.candidates and part.features]
+    paths = {path: part.kind for part in candidates if config.training == "lora" for path in part.modules}
+    lost = _lost_when_loaded(model, paths)
+    if lost:
+        kinds = ", ".join(dict.fromkeys(paths[path] for path in lost))
+        raise ModelError(
+            f"{type(model).__name__}: this release of transformers and PEFT cannot load LoRA weights of {lost[0]} "
+            f"again: it takes them for those of another module, and training would be lost. It is so for {kinds}. "
+            'Use training="full", or leave these kinds out of candidates.'
+        )
+
+
+def _lost_when_loaded(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Returns the modules of which PEFT renames saved LoRA weights, though they have the names of this model."""
+    try:
+        from peft.utils import transformers_weight_conversion as conversion
+    except ImportError:  # transformers 4, under which nothing is renamed
+        return []
+    keys = {path: f"{PREFIX}{path}.lora_A.weight" for path in paths}
+    weights = {key: torch.empty(1, 1) for key in keys.values()}
+    renamed = conversion.convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), weights)
+    return [path for path, key in keys.items() if key not in renamed]
 
 
 def check_labels(labels: Mapping[int, str] | None) -> None:
@@ -108,5 +141,6 @@ def check_only_chosen_match(model: nn.Module, linears: Collection[str], modules_
         if taken and path not in linears:
             raise ModelError(
                 f"{type(model).__name__}: PEFT matches the ends of module paths, so {path} would train together "
-                f"with {taken[0]}. Adapt only the part of the model that contains the blocks."
+                f"with {taken[0]}. Name {taken[0]!r} in modules_to_save to train both, freeze the one that is not in "
+                "the blocks with requires_grad_(False), or adapt only the part of the model that contains the blocks."
             )

@@ -82,20 +82,22 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
-    """Yields a module if it trains, or the modules in it that train. A partly frozen layer counts as trained."""
+    """Yields a module if it trains, or the modules in it that train. A partly frozen layer counts as trained.
+
+    So does a module with a parameter of its own that trains, because PEFT trains modules only.
+    """
     module = modules[path]
     if not all(holds_plain_weights(part) for _, part in walk(module)):  # their flags were not set by the user
         yield path
         return
     flags = [parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point()]
-    if all(flags):
-        yield from _items(modules, path)
+    own = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+    if has_forward(module) and any(flags) and (own or all(flags)):
+        yield path
     elif any(flags):
-        children = [name for name, child in module.named_children() if holds_weights(child)]
-        for name in children:
-            yield from _unfrozen(modules, f"{path}.{name}")
-        if not children:
-            yield path
+        for name, child in module.named_children():
+            if holds_weights(child):
+                yield from _unfrozen(modules, f"{path}.{name}")
 
 
 def named_by_the_user(model: nn.Module, names: Iterable[str] | None, task_type: object = None) -> tuple[str, ...]:
@@ -152,7 +154,8 @@ def peft_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
     names: list[str] = []
     for path in paths:
         clash = next((other for other in modules if other != path and other.endswith(path)), None)
-        parts = [f"{path}.{name}" for name, child in modules[path].named_children() if holds_weights(child)]
+        children = [f"{path}.{name}" for name, child in modules[path].named_children() if holds_weights(child)]
+        parts = [part for child in children for part in _items(modules, child)]
         if clash is None or not parts:
             names.append(path)
         elif parameter_count(modules[path]):
@@ -193,7 +196,8 @@ def check_has_head(model: nn.Module, architecture: Architecture, given: Iterable
     for path, owner in _owners(model, architecture):
         if not is_for_a_task(owner) or architecture.heads or given is not None:
             continue
-        beside = _beside(owner, path, architecture)
+        inside = [one for one in _owners(model, architecture) if within(one[0], path)]
+        beside = [part for place, one in inside for part in _beside(one, place, architecture)]
         if beside and not (isinstance(owner, PreTrainedModel) and owner.can_generate()):
             raise ModelError(
                 f"{type(owner).__name__} takes more than images, and its head could not be found. List the modules "
@@ -243,11 +247,16 @@ def _beside(owner: nn.Module, path: str, architecture: Architecture) -> list[str
 
 def _fresh(model: nn.Module, architecture: Architecture, training: Training) -> Iterator[str]:
     lost = list(fresh_weights(model, blocks=architecture.blocks, saved=training.full))
+    modules = [path for path in lost if path in dict(walk(model))]
+    single = [path for path in lost if path not in modules]
+    advice = [f"train and save them: modules_to_save={modules}"] if modules else []
+    if single:
+        advice.append(f"keep a copy of {', '.join(single)}: PEFT cannot save parameters that are not in modules")
     if lost:
         yield (
             f"{', '.join(lost)}: initialized at random when the model was loaded, because its checkpoint has no such "
             "weights. They stay frozen and are not saved with the adapter, so another process gets other values. If "
-            f"the model uses them, train and save them: modules_to_save={lost}."
+            f"the model uses them, {', and '.join(advice)}."
         )
 
 

@@ -54,7 +54,11 @@ def rename(
         for component in components
         for number, path in enumerate(component.modules)
     }
-    found = {path: known.get(path) or _place(path, architecture) for path in layers}
+    found = {path: known.get(path) for path in layers}
+    if not known:
+        # The other tower of a model may have layers of the same names.
+        others = set(modules) - {path for component in architecture.components for path in component.modules}
+        found = {path: None if path in others else _place(path, architecture) for path in layers}
     places = {path: place for path, place in found.items() if place is not None}
     targets = _targets(places, architecture)
     renamed = _moved(layers, places, targets)

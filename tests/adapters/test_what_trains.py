@@ -26,6 +26,7 @@ from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
 from tests.support.families import PLAIN
 from tests.support.models import REPOSITORY, backbone, random_images, tiny_model
+from tests.support.tasks import TASKS
 
 IMAGES = random_images()
 LOGGER = "transformers.plasticity_peft.adapters.what_trains"
@@ -461,3 +462,48 @@ def test_labels_that_are_not_numbered_as_the_outputs_are_refused_before_measurin
 def test_a_wrapped_model_has_the_labels_of_its_own() -> None:
     for build in (lambda: nn.DataParallel(tiny_model()), Around):
         assert adapt(build()).peft_config["default"].id2label == {index: f"LABEL_{index}" for index in range(3)}
+
+
+def test_a_head_with_a_parameter_of_its_own_trains_as_a_whole() -> None:
+    """The decoder of ViTMAE holds a mask token that trains, a table that does not, and a list of layers."""
+    model = TASKS["vit_mae-pretraining"].build()
+    assert not model.decoder.decoder_pos_embed.requires_grad
+    with pytest.warns(UserWarning, match=r"decoder\.decoder_pos_embed: frozen before, and trained now"):
+        adapted = adapt(model)
+    assert saved(adapted) == ["decoder"]
+    model = Own(head=nn.ModuleList([nn.Linear(16, 3), nn.Linear(16, 3).requires_grad_(False)]))
+    assert saved(quietly(model)) == ["head.0"]
+
+
+def test_a_head_in_the_inner_model_of_a_class_for_a_task_is_not_passed_over() -> None:
+    """The decoder of OneFormer lies in its inner model, which takes text, so that it is not found."""
+    task = TASKS["oneformer"]
+    with pytest.raises(ModelError, match=r"its head could not be found\. .*, model\.transformer_module, "):
+        adapt(task.build(), criterion="random", target_data=task.data())
+
+
+class Normed(nn.Module):
+    """A head with a batch norm, on a part with another one that is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.BatchNorm2d(3).requires_grad_(False)
+        self.net = tiny_model()
+        self.head = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 3))
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.head(self.net(pixel_values=self.stem(pixel_values)).logits)
+
+
+def test_frozen_batch_norms_keep_their_statistics_and_those_of_a_head_are_saved(tmp_path: Path) -> None:
+    fresh = copy.deepcopy(model := Normed())
+    adapted = quietly(model).train()
+    norms = {path: part.training for path, part in adapted.named_modules() if isinstance(part, nn.BatchNorm2d)}
+    assert list(norms.values()) == [False]
+    adapted(IMAGES)
+    assert torch.equal(model.stem.running_mean, fresh.stem.running_mean)
+    adapted.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(fresh, tmp_path)
+    assert not torch.equal(loaded.base_model.model.head.modules_to_save["default"][0].running_mean, torch.zeros(3))
+    torch.testing.assert_close(answer(loaded), answer(adapted))
+    assert adapted.train().base_model.model.head.modules_to_save["default"][0].training
