@@ -36,6 +36,7 @@ from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_labels,
+    check_lora_takes_part,
     check_not_in_other_mode,
     check_not_wrapped,
     check_only_chosen_match,
@@ -187,6 +188,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
         report.check_matches(architecture.model_type, architecture.components)
     selection = config.select(report)
     training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+    check_lora_takes_part(model, architecture, training.linears)
     names = _lora_names(model, training, config.modules_to_save)
     config.resolve(model, report, selection, **names, id2label=labels)
     report_what_trains(model, architecture, training, selection.units)

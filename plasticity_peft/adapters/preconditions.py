@@ -11,9 +11,13 @@ from torch import nn
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.checks import shown
 from plasticity_peft.components.architecture import Architecture, weights_of
+from plasticity_peft.components.calls import uncalled_projections
+from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.images.blank import blank_image
+from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 
 
 def check_not_wrapped(model: nn.Module) -> None:
@@ -58,6 +62,43 @@ def check_trainable(
                 'train its weights themselves. Use training="lora", load the model without quantisation, or choose '
                 'among others: candidates=("LN1", "LN2").'
             )
+
+
+def check_lora_takes_part(model: nn.Module, architecture: Architecture, linears: Collection[str]) -> None:
+    """Raises ModelError if LoRA is to train a layer whose weight attention uses without calling the layer."""
+    chosen = [part for part in architecture.components if part.kind == "MHA" and set(part.modules) & set(linears)]
+    uncalled = set(_uncalled(model, architecture)) & set(linears) if chosen else set()
+    part = next((part for part in chosen if set(part.modules) & uncalled), None)
+    if part is not None:
+        path = next(path for path in part.modules if path in uncalled)
+        others = tuple(kind for kind in KINDS if kind != "MHA")
+        raise ModelError(
+            f"{part.id} was chosen, and LoRA on {path} would do nothing: {type(model.get_submodule(part.path)).__name__} "
+            f"uses the weight of this layer without calling it. Choose among the others, candidates={others}, or train "
+            'the layer itself, training="full". To measure once for both, give report=measure_plasticity(...).'
+        )
+
+
+def _uncalled(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the projections that a pass with a blank image does not call; if there can be no such pass, by a sign."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return _with_biases_apart(model, architecture)
+    with ONE_AT_A_TIME:
+        found = left_as_found(model, seed=0)
+        try:
+            with found:
+                return uncalled_projections(model, architecture, blank_image(model, architecture, None))
+        except Exception:  # it may be unknown which size or which other inputs a model takes
+            return _with_biases_apart(model, architecture)
+        finally:
+            found.put_back()
+
+
+def _with_biases_apart(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the projections of attentions that hold biases beside them, which are then given to `F.linear`."""
+    attentions = [(part, model.get_submodule(part.path)) for part in architecture.components if part.kind == "MHA"]
+    apart = [part for part, module in attentions if "q_bias" in dict(module.named_parameters())]
+    return tuple(path for part in apart for path in part.modules[:-1])
 
 
 def check_labels(labels: Mapping[int, str] | None) -> None:

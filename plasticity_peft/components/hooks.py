@@ -1,7 +1,7 @@
-"""Hooks on the modules of a model, for the thread that sets them alone.
+"""Hooks on the modules of a model, and forward passes in the place of theirs, for the thread that sets them alone.
 
 Another thread may run the model while it is measured: its calls pass by the hooks. A hook that an interrupt left
-behind is recognized, and removed by `remove_own_hooks`.
+behind is recognized, and removed by `remove_own_hooks`; a forward pass by `put_back_forward`.
 """
 
 from __future__ import annotations
@@ -75,3 +75,22 @@ def remove_own_hooks(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, OwnHook)]:
                 for held in (hooks, *flags):
                     held.pop(key, None)  # type: ignore[attr-defined]
+
+
+class ReplacedForward:
+    """A forward pass that stands in the place of a module's own; it is set as `module.forward`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Takes the module, whose forward pass may be replaced already, as Accelerate does."""
+        self.replaced = vars(module).get("forward")
+        self._forward, self._thread = module.forward, threading.get_ident()
+
+
+def put_back_forward(module: nn.Module) -> None:
+    """Gives a module back its own forward pass, if a `ReplacedForward` is in its place."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, ReplacedForward):
+        if forward.replaced is None:
+            del module.forward
+        else:
+            module.forward = forward.replaced

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from logging import INFO, WARNING
@@ -21,6 +22,7 @@ from plasticity_peft.components.calls import (
     check_calls,
     input_names,
     label_names,
+    projections_called,
     why_unlike,
     with_forward_kwargs,
 )
@@ -216,7 +218,7 @@ def measure_by(
     with ONE_AT_A_TIME:
         found = left_as_found(model, settings.seed, settings.dtype, target_data, source_data)
         try:
-            with found, trainable_after(model):
+            with found, trainable_after(model), measuring.contexts:
                 if isinstance(criterion, WeightCriterion):
                     columns = Columns(architecture, criterion, Settling(choice, 0.0, looks=1))
                     return measuring.weights(criterion, columns)
@@ -234,13 +236,15 @@ class _Measuring:
     settings: Settings
     target_data: Any
     source_data: Any
+    contexts: ExitStack = field(default_factory=ExitStack)
+    """Ends with the measurement."""
 
     def weights(self, criterion: WeightCriterion, columns: Columns) -> PlasticityReport:
         """Returns the scores of a criterion that reads only weights; there is nothing to sample or to merge."""
         _check_weights(self.model)
         target = None if self.target_data is None else self._images(self.target_data, "target_data", 1)
         image = blank_image(self.model, self.architecture, target)
-        check_calls(self.model, self.architecture, image)
+        self._check_calls(image)
         values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
         columns.check_finite(values)
         return self._report(columns, Seen(columns.moments(values), skipped=0), observed="weights")
@@ -253,7 +257,7 @@ class _Measuring:
             sampler = self._sampler(criterion)
             _log_order(sampler, share)
             example = sampler.example()
-            check_calls(self.model, self.architecture, example)
+            self._check_calls(example)
             if self.settings.inputs == "embedding":
                 _check_alike(self.model, self.architecture, example)
             spread = _spread(self.model, self.architecture, example) if criterion.protocols else None
@@ -273,6 +277,11 @@ class _Measuring:
             _log(ending, sampler, seen, share)
         report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
         return replace(report, target_provenance=_of_those_drawn(report.target_provenance, sampler))
+
+    def _check_calls(self, example: Inputs) -> None:
+        """Raises ModelError unless a forward pass calls all layers, or attention can be made to call the others."""
+        uncalled = check_calls(self.model, self.architecture, example)
+        self.contexts.enter_context(projections_called(self.model, self.architecture, uncalled))
 
     def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""
