@@ -50,6 +50,7 @@ from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport
 from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
+from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError
@@ -68,7 +69,7 @@ class ModelArguments:
     """Which model is finetuned."""
 
     model_name_or_path: str = field(
-        default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a ViT, DeiT or DINOv2 model."}
+        default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a vision transformer, of transformers or of timm."}
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     image_size: int | None = field(
@@ -311,8 +312,8 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
 
 def with_head_alone(model: PreTrainedModel) -> PeftModel:
     """Returns the model with nothing to train but its head: stock PEFT without a LoRA layer."""
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads))
+    heads = find_architecture(model).heads
+    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
 
 
 class ResumableTrainer(Trainer):
