@@ -69,7 +69,8 @@ class ModelArguments:
     """Which model is finetuned."""
 
     model_name_or_path: str = field(
-        default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a vision transformer, of transformers or of timm."}
+        default=str(DEMO_MODEL),
+        metadata={"help": "Hub name or folder of a vision transformer, of transformers or of timm."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     image_size: int | None = field(

@@ -72,15 +72,16 @@ def check_lora_takes_part(model: nn.Module, architecture: Architecture, linears:
     if part is not None:
         path = next(path for path in part.modules if path in uncalled)
         others = tuple(kind for kind in KINDS if kind != "MHA")
+        attention = type(model.get_submodule(part.path)).__name__
         raise ModelError(
-            f"{part.id} was chosen, and LoRA on {path} would do nothing: {type(model.get_submodule(part.path)).__name__} "
-            f"uses the weight of this layer without calling it. Choose among the others, candidates={others}, or train "
-            'the layer itself, training="full". To measure once for both, give report=measure_plasticity(...).'
+            f"{part.id} was chosen, and LoRA on {path} would do nothing: {attention} uses the weight of this layer "
+            f"without calling the layer. Choose among the other kinds, candidates={others}, or train the layer itself, "
+            'training="full". The scores hold for both: give report=measure_plasticity(...) to measure only once.'
         )
 
 
 def _uncalled(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
-    """Returns the projections that a pass with a blank image does not call; if there can be no such pass, by a sign."""
+    """Returns the projections that a pass with a blank image does not call; those that look so if none is possible."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return _with_biases_apart(model, architecture)
     with ONE_AT_A_TIME:
