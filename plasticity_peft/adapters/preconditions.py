@@ -75,8 +75,8 @@ def check_lora_takes_part(model: nn.Module, architecture: Architecture, linears:
         attention = type(model.get_submodule(part.path)).__name__
         raise ModelError(
             f"{part.id} was chosen, and LoRA on {path} would do nothing: {attention} uses the weight of this layer "
-            f"without calling the layer. Choose among the other kinds, candidates={others}, or train the layer itself, "
-            'training="full". The scores hold for both: give report=measure_plasticity(...) to measure only once.'
+            f"without calling the layer. Choose among the other kinds, candidates={others}, or train the layer "
+            'itself, training="full". The scores hold for both: give report=measure_plasticity(...) to measure only once.'
         )
 
 
