@@ -59,7 +59,7 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
         kind: a dataclass whose annotations contain constraints, or a type made of such classes.
         values: what JSON can represent.
         error: class of the error if a value violates a constraint.
-        place: where `values` are in the file, such as "adapter".
+        place: position of `values` in the file, such as "adapter".
 
     Raises:
         error: a value is missing, of another type, or not allowed. The message contains the field, what is allowed

@@ -1,8 +1,8 @@
 """Projections whose weights an attention uses without calling them, as BEiT, EVA-02 and Swin V2 of timm do.
 
 Their biases are parameters of the attention, which computes `F.linear(x, self.qkv.weight, bias)`. A hook on such a
-layer sees nothing, and LoRA beside it would do nothing. A copy of the layer that trains in full is used, because its
-weight takes the place of the other.
+layer sees nothing, and LoRA on it would have no effect. A copy of the layer that trains in full is used, because the
+weight of the copy takes the place of the layer's.
 
 To measure such a model, its attention is made to call the layers: what it computes stays the same.
 """

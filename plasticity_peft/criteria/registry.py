@@ -1,6 +1,6 @@
 """Criteria by name: the built-in ones, which are imported on first use, and those that users register.
 
-The names are known without importing torch: the command line lists them.
+The names are known without importing torch, so that the command line can list them.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ C = TypeVar("C")
 
 
 def register_criterion(criterion: C, *, replace: bool = False) -> C:
-    """Adds a criterion of your own, which is then known by its `name`.
+    """Adds a criterion, which is then known by its `name`.
 
     `PlasticityConfig` and `measure_plasticity` accept the name, and so does the command line with `--plugin`. A saved
     report can be loaded, shown and selected from without the criterion. Every process of a distributed run must
@@ -118,7 +118,7 @@ def register_criterion(criterion: C, *, replace: bool = False) -> C:
     Args:
         criterion: a subclass of `Criterion` or `WeightCriterion` (of `plasticity_peft.criteria`) that can be created
             without arguments, or an instance of one.
-        replace: whether the name may be that of a known criterion, which is then replaced.
+        replace: True to replace a criterion of the same name.
 
     Returns:
         `criterion`, so that this can be used as the decorator of a class.
@@ -146,7 +146,7 @@ def register_criterion(criterion: C, *, replace: bool = False) -> C:
     again = known is made or type(known) is criterion
     if known is not None and not again and not replace:
         raise ConfigError(
-            f"The criterion {made.name!r} is known already. Give another name, or replace=True to replace it."
+            f"The criterion {made.name!r} already exists. Choose another name, or give replace=True to replace it."
         )
     CRITERIA[made.name] = made
     return criterion
@@ -161,7 +161,7 @@ def _instance(criterion: object) -> AnyCriterion:
         except TypeError as error:
             raise ConfigError(
                 f"{criterion.__name__} cannot be created without arguments: {error}. Register an instance, or define "
-                "what is missing."
+                "the missing methods."
             ) from error
     if isinstance(criterion, AnyCriterion):
         return criterion

@@ -1,4 +1,4 @@
-"""A blank image, for what depends on the size of an image and not on its content."""
+"""A blank image, for values that depend on the size of an image and not on its content."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from plasticity_peft.images.indexed import Images, stack, to_device
 
 
 def blank_image(model: nn.Module, architecture: Architecture, target: Images | None) -> Inputs:
-    """Returns an image of zeros, the mean of what an image processor makes: tensors of shape (1, ...).
+    """Returns an image of zeros, the mean of the output of an image processor: tensors of shape (1, ...).
 
     Args:
         model: the model that `architecture` describes.
         architecture: see `model`.
-        target: images of which the first gives the size. If None, the size is the one that the model was made for.
+        target: images; the first one determines the size. If None, it is the size that the model was made for.
 
     Raises:
         ModelError: there are no images, and the model does not say which size it takes.
@@ -37,7 +37,7 @@ def blank_image(model: nn.Module, architecture: Architecture, target: Images | N
     shape = _shape(getattr(backbone, "config", None)) or _shape_in_timm(model.get_submodule(architecture.trunk))
     if shape is None:
         raise ModelError(
-            f"{type(backbone).__name__}: its config has no image_size to make a blank image of. Give images to "
+            f"{type(backbone).__name__}: its config has no image_size, so no blank image can be made. Give images to "
             "measure on."
         )
     return {main_input(backbone): torch.zeros((1, *shape), device=device, dtype=dtype)}

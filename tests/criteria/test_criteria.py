@@ -492,7 +492,7 @@ def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
 
 
 def test_what_a_criterion_lacks_is_said(vit: PreTrainedModel) -> None:
-    with pytest.raises(ConfigError, match="criterion='gradient_norm' has nothing to rank by: give images"):
+    with pytest.raises(ConfigError, match="criterion='gradient_norm' needs images to measure on"):
         measure_plasticity(vit, criterion="gradient_norm")
     with pytest.raises(ModelError, match="ViTModel has no head, and criterion='gradient_norm' needs one"):
         measure(backbone(), "gradient_norm")

@@ -228,7 +228,7 @@ def test_attention_that_does_not_call_its_projections_takes_no_lora() -> None:
         pytest.skip("transformers 5 calls the projections of VideoMAE")
     found = FAMILIES["videomae"]
     report = measure_plasticity(found.build(), items(found.images()), max_samples=4)
-    with pytest.raises(ModelError, match=r"0\.MHA was chosen, and LoRA on \S+query would do nothing"):
+    with pytest.raises(ModelError, match=r"0\.MHA was chosen, and LoRA on \S+query would have no effect"):
         get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",)))
     model = get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",), training="full"))
     model(**found.images(), labels=torch.zeros(4, dtype=torch.long)).loss.backward()
@@ -280,9 +280,7 @@ def test_the_vision_tower_of_a_bigger_model(build: Callable[[], PreTrainedModel]
 
 def test_of_several_vision_towers_one_must_be_named() -> None:
     model = nn.ModuleDict({"left": FAMILIES["vit"].build(), "right": FAMILIES["clip-vision"].build()})
-    with pytest.raises(
-        ModelError, match=r"2 vision transformers. Say which one with backbone=, one of .left., .right."
-    ):
+    with pytest.raises(ModelError, match=r"2 vision transformers. Choose one with backbone=, one of .left., .right."):
         find_components(model)
     assert find_components(model, "right")[0].path.startswith("right.")
     with pytest.raises(ModelError, match=r"has no module 'middle' .* found in it: left, right"):
@@ -298,7 +296,7 @@ def test_a_module_whose_path_ends_like_a_chosen_one_is_not_trained_along() -> No
         inner = inner.get_submodule(part)
     inner.add_module(name.split(".")[-1], nn.Linear(2, 2))
     report = measure_plasticity(model, criterion="bound")
-    with pytest.raises(ModelError, match=rf"extra.{name} would be trained along with {name}"):
+    with pytest.raises(ModelError, match=rf"extra.{name} would train together with {name}"):
         get_peft_model(model, PlasticityConfig(report=report, candidates=("FC1",)))
 
 
