@@ -24,6 +24,7 @@ VERSIONS: dict[str, tuple[str | None, dict[str, str]]] = {
     "transformers4": ("constraints.txt", TRANSFORMERS_4),
     "tested": ("constraints.txt", {}),
     "newest": (None, {}),  # whatever pyproject.toml allows today
+    "timm": ("constraints.txt", {"torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31"}),
 }
 """Name of a set of versions: its constraints file, and what is pinned otherwise than there."""
 
@@ -36,20 +37,25 @@ MATRIX = [
     ("3.12", "tested"),
     ("3.13", "tested"),
     ("3.13", "newest"),
+    ("3.12", "timm"),
 ]
 """What is run. The lowest numpy, pandas and scikit-learn have no wheels for Python 3.12."""
+
+APART = {"timm": ("test,timm", ["tests/timm"])}
+"""The extras and the tests of sets of versions that are for a part alone: torchvision wants a torch of its own."""
 
 
 @nox.session
 @nox.parametrize("python,versions", MATRIX, ids=[f"{versions}-{python}" for python, versions in MATRIX])
 def tests(session: nox.Session, versions: str) -> None:
-    """Runs all tests on one of the sets of versions."""
+    """Runs the tests on one of the sets of versions."""
     file, instead = VERSIONS[versions]
     options = [] if file is None else ["-c", str(constraints(session, file, instead))]
-    session.install(*options, "-e", ".[test]")
+    extras, folders = APART.get(versions, ("test", []))
+    session.install(*options, "-e", f".[{extras}]")
     pip = ["uv", "pip"] if session.venv_backend == "uv" else ["python", "-m", "pip"]
     session.run(*pip, "check")
-    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]))
+    session.run("python", "-m", "pytest", *(session.posargs or ["-n", "2", "--dist", "worksteal"]), *folders)
 
 
 def constraints(session: nox.Session, file: str, instead: dict[str, str]) -> Path:

@@ -59,6 +59,7 @@ from plasticity_peft import (
 from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.card import update_card
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
+from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError
@@ -79,7 +80,8 @@ class ModelArguments:
     """The model to finetune."""
 
     model_name_or_path: str = field(
-        default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a ViT, DeiT or DINOv2 model."}
+        default=str(DEMO_MODEL),
+        metadata={"help": "Hub name or folder of a vision transformer, of transformers or of timm."},
     )
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     image_size: int | None = field(
@@ -353,8 +355,8 @@ def on_device(model: PreTrainedModel, arguments: FinetuningArguments) -> PreTrai
 
 def with_head_alone(model: PreTrainedModel) -> PeftModel:
     """Returns the model with only its head to train: stock PEFT without LoRA layers."""
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
-    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads))
+    heads = find_architecture(model).heads
+    return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
 
 
 class ResumableTrainer(Trainer):

@@ -14,6 +14,7 @@ CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 REPORT_NAME = "plasticity.json"
 """The file with the report and the selection; plain LoRA adapters do not have it."""
+MODEL_CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
 """The image processor, if it was saved with the adapter."""
 

@@ -38,6 +38,7 @@ from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_labels,
     check_loadable,
+    check_lora_takes_part,
     check_not_in_other_mode,
     check_not_wrapped,
     check_only_chosen_match,
@@ -196,6 +197,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
             report = _measure(model, config)
         selection = config.select(report)
         training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+        check_lora_takes_part(model, architecture, training.linears)
         names = _lora_names(model, training, config.modules_to_save)
         config.resolve(model, report, selection, **names, id2label=labels, head_fit=head_fit)
     report_what_trains(model, architecture, training, selection.units)

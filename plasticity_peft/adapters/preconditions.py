@@ -13,9 +13,13 @@ from torch import nn
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.checks import shown
 from plasticity_peft.components.architecture import Architecture, weights_of
+from plasticity_peft.components.calls import uncalled_projections
+from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.images.blank import blank_image
+from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 from plasticity_peft.saved.layers import PREFIX
 
 
@@ -91,6 +95,45 @@ def _lost_when_loaded(model: nn.Module, paths: Iterable[str]) -> list[str]:
     weights = {key: torch.empty(1, 1) for key in keys.values()}
     renamed = conversion.convert_peft_adapter_state_dict_for_transformers(model, LoraConfig(), weights)
     return [path for path, key in keys.items() if key not in renamed]
+
+
+def check_lora_takes_part(model: nn.Module, architecture: Architecture, linears: Collection[str]) -> None:
+    """Raises ModelError if LoRA is to train a layer whose weight attention uses without calling the layer."""
+    chosen = [part for part in architecture.components if part.kind == "MHA" and set(part.modules) & set(linears)]
+    uncalled = set(_uncalled(model, architecture)) & set(linears) if chosen else set()
+    part = next((part for part in chosen if set(part.modules) & uncalled), None)
+    if part is not None:
+        path = next(path for path in part.modules if path in uncalled)
+        others = tuple(kind for kind in KINDS if kind != "MHA")
+        attention = type(model.get_submodule(part.path)).__name__
+        raise ModelError(
+            f"{part.id} was chosen, and LoRA on {path} would have no effect: {attention} uses the weight of this "
+            f"layer without calling the layer. Choose among the other kinds, candidates={others}, or train the layer "
+            'itself, training="full". The scores are valid for both: give report=measure_plasticity(...) to measure '
+            "only once."
+        )
+
+
+def _uncalled(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the projections that a pass with a blank image does not call; those that look so if none is possible."""
+    if any(parameter.is_meta for parameter in model.parameters()):
+        return _with_biases_apart(model, architecture)
+    with ONE_AT_A_TIME:
+        found = left_as_found(model, seed=0)
+        try:
+            with found:
+                return uncalled_projections(model, architecture, blank_image(model, architecture, None))
+        except Exception:  # it may be unknown which size or which other inputs a model takes
+            return _with_biases_apart(model, architecture)
+        finally:
+            found.put_back()
+
+
+def _with_biases_apart(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
+    """Returns the projections of attentions that hold biases beside them, which are then given to `F.linear`."""
+    attentions = [(part, model.get_submodule(part.path)) for part in architecture.components if part.kind == "MHA"]
+    apart = [part for part, module in attentions if "q_bias" in dict(module.named_parameters())]
+    return tuple(path for part in apart for path in part.modules[:-1])
 
 
 def check_labels(labels: Mapping[int, str] | None) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import transformers
 from peft import PeftModel
+from torch import nn
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -20,8 +21,9 @@ from transformers import (
 
 from plasticity_peft.adapters.loading import load_adapter, read_config
 from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.components.layouts import TIMM_TYPES
 from plasticity_peft.errors import AdapterError
-from plasticity_peft.hub import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_file
+from plasticity_peft.hub import CONFIG_NAME, MODEL_CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_file
 from plasticity_peft.saved.record import AdapterRecord, reading_record
 from plasticity_peft.saved.weights import read_header
 
@@ -107,7 +109,7 @@ def load_pretrained(
     given = {name: value for name, value in options.items() if value is not None}
     model = _base(_base_class(config), base, {**given, **(model_kwargs or {})}, source, backbone)
     adapted = load_adapter(model, source, is_trainable=is_trainable, backbone=backbone, **hub)
-    return Pretrained(adapted, _image_processor(source, base, hub), labels)
+    return Pretrained(adapted, _image_processor(source, base, model, hub), labels)
 
 
 def _base(
@@ -158,15 +160,21 @@ def _base_class(config: Mapping[str, Any]) -> Any:
     return found if known else AutoModelForImageClassification
 
 
-def _image_processor(source: str, base: str, hub: Mapping[str, Any]) -> BaseImageProcessor:
+def _image_processor(source: str, base: str, model: nn.Module, hub: Mapping[str, Any]) -> BaseImageProcessor:
+    """Returns the image processor of the adapter, or that of its base model; a model of timm has it in its config."""
     shared = {name: hub[name] for name in SHARED if name in hub}
-    for place, options in ((source, hub), (base, shared)):
-        path = find_file(place, PROCESSOR_NAME, AdapterError, optional=True, **options)
+    of_timm = getattr(getattr(model, "config", None), "model_type", None) in TIMM_TYPES
+    for place, name, options in (
+        (source, PROCESSOR_NAME, hub),
+        (base, PROCESSOR_NAME, shared),
+        *([(base, MODEL_CONFIG_NAME, shared)] if of_timm else []),
+    ):
+        path = find_file(place, name, AdapterError, optional=True, **options)
         if path is not None:
             try:
                 return cast(BaseImageProcessor, AutoImageProcessor.from_pretrained(path.parent))  # type: ignore[no-untyped-call]
-            except (OSError, ValueError) as error:
-                raise AdapterError(f"Cannot read {PROCESSOR_NAME} of {place}: {error}") from error
+            except (OSError, ValueError, TypeError) as error:  # TypeError: no pretrained_cfg in a config of timm
+                raise AdapterError(f"Cannot read {name} of {place}: {error}") from error
     raise AdapterError(
         f"No {PROCESSOR_NAME} in {source} or its base model {base}. Save the image processor with the adapter, or "
         "use load_adapter and your own image processor."

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.blocks import is_timm_model
 from plasticity_peft.components.fresh import fresh_weights
 from plasticity_peft.components.heads import (
     EMBEDDINGS,
@@ -265,7 +266,7 @@ def _left(model: nn.Module, architecture: Architecture, training: Training) -> I
     modules, parameters = dict(walk(model)), dict(_trainable(model))
     parts = [*architecture.heads]
     for path, owner in _owners(model, architecture):
-        if not from_transformers(owner):
+        if not (from_transformers(owner) or is_timm_model(owner)):
             parts += _beside(owner, path, architecture)
     left = [name for name in parameters if any(within(name, part) for part in parts) and not training.holds(name)]
     whole = outermost(part for part in parts if part in modules and not any(within(t, part) for t in training.full))

@@ -64,9 +64,8 @@ def select(
     components: Any = found.scores
     heads = options.several(head)
     if model is not None:
-        architecture, found_heads = _architecture(model, model_revision, backbone)
-        found.check_matches(architecture.model_type, architecture.components)
-        components, heads = architecture.components, (*found_heads, *heads)
+        components, found_heads = _in_model(model, model_revision, backbone, found, selection, training)
+        heads = (*found_heads, *heads)
     if not heads:
         typer.echo("Warning: no head will train. Give --head to name it, or --model to find it.", err=True)
     modules = lora_arguments(components, selection.components, training, heads=heads)
@@ -75,15 +74,26 @@ def select(
     _print(config, format, f"{heading}; confidence {in_words(selection.confidence, selection.tied)}")
 
 
-def _architecture(model: str, revision: str | None, backbone: str | None) -> tuple[Any, list[str]]:
-    """Returns the architecture of a model, and the names by which PEFT finds its heads."""
+def _in_model(
+    name: str, revision: str | None, backbone: str | None, report: Any, selection: Any, training: str
+) -> tuple[Any, list[str]]:
+    """Returns the components of a model, and the names by which PEFT finds its heads.
+
+    Raises:
+        ModelError: LoRA on a selected component would have no effect in this model.
+    """
+    from plasticity_peft.adapters.preconditions import check_lora_takes_part
     from plasticity_peft.adapters.what_trains import peft_names
     from plasticity_peft.cli.models import blank_model
     from plasticity_peft.components.architecture import find_architecture
 
-    built = blank_model(model, revision)
+    built = blank_model(name, revision)
     architecture = find_architecture(built, backbone)
-    return architecture, peft_names(built, architecture.heads)
+    report.check_matches(architecture.model_type, architecture.components)
+    if training == "lora":
+        chosen = [part for part in architecture.components if part.id in selection.components]
+        check_lora_takes_part(built, architecture, [path for part in chosen for path in part.modules])
+    return architecture.components, peft_names(built, architecture.heads)
 
 
 def _print(config: dict[str, Any], format: str, heading: str) -> None:

@@ -6,8 +6,8 @@ Every hook is set by a context manager, so that it is also removed after an exce
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import Any, NamedTuple, get_args
 
@@ -19,6 +19,7 @@ from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.heads import lineage, within
 from plasticity_peft.components.hooks import after_calls, before_calls
 from plasticity_peft.components.offloading import offloaded
+from plasticity_peft.components.uncalled import calling
 from plasticity_peft.components.wrappers import (
     PIXELS,
     as_written,
@@ -276,27 +277,65 @@ def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) ->
     return seen[0] if seen else None
 
 
-def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
-    """Raises ModelError unless a forward pass calls every layer of every component once, in the order of a block.
+def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> tuple[str, ...]:
+    """Returns the projections whose weights attention uses without calling them, as `uncalled_projections` does.
 
-    Names and widths cannot show this. LoRA has no effect on a projection whose weight is used without calling the
-    layer, and norms that follow their layer make another kind of block.
+    Raises:
+        ModelError: a forward pass does not call every other layer of every component once, in the order of a block.
+            Names and widths cannot show this: norms that follow their layer, for example, make another kind of block.
     """
+    order = _called(model, architecture, inputs)
+    uncalled = tuple(path for path in _projections(architecture) if path not in order)
+    if uncalled:
+        with projections_called(model, architecture, uncalled):
+            order = _called(model, architecture, inputs)
+    _check_once(model, architecture, order)
+    _check_order(model, architecture, order)
+    return uncalled
+
+
+def uncalled_projections(model: nn.Module, architecture: Architecture, inputs: Inputs) -> tuple[str, ...]:
+    """Returns the paths of the projections that a forward pass does not call: LoRA on them would have no effect."""
+    order = _called(model, architecture, inputs)
+    return tuple(path for path in _projections(architecture) if path not in order)
+
+
+def projections_called(
+    model: nn.Module, architecture: Architecture, uncalled: Iterable[str]
+) -> AbstractContextManager[None]:
+    """Returns a context in which the attentions call these of their projections; see `calling`."""
+    wanted = set(uncalled)
+    parts = [part for part in architecture.components if part.kind == "MHA" and wanted & set(part.modules)]
+    return calling(model, {part.path: [path for path in part.modules if path in wanted] for part in parts})
+
+
+def _projections(architecture: Architecture) -> list[str]:
+    return [path for part in architecture.components if part.kind == "MHA" for path in part.modules]
+
+
+def _called(model: nn.Module, architecture: Architecture, inputs: Inputs) -> list[str]:
+    """Returns the paths of the layers of the components in the order in which a forward pass calls them."""
     order: list[str] = []
-    parts = architecture.components
-    names = {path: model.get_submodule(path) for part in parts for path in part.modules}
-    with hooked(names, lambda name, call, output: order.append(name)):
+    layers = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
+    with hooked(layers, lambda name, call, output: order.append(name)):
         run(model, architecture, inputs)
-    for name in names:
+    return order
+
+
+def _check_once(model: nn.Module, architecture: Architecture, order: list[str]) -> None:
+    for name in (path for part in architecture.components for path in part.modules):
         if order.count(name) != 1:
             raise ModelError(
                 f"{type(model).__name__}: a forward pass calls {name} {order.count(name)} times. Each layer of a "
                 "component must run exactly once in a pass: an adapter on a layer that never runs has no effect."
             )
+
+
+def _check_order(model: nn.Module, architecture: Architecture, order: list[str]) -> None:
     kinds = architecture.layout.order
     place = {
         path: (number // len(kinds), kinds.index(part.kind))
-        for number, part in enumerate(parts)
+        for number, part in enumerate(architecture.components)
         for path in part.modules
     }
     places = [place[name] for name in order]

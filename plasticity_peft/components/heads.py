@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from torch import nn
 from transformers import PreTrainedModel
 
-from plasticity_peft.components.blocks import Stack
+from plasticity_peft.components.blocks import Stack, is_timm_model
 from plasticity_peft.components.quantized import parameter_count
 from plasticity_peft.components.wrappers import PARALLEL, takes_anything, takes_images_alone, unwrap, walk
 
@@ -122,6 +122,8 @@ def _candidates(owner: nn.Module, path: str, stack: Stack) -> list[str]:
     classifier = getattr(owner, "get_classifier", None)
     if callable(classifier) and not from_transformers(owner):
         return _paths_of(owner, path, classifier())
+    if is_timm_model(owner):  # one with features_only=True
+        return []
     return _after_the_blocks(owner, path, lineage(stack.paths[0])[len(lineage(path))])
 
 

@@ -1,7 +1,7 @@
-"""Hooks on the modules of a model that act only in the thread that sets them.
+"""Hooks on the modules of a model, and replaced forward passes, that act only in the thread that sets them.
 
-Another thread may run the model while it is measured; its calls do not trigger the hooks. `remove_own_hooks`
-recognizes and removes hooks that an interrupt left behind.
+Another thread may run the model while it is measured; its calls do not trigger the hooks. `remove_own_hooks` and
+`put_back_forward` recognize and remove what an interrupt left behind.
 """
 
 from __future__ import annotations
@@ -75,3 +75,22 @@ def remove_own_hooks(model: nn.Module) -> None:
             for key in [key for key, hook in hooks.items() if isinstance(hook, OwnHook)]:
                 for held in (hooks, *flags):
                     held.pop(key, None)  # type: ignore[attr-defined]
+
+
+class ReplacedForward:
+    """A forward pass that stands in the place of a module's own; it is set as `module.forward`."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """Takes the module, whose forward pass may be replaced already, as Accelerate does."""
+        self.replaced = vars(module).get("forward")
+        self._forward, self._thread = module.forward, threading.get_ident()
+
+
+def put_back_forward(module: nn.Module) -> None:
+    """Gives a module back its own forward pass, if a `ReplacedForward` is in its place."""
+    forward = vars(module).get("forward")
+    if isinstance(forward, ReplacedForward):
+        if forward.replaced is None:
+            del module.forward
+        else:
+            module.forward = forward.replaced

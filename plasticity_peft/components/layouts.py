@@ -1,4 +1,4 @@
-"""The names of the components in each architecture of transformers, as rows of data.
+"""The names of the components in each architecture of transformers, and in the models of timm, as rows of data.
 
 A family whose modules were renamed has one row per naming. The modules of a model decide which row applies, not a
 version number. `structure.py` validates a row against the structure of the model.
@@ -168,6 +168,42 @@ _CVT = replace(
     ),
 )
 
+_TIMM_VIT = BlockLayout(
+    blocks="blocks.*",
+    LN1="norm1",
+    MHA="attn",
+    projections=("attn.qkv", "attn.proj"),
+    LN2="norm2",
+    FC1="mlp.fc1",
+    FC2="mlp.fc2",
+    others=(
+        *(f"attn.{name}" for name in ("q_norm", "k_norm", "norm", "gate", "rel_pos.mlp.fc1", "rel_pos.mlp.fc2")),
+        "mlp.norm",
+        "proj",
+    ),
+)
+_TIMM_SWIN = replace(_TIMM_VIT, blocks="layers.*.blocks.*", others=())
+_TIMM_SWINV2 = replace(_TIMM_SWIN, post_norm=True, others=("attn.cpb_mlp.0", "attn.cpb_mlp.2"))
+_TIMM_SWINV2_CR = replace(
+    _TIMM_SWINV2, blocks="stages.*.blocks.*", others=("attn.meta_mlp.fc1", "attn.meta_mlp.fc2", "norm3")
+)
+
+
+def _of_timm() -> tuple[BlockLayout, ...]:
+    """Returns the rows of the models of timm, which have no model type: all are tried on each."""
+    split = replace(_TIMM_VIT, projections=_split("attn", "attn.proj", _Q_PROJ))
+    gated = [replace(row, FC1=("mlp.fc1_g", "mlp.fc1_x")) for row in (_TIMM_VIT, split)]
+    plain = [_TIMM_VIT, split, *gated, replace(_TIMM_VIT, FC1="mlp.layers.0", FC2="mlp.layers.1")]
+    swins = [_TIMM_SWIN, _TIMM_SWINV2, _TIMM_SWINV2_CR]
+    flat = [replace(row, blocks=row.blocks.replace(".*.", "_*.")) for row in swins]  # features_only=True
+    return (*plain, *(replace(row, post_norm=True) for row in plain), *swins, *flat)
+
+
+TIMM = "timm"
+"""The model type under which the names of timm's models are known. They have none of their own."""
+TIMM_TYPES = (TIMM, "timm_wrapper", "timm_backbone")
+"""The same, with those of the classes of transformers that run a model of timm."""
+
 _BUILT_IN: dict[str, tuple[BlockLayout, ...]] = {
     **dict.fromkeys(("beit", "deit", "ijepa", "pixio", "vit", "vit_msn", "vivit"), (_VIT, _VIT_UNTIL_5_8)),
     "vit_mae": (replace(_VIT, random_masking=True), replace(_VIT_UNTIL_5_8, random_masking=True)),
@@ -234,6 +270,7 @@ _BUILT_IN: dict[str, tuple[BlockLayout, ...]] = {
     "segformer": (_SEGFORMER, _PVT),
     "cvt": (_CVT,),
     "mobilevit": (replace(_VIT_UNTIL_5_8, blocks="encoder.layer.*.transformer.layer.*"),),
+    **dict.fromkeys(TIMM_TYPES, _of_timm()),
 }
 
 LAYOUTS: ChainMap[str, tuple[BlockLayout, ...]] = ChainMap({}, _BUILT_IN)

@@ -25,14 +25,6 @@ def check_structure(path: str, block: nn.Module, layout: BlockLayout) -> None:
             f"account for {sorted({*named, *layout.others})}. A layer that belongs to no component would be "
             "ignored."
         )
-    owner = layout.projections[0].rpartition(".")[0]
-    if hasattr(block.get_submodule(owner), "q_bias"):
-        # VideoMAE before transformers 5: separate biases mean that only the weights of these layers are read.
-        raise ModelError(
-            f"Block {path}: its attention has biases beside its query, key and value layers and uses their weights "
-            "without calling them. LoRA on them would do nothing. Use a release of transformers that calls them (for "
-            "VideoMAE, 5.0 or later)."
-        )
     wrong, block_widths, fc2 = _wrong_widths(layers, layout)
     if wrong:
         raise ModelError(

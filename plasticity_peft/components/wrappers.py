@@ -146,7 +146,7 @@ def leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
     return [
         (name, module)
         for name, module in walk(block)
-        if isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm")
+        if name and (isinstance(module, nn.Linear) or type(module).__name__.endswith("Norm"))
     ]
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked, per_image, run
 from plasticity_peft.components.component import Component
-from plasticity_peft.components.hooks import before_calls, working_for
+from plasticity_peft.components.hooks import ReplacedForward, before_calls, put_back_forward, working_for
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import unwrap
 from plasticity_peft.criteria.precision import full_precision, precise
@@ -298,13 +298,8 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
         yield
 
 
-class Recomputed:
-    """The forward pass of a block that is recomputed in the backward pass; it replaces `block.forward`."""
-
-    def __init__(self, block: nn.Module) -> None:
-        """Wraps a block, whose forward pass may already have been replaced, for example by Accelerate."""
-        self.replaced = vars(block).get("forward")
-        self._forward, self._thread = block.forward, threading.get_ident()
+class Recomputed(ReplacedForward):
+    """The forward pass of a block that is recomputed in the backward pass."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Computes the block, and recomputes it for its gradient. Calls from other threads are unchanged."""
@@ -324,13 +319,3 @@ def _recomputed(block: nn.Module) -> Iterator[None]:
         yield
     finally:
         put_back_forward(block)
-
-
-def put_back_forward(block: nn.Module) -> None:
-    """Restores the forward pass of a block, if `Recomputed` replaced it."""
-    recomputed = vars(block).get("forward")
-    if isinstance(recomputed, Recomputed):
-        if recomputed.replaced is None:
-            del block.forward
-        else:
-            block.forward = recomputed.replaced

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.blocks import is_timm_model
 from plasticity_peft.components.calls import Inputs
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.wrappers import main_input
@@ -19,10 +22,10 @@ def blank_image(model: nn.Module, architecture: Architecture, target: Images | N
     Args:
         model: the model that `architecture` describes.
         architecture: see `model`.
-        target: images; the first one determines the size. If None, the model's config does.
+        target: images; the first one determines the size. If None, it is the size that the model was made for.
 
     Raises:
-        ModelError: there are no images, and the config has no image size.
+        ModelError: there are no images, and the model does not say which size it takes.
     """
     device = execution_device(model)
     dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
@@ -31,13 +34,30 @@ def blank_image(model: nn.Module, architecture: Architecture, target: Images | N
         main = next(iter(image))
         return {**image, main: torch.zeros_like(image[main])}
     backbone = model.get_submodule(architecture.backbone)
-    config = getattr(backbone, "config", None)
-    size, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
-    if size is None:
+    shape = _shape(getattr(backbone, "config", None)) or _shape_in_timm(model.get_submodule(architecture.trunk))
+    if shape is None:
         raise ModelError(
             f"{type(backbone).__name__}: its config has no image_size, so no blank image can be made. Give images to "
             "measure on."
         )
+    return {main_input(backbone): torch.zeros((1, *shape), device=device, dtype=dtype)}
+
+
+def _shape(config: Any) -> tuple[int, ...] | None:
+    """Returns the shape of an image, or of a video, as a config of transformers names it."""
+    size, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
+    if size is None:
+        return None
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
-    shape = (1, *([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
-    return {main_input(backbone): torch.zeros(shape, device=device, dtype=dtype)}
+    return (*([frames] if frames else []), getattr(config, "num_channels", 3), height, width)
+
+
+def _shape_in_timm(trunk: nn.Module) -> tuple[int, ...] | None:
+    """Returns the shape of an image that a model of timm was made for, or pretrained on if it takes any size."""
+    if not is_timm_model(trunk):
+        return None
+    size = getattr(getattr(trunk, "patch_embed", None), "img_size", None)
+    pretrained = (getattr(trunk, "pretrained_cfg", None) or {}).get("input_size")
+    channels = (module.in_channels for module in trunk.modules() if isinstance(module, nn.Conv2d))
+    size = size or (pretrained and pretrained[-2:])
+    return (next(channels, 3), *size) if size else None

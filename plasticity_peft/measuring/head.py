@@ -220,7 +220,8 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
     outputs: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
     hooks: dict[str, nn.Module] = {path: _linear(model, path) for path in linears}
     with hooked(hooks, lambda path, call, output: outputs[path].append(output)):
-        logits = getattr(run(model, architecture, example), "logits", None)
+        output = run(model, architecture, example)
+    logits = getattr(output, "logits", output)  # a model of timm returns them alone
     ends = [
         path
         for path, seen in outputs.items()

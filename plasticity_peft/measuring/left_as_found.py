@@ -18,9 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.components.hooks import remove_own_hooks
+from plasticity_peft.components.hooks import put_back_forward, remove_own_hooks
 from plasticity_peft.components.offloading import execution_device
-from plasticity_peft.criteria.gradients import put_back_forward
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images.loaders import state_of
 from plasticity_peft.images.seeding import seed_cpu

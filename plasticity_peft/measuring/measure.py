@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from logging import INFO, WARNING
@@ -21,6 +22,7 @@ from plasticity_peft.components.calls import (
     check_calls,
     input_names,
     label_names,
+    projections_called,
     why_unlike,
     with_forward_kwargs,
 )
@@ -211,7 +213,7 @@ def measure_by(
     with ONE_AT_A_TIME:
         found = left_as_found(model, settings.seed, settings.dtype, target_data, source_data)
         try:
-            with found, trainable_after(model):
+            with found, trainable_after(model), measuring.contexts:
                 if isinstance(criterion, WeightCriterion):
                     columns = Columns(architecture, criterion, Settling(choice, 0.0, looks=1))
                     return measuring.weights(criterion, columns)
@@ -229,13 +231,15 @@ class _Measuring:
     settings: Settings
     target_data: Any
     source_data: Any
+    contexts: ExitStack = field(default_factory=ExitStack)
+    """Ends with the measurement."""
 
     def weights(self, criterion: WeightCriterion, columns: Columns) -> PlasticityReport:
         """Returns the scores of a criterion that reads only weights, without samples."""
         _check_weights(self.model)
         target = None if self.target_data is None else self._images(self.target_data, "target_data", 1)
         image = blank_image(self.model, self.architecture, target)
-        check_calls(self.model, self.architecture, image)
+        self._check_calls(image)
         values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
         columns.check_finite(values)
         observed = columns.observed(values, np.empty((1, 0), dtype=np.int64))
@@ -249,7 +253,7 @@ class _Measuring:
             sampler = self._sampler(criterion)
             _log_order(sampler, share)
             example = sampler.example()
-            check_calls(self.model, self.architecture, example)
+            self._check_calls(example)
             if self.settings.inputs == "embedding":
                 _check_alike(self.model, self.architecture, example)
             spread = _spread(self.model, self.architecture, example) if criterion.protocols else None
@@ -275,6 +279,11 @@ class _Measuring:
             target_provenance=_of_those_drawn(report.target_provenance, sampler),
             batch_size=sampler.images_per_batch if isinstance(sampler, Batches) else None,
         )
+
+    def _check_calls(self, example: Inputs) -> None:
+        """Raises ModelError unless a forward pass calls all layers, or attention can be made to call the others."""
+        uncalled = check_calls(self.model, self.architecture, example)
+        self.contexts.enter_context(projections_called(self.model, self.architecture, uncalled))
 
     def _images(self, data: Any, name: str, per_sample: int, whole_batches: bool = False) -> Images:
         """Returns images by index. Raises DataError if there are too few."""

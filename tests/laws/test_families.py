@@ -19,14 +19,14 @@ from plasticity_peft import BlockLayout, PlasticityConfig, find_components, meas
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Call, attention_call
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.components.layouts import LAYOUTS
+from plasticity_peft.components.layouts import LAYOUTS, TIMM_TYPES
 from plasticity_peft.criteria.gradients import GradientsByImage, differentiable, squared_norms
 from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.measuring.left_as_found import left_as_found
 from tests.support import oracles
-from tests.support.families import FAMILIES, FIVE, LABELS, NEVER_CALLED, PLAIN, every_family, family, items
+from tests.support.families import FAMILIES, FIVE, LABELS, PLAIN, every_family, family, items
 from tests.support.measures import MEASURES, PROTOCOLS, rates
 from tests.support.models import disturbed
 from tests.support.oracles import layers, tensor, watching
@@ -55,11 +55,7 @@ def arguments(architecture: Architecture, images: dict[str, torch.Tensor]) -> di
 
 
 def test_every_layout_has_a_family() -> None:
-    known = {
-        find_architecture(f.build()).model_type
-        for name, f in FAMILIES.items()
-        if f.available and name not in NEVER_CALLED
-    }
+    known = {find_architecture(f.build()).model_type for f in FAMILIES.values() if f.available}
     newer = (
         set()
         if FIVE
@@ -68,13 +64,12 @@ def test_every_layout_has_a_family() -> None:
             "qianfan_ocr_vision",
             "radio",
             "tipsv2_vision_model",
-            "videomae",
             "sapiens2",
             "sam3_vit_model",
         }
     )
-    # Kosmos-2 has no class for its vision part alone.
-    assert known | newer | {"kosmos_2_vision_model"} == set(LAYOUTS) | newer
+    # Kosmos-2 has no class for its vision part alone, and tests/timm has the models of timm.
+    assert known | newer | {"kosmos_2_vision_model", *TIMM_TYPES} == set(LAYOUTS) | newer
 
 
 @every_family
@@ -232,11 +227,16 @@ def test_gradients_by_image_are_those_of_each_image(name: str) -> None:
     assert [row.mean for row in one.scores] == pytest.approx([row.mean for row in three.scores], rel=1e-6)
 
 
-def test_attention_that_is_not_called_is_refused() -> None:
+def test_attention_that_does_not_call_its_projections_takes_no_lora() -> None:
     if FIVE:
         pytest.skip("transformers 5 calls the projections of VideoMAE")
-    with pytest.raises(ModelError, match=r"uses their weights without calling them. LoRA on them would do nothing"):
-        find_components(FAMILIES["videomae"].build())
+    found = FAMILIES["videomae"]
+    report = measure_plasticity(found.build(), items(found.images()), max_samples=4)
+    with pytest.raises(ModelError, match=r"0\.MHA was chosen, and LoRA on \S+query would have no effect"):
+        get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",)))
+    model = get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",), training="full"))
+    model(**found.images(), labels=torch.zeros(4, dtype=torch.long)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
 def llava() -> PreTrainedModel:

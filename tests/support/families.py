@@ -15,7 +15,7 @@ from tests.support.models import disturbed
 
 FIVE = int(transformers.__version__.split(".")[0]) >= 5
 NEVER_CALLED = () if FIVE else ("videomae",)
-"""Families whose attention uses weights without calling them, so that they are refused."""
+"""Families whose attention uses weights without calling the layers, so that LoRA on them is refused."""
 
 PLAIN: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 16,
@@ -246,5 +246,5 @@ def family(name: str) -> Family:
     if not found.available:
         pytest.skip(f"transformers {transformers.__version__} has no {found.model}")
     if name in NEVER_CALLED:
-        pytest.skip(f"refused under transformers {transformers.__version__}")
+        pytest.skip(f"transformers {transformers.__version__} does not call its projections")
     return found
