@@ -83,9 +83,9 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
-    """Yields a module if it trains, or the modules in it that train. A partly frozen layer counts as trained.
+    """Yields a module if it trains, or the modules in it that train.
 
-    So does a module with a parameter of its own that trains, because PEFT trains modules only.
+    PEFT trains modules only. So a module in which nothing but some of its own parameters is frozen counts as trained.
     """
     module = modules[path]
     if not all(holds_plain_weights(part) for _, part in walk(module)):  # their flags were not set by the user
@@ -93,7 +93,8 @@ def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
         return
     flags = [parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point()]
     own = any(parameter.requires_grad for parameter in module.parameters(recurse=False))
-    if has_forward(module) and any(flags) and (own or all(flags)):
+    inside = all(p.requires_grad for child in module.children() for p in child.parameters() if p.is_floating_point())
+    if has_forward(module) and any(flags) and inside and (own or all(flags)):
         yield path
     elif any(flags):
         for name, child in module.named_children():

@@ -468,7 +468,7 @@ def test_a_head_with_a_parameter_of_its_own_trains_as_a_whole() -> None:
     """The decoder of ViTMAE holds a mask token that trains, a table that does not, and a list of layers."""
     model = TASKS["vit_mae-pretraining"].build()
     assert not model.decoder.decoder_pos_embed.requires_grad
-    with pytest.warns(UserWarning, match=r"decoder\.decoder_pos_embed: frozen before, and trained now"):
+    with pytest.warns(UserWarning, match=r"decoder\.decoder_pos_embed: frozen before, but trainable now"):
         adapted = adapt(model)
     assert saved(adapted) == ["decoder"]
     model = Own(head=nn.ModuleList([nn.Linear(16, 3), nn.Linear(16, 3).requires_grad_(False)]))

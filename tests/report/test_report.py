@@ -347,7 +347,8 @@ def test_the_table() -> None:
         "|    2 | LN2  |         4.5000 |     0.0250 | 3.0000 (block 1) | 6.0000 (block 0) |         64 |\n"
         "|    3 | FC1  |         2.5000 |     0.0250 | 1.5000 (block 0) | 3.5000 (block 1) |      1,088 |\n"
         "|    4 | MHA  |         1.5000 |     0.0250 | 1.0000 (block 1) | 2.0000 (block 0) |      2,176 |\n"
-        "|    5 | FC2  |         1.0000 |     0.0250 | 1.0000 (block 0) | 1.0000 (block 0) |      1,056 |"
+        "|    5 | FC2  |         1.0000 |     0.0250 | 1.0000 (block 0) | 1.0000 (block 0) |      1,056 |\n"
+        "Confidence of top_k=1, 2, 3, 4: tie, unknown, unknown, unknown."
     )
 
 
