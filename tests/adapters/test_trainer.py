@@ -83,14 +83,15 @@ from tests.support.models import saved_base
 from tests.support.training import IMAGES, trained_weights, trainer_of
 
 rank = os.environ["RANK"]
+# Once the processes know of each other, transformers saves in the first one alone.
+bases = {training: saved_base(Path(sys.argv[1]) / training / f"base-{rank}") for training in CHOICE}
 names = TrainingArguments.__dataclass_fields__
 name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)  # 5.23, before
 for training, choice in CHOICE.items():
     folder = Path(sys.argv[1]) / training
-    base = saved_base(folder / f"base-{rank}")
     torch.manual_seed(0)
     config = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, training=training, **choice)
-    model = get_peft_model(base, config)
+    model = get_peft_model(bases[training], config)
     assert PartialState().num_processes == 2, PartialState()
     config.report.save(folder / f"report-{rank}.json")
     options = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if training == "full" else {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,6 +37,17 @@ def in_double(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def known(name: str, measure: str) -> None:
     if measure == "embedding" and not family(name).embedding:
         pytest.skip("the paper's protocol is not defined for it")
+
+
+@cache
+def measured(name: str, measure: str, batch_size: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    """Returns what all of four images give, once for all tests that compare with it."""
+    images = family(name).images(4)
+    data = items(in_double(images) if dtype == torch.float64 else images)
+    model = family(name).build().to(dtype)
+    return means(
+        measure_plasticity(model, data, max_samples=4, batch_size=batch_size, settle=None, **MEASURES[measure])
+    )
 
 
 # ----------------------------------------------------------------------------------- however they are computed
@@ -82,25 +95,16 @@ def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatc
 @every_family
 def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
     known(name, measure)
-    model, data = family(name).build(), items(family(name).images(4))
-    one, three = (
-        measure_plasticity(model, data, max_samples=4, batch_size=size, settle=None, **MEASURES[measure])
-        for size in (1, 3)
-    )
-    assert means(three) == pytest.approx(means(one), rel=SINGLE)
+    three = measured(name, measure, batch_size=3)
+    assert three == pytest.approx(measured(name, measure, batch_size=1), rel=SINGLE)
 
 
 @every_measure
 @every_family
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
     known(name, measure)
-    single = measure_plasticity(
-        family(name).build(), items(family(name).images(4)), max_samples=3, **MEASURES[measure]
-    )
-    double = measure_plasticity(
-        family(name).build().double(), items(in_double(family(name).images(4))), max_samples=3, **MEASURES[measure]
-    )
-    assert means(single) == pytest.approx(means(double), rel=SINGLE)
+    double = measured(name, measure, batch_size=1, dtype=torch.float64)
+    assert measured(name, measure, batch_size=1) == pytest.approx(double, rel=SINGLE)
 
 
 @every_measure
@@ -226,13 +230,24 @@ def scores(model: nn.Module, name: str, inputs: str) -> dict[str, float]:
     return dict(zip([part.id for part in find_components(model)], found, strict=True))
 
 
+@cache
+def model_in_double(name: str) -> nn.Module:
+    """Returns a model of a family, which is copied before it is changed."""
+    return family(name).build().double()
+
+
+@cache
+def scores_before(name: str, inputs: str) -> dict[str, float]:
+    return scores(model_in_double(name), name, inputs)
+
+
 def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Module, Any, dict[str, float]]]:
-    """Yields (model, component, scores before) for some components of a kind, with a fresh model each time."""
+    """Yields (model, component, scores before) for some components of a kind, with a model of its own each time."""
     known(name, inputs)
-    before = scores(family(name).build().double(), name, inputs)
-    parts = [part for part in find_components(family(name).build()) if part.kind == kind]
-    for part in (parts[0], parts[-1]):
-        yield family(name).build().double(), part, before
+    model, before = model_in_double(name), scores_before(name, inputs)
+    parts = [part for part in find_components(model) if part.kind == kind]
+    for part in dict.fromkeys((parts[0], parts[-1])):
+        yield copy.deepcopy(model), part, before
 
 
 @every_family
