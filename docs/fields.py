@@ -16,8 +16,8 @@ Node = ast.AST | griffe.ObjectNode
 class Attributes(griffe.Extension):
     """Lists the documented attributes of a class, inherited ones included.
 
-    The text of a dataclass field is `help` in its metadata, if it has no docstring. It
-    may be computed, so that it is read from the class itself.
+    The text of a dataclass field without a docstring is `help` in its metadata. It
+    may be computed, so it is read from the class itself.
     """
 
     def on_attribute_instance(

@@ -1,7 +1,6 @@
-"""What mkdocs does beside rendering Markdown.
+"""Hooks of mkdocs: adds the files of the repository to which pages link.
 
-It adds the files of the repository that pages link to, and refuses a page of which a
-browser would load a part from elsewhere.
+It also refuses a page for which a browser would load something from another host.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         for path in OUTSIDE.findall(page.content_string):
             place = root / path
             if not place.is_file():
-                raise PluginError(f"{page.src_uri}: there is no file ../{path}.")
+                raise PluginError(f"{page.src_uri}: the file ../{path} does not exist.")
             uri = f"repository/{path}"
             if files.get_file_from_path(uri) is None:
                 files.append(added(config, uri, place))

@@ -1,17 +1,17 @@
-"""Train each kind of component alone, and see whether the ones that a criterion ranks first finetune best.
+"""Train each kind of component alone, and compare the results with the rankings of the criteria.
 
-The experiment of the paper (arXiv 2602.06883, section 5), on any model and dataset: each kind of component trained
-alone, the head alone, and everything; several learning rates and seeds; the learning rate of each method is chosen on
-validation images, and what is reported is the accuracy on test images at that rate. Beside it, at an equal number of
-trained parameters: the blocks that each criterion picks, and the methods of stock PEFT.
+This is the experiment of the paper (arXiv 2602.06883, section 5) for any model and dataset. Each kind of component is
+trained alone, and so are the head and everything, at several learning rates and seeds. The learning rate of each
+method is chosen on validation images, and the accuracy is that on test images. In addition, at an equal number of
+trained parameters, the selections of single components by each criterion and the methods of stock PEFT are trained.
 
     python examples/compare_components.py --output_dir outputs/compare/demo-digits
     accelerate launch examples/compare_components.py --model_name_or_path facebook/dinov2-small \
         --dataset_name beans --learning_rates 1e-4 1e-3 1e-2 --seeds 0 1 2 --output_dir outputs/compare/beans
 
 It writes to `--output_dir`: runs.csv (one row per run), methods.csv and criteria.csv, results.md with the tables, and
-two figures. A finished run is one file in `runs/` and is not repeated: the same command goes on where it was
-interrupted.
+two figures. A finished run is one file in `runs/` and is not repeated, so the same command continues an interrupted
+comparison.
 """
 
 from __future__ import annotations
@@ -66,13 +66,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class CompareArguments:
-    """What is compared."""
+    """The settings of the comparison."""
 
     learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Peak learning rates; every method tries all."}
+        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Peak learning rates. Each method tries all."}
     )
     full_learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "The same for training in full, the head alone included, if they differ."}
+        default=None, metadata={"help": "The same for training in full, including the head alone, if they differ."}
     )
     seeds: list[int] = field(
         default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the head, of LoRA and of the order of images."}
@@ -80,17 +80,19 @@ class CompareArguments:
     groups: list[str] = field(
         default_factory=lambda: ["kind", "default", "blocks", "stock"],
         metadata={
-            "help": "kind: the paper's experiment; and at an equal number of parameters, default: what this package "
-            "chooses by kind; blocks: the single components that each criterion chooses; stock: PEFT's own methods."
+            "help": "kind: the paper's experiment. At an equal number of parameters, default: the kinds that this "
+            "package selects; blocks: the single components that each criterion selects; stock: PEFT's own methods."
         },
     )
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Run only these, such as MHA or everything, of the groups (default: all)."}
+        default=None, metadata={"help": "Run only these methods, such as MHA or everything (default: all)."}
     )
     criteria: list[str] = field(
-        default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to judge; the first is the default's."}
+        default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare. The first is used by default."}
     )
-    pairs: int = field(default=256, metadata={"help": "Pairs of images to measure on."})
+    max_samples: int = field(
+        default=256, metadata={"aliases": ["--pairs"], "help": "Images, or pairs of images, to measure on."}
+    )
     r: int = field(default=8, metadata={"help": "Rank of LoRA, unless a method has its own."})
 
 
@@ -98,17 +100,17 @@ class CompareArguments:
 class ComparisonTrainingArguments(FinetuningArguments):
     """The recipe of every run."""
 
-    output_dir: str | None = field(default="outputs/compare", metadata={"help": "Where the results are written."})
+    output_dir: str | None = field(default="outputs/compare", metadata={"help": "Folder to write the results to."})
     num_train_epochs: float = field(default=4, metadata={"help": "Passes over the training images."})
-    eval_strategy: str = field(default="no", metadata={"help": "Evaluation is once, after training."})
+    eval_strategy: str = field(default="no", metadata={"help": "Evaluation happens once, after training."})
     save_strategy: str = field(default="no", metadata={"help": "When to save; a run that saves can be resumed."})
     load_best_model_at_end: bool = field(default=False, metadata={"help": "The last weights are the result."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Gradients are recorded after clipping; 0: none."})
+    max_grad_norm: float = field(default=0.0, metadata={"help": "Limit of the gradient norm; 0: no clipping."})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar for each of many runs."})
 
 
 class GradientNorm(TrainerCallback):
-    """Records the norm of the gradient of all that trains beside the head, at each step."""
+    """Records the norm of the gradient of all parameters that train, without the head, at each step."""
 
     def __init__(self, head: tuple[str, ...]) -> None:
         self.head, self.norms = head, []
@@ -154,11 +156,11 @@ def measure(
         for inputs in (PROTOCOLS if CRITERIA[criterion].protocols else (None,))
     ]
     paths = [folder / f"{criterion}{'-' + inputs if inputs else ''}.json" for criterion, inputs in wanted]
-    # One process looks for all: a slower one would find what a faster one has just written, and not take part.
+    # One process looks for all: a slower one would find a file that a faster one has just written, and not take part.
     missing = broadcast_object_list([not path.is_file() for path in paths])
     for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
         if needed:
-            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.pairs, "settle": None}
+            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.max_samples, "settle": None}
             report = measure_plasticity(model, images["train"], images.get("source"), **options)
             if PartialState().is_main_process:
                 report.save(path)
@@ -174,7 +176,7 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> Run:
-    """Returns what came out of one training run."""
+    """Returns the result of one training run."""
     set_seed(seed)
     head = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
     model = method.adapt(model)
@@ -225,7 +227,8 @@ def check_settings(folder: Path, settings: dict[str, object]) -> None:
         changed = sorted(key for key in settings if before.get(key) != json.loads(json.dumps(settings[key])))
         if changed:
             raise SystemExit(
-                f"{folder} holds results of other settings ({', '.join(changed)} changed): give another --output_dir."
+                f"{folder} contains results of other settings ({', '.join(changed)} changed). Give another "
+                "--output_dir."
             )
     write_text(path, json.dumps(settings, indent=2) + "\n")
 

@@ -1,4 +1,4 @@
-"""From training runs to statistics: what each method reached, and how well each criterion foretold it."""
+"""From training runs to statistics: the accuracy of each method, and how well each criterion predicted it."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ class Run:
     learning_rate: float
     seed: int
     validation_accuracy: float
-    """Share of right answers on the images that choose the learning rate."""
+    """Accuracy on the images that are used to choose the learning rate."""
     test_accuracy: float
     trainable_parameters: int
-    """All that trains, the head included."""
+    """Number of parameters that train, including the head."""
     head_parameters: int
     train_loss: float
     """Mean over all steps."""
     gradient_norm_first: float
-    """Norm of the gradient of all that trains beside the head, at the first step."""
+    """Norm of the gradient of all parameters that train, without the head, at the first step."""
     gradient_norm_mean: float
     """The same, mean over all steps."""
     gradient_norm_std: float
@@ -50,7 +50,7 @@ class Comparison:
     """The runs of one pair of model and data, and the scores of the criteria."""
 
     def __init__(self, runs: Sequence[Run], reports: Mapping[str, PlasticityReport], picks: Mapping[str, str]) -> None:
-        """Takes the runs, the report of each criterion, and the name of the method that trains what it picks."""
+        """Takes the runs, and for each criterion its report and the name of the method that trains its selection."""
         self.runs = pd.DataFrame([asdict(run) for run in runs])
         self.reports, self.picks = reports, picks
         self.methods = self._methods()
@@ -88,8 +88,7 @@ class Comparison:
         return methods
 
     def gains(self, training: str) -> pd.DataFrame:
-        """Returns the gain over the head alone: one row per seed, one column per kind. In mode "lora", norms train in
-        full."""
+        """Returns the gain over the head alone, (seeds, kinds). In mode "lora", norms train in full."""
         columns = {}
         for kind in KINDS:
             mode = "full" if kind.startswith("LN") else training
@@ -100,7 +99,7 @@ class Comparison:
         return pd.DataFrame(columns)
 
     def criteria(self) -> pd.DataFrame:
-        """Returns a row for each criterion and mode of training: its ranking, rank correlation and regret."""
+        """Returns one row per criterion and training mode: its ranking, rank correlation and regret."""
         rows = []
         blocks = self.methods.loc["blocks"]["test_accuracy"].droplevel("training") if self.has("blocks") else None
         for name, report in self.reports.items():

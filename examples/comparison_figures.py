@@ -13,7 +13,7 @@ from matplotlib.ticker import NullLocator
 from plasticity_peft.report.plotting import COLORS, MARKERS, STYLES
 
 SHOWN = ("parameter_plasticity", "rate_of_change-embedding")
-"""The default criterion and the paper's."""
+"""The default criterion and the paper's measure."""
 
 
 def draw_gains(comparisons: Mapping[str, Comparison], path: Path) -> None:
@@ -65,7 +65,7 @@ def _draw_gains(ax: Any, comparison: Comparison, name: str) -> None:
 
 
 def draw_learning_rates(comparison: Comparison, path: Path) -> None:
-    """Draws the test accuracy by learning rate, with the range over seeds, a line a kind."""
+    """Draws the test accuracy by learning rate, with the range over seeds, one line per kind."""
     import matplotlib.pyplot as plt
 
     mpl.use("agg")

@@ -1,10 +1,11 @@
-"""Write Fashion-MNIST, as it is or shifted, as a parquet file for train.py and compare_components.py.
+"""Write Fashion-MNIST, unchanged or shifted, as a parquet file for train.py and compare_components.py.
 
     apt-get install dataset-fashion-mnist     # 70,000 real images, MIT licence
     python examples/fashion_mnist.py --shift inverted --destination outputs/data/fashion_inverted.parquet
 
-The images come from the test images, which the model of the demo has not been trained on; `--source_images` takes the
-training images, what it was pretrained on. The shifts stand for those of CIFAR-10-C: the same objects, seen otherwise.
+The images are test images, on which the model of the demo was not trained. With `--source_images` they are training
+images, on which it was pretrained. The shifts are similar to those of CIFAR-10-C: the same objects with another
+appearance.
 """
 
 from __future__ import annotations
@@ -18,12 +19,12 @@ from transformers import HfArgumentParser
 
 
 def inverted(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns the negative: white ground, dark clothes."""
+    """Returns the negative: white background, dark clothes."""
     return 255 - images
 
 
 def low_contrast(images: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Returns the images at a fifth of their contrast, around middle grey."""
+    """Returns the images at a fifth of their contrast, around middle gray."""
     return 0.2 * images + 0.4 * 255
 
 
@@ -41,9 +42,9 @@ class Arguments:
 
     destination: str = field(metadata={"help": "Parquet file to write."})
     shift: str | None = field(default=None, metadata={"help": "What to do to the images.", "choices": sorted(SHIFTS)})
-    samples: int = field(default=2600, metadata={"help": "How many images, as many of each label."})
-    source_images: bool = field(default=False, metadata={"help": "Take the training images."})
-    seed: int = field(default=0, metadata={"help": "Of the choice of images, and of the noise."})
+    samples: int = field(default=2600, metadata={"help": "Number of images, the same for each label."})
+    source_images: bool = field(default=False, metadata={"help": "Use the training images."})
+    seed: int = field(default=0, metadata={"help": "Seed of the choice of images and of the noise."})
     data_dir: str = field(
         default="/usr/share/datasets/fashion-mnist", metadata={"help": "Folder of the four IDX files."}
     )

@@ -1,6 +1,7 @@
-"""What compare_components.py trains: parts of a model by the paper's kinds, by criteria, and by stock PEFT's methods.
+"""The methods of compare_components.py: parts of a model by the paper's kinds, by criteria, and by stock PEFT's
+methods.
 
-A method turns a pretrained model with a fresh head into one in which only some parameters train; the head always does.
+A method prepares a pretrained model with a fresh head so that only some parameters train. The head always trains.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ class Method:
     """One way to choose what trains."""
 
     group: str
-    """"kind" (the paper's experiment), "blocks" (single components that a criterion chose), "default" (what this
-    package chooses when nothing is said), or "stock" (without this package)."""
+    """"kind" (the paper's experiment), "blocks" (single components selected by a criterion), "default" (the default of
+    this package), or "stock" (without this package)."""
     name: str
     training: str
     """"full" or "lora"."""
     adapt: Callable[[PreTrainedModel], nn.Module]
-    """Returns the model, with nothing but the chosen part and the head to train."""
+    """Returns the model in which only the selected part and the head train."""
 
     @property
     def folder(self) -> str:
@@ -72,7 +73,7 @@ def by_kind(report: PlasticityReport, r: int) -> list[Method]:
 
 
 def by_blocks(reports: dict[str, PlasticityReport], budget: int, r: int) -> tuple[list[Method], dict[str, str]]:
-    """Returns a method for each different choice that the criteria make at `budget`, and its name by criterion."""
+    """Returns a method for each different selection of the criteria at `budget`, and its name by criterion."""
     methods: dict[str, Method] = {}
     names = {}
     share = {"granularity": "component", "training": "lora", "r": r}
@@ -90,7 +91,7 @@ def by_blocks(reports: dict[str, PlasticityReport], budget: int, r: int) -> tupl
 
 
 def by_default(report: PlasticityReport, budget: int) -> list[Method]:
-    """Returns what the ranking of `report` chooses by kind, at the rank that comes nearest to `budget` parameters."""
+    """Returns the kinds that `report` ranks first, at the rank that is closest to `budget` parameters."""
     methods = []
     for top_k in (1, 2):
         selection = report.select(top_k, r=1)
@@ -106,12 +107,12 @@ def by_default(report: PlasticityReport, budget: int) -> list[Method]:
 
 
 def stock(model: PreTrainedModel, budget: int, images: DataLoader) -> list[Method]:
-    """Returns the methods that PEFT has without this package, each as near to `budget` parameters as its ranks allow.
+    """Returns the methods of PEFT without this package, each as close to `budget` parameters as its ranks allow.
 
     Args:
-        model: one to look up names and shapes in.
-        budget: how many parameters should train beside the head.
-        images: batches of {"pixel_values": ...} for EVA, which looks at the inputs of the layers.
+        model: a model with the same names and shapes.
+        budget: number of parameters to train, without the head.
+        images: batches of {"pixel_values": ...} for EVA, which uses the inputs of the layers.
     """
     parts = find_components(model)
     size_of = {path: sum(f) for part in parts for path, f in zip(part.modules, part.features, strict=False)}
@@ -144,7 +145,7 @@ def stock(model: PreTrainedModel, budget: int, images: DataLoader) -> list[Metho
 
     def adapt_with_eva(model: PreTrainedModel) -> PeftModel:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # EVA says at length which layers got another rank
+            warnings.simplefilter("ignore")  # EVA warns about each layer that got another rank
             adapted = eva.adapt(model)
             initialize_lora_eva_weights(
                 adapted, images, prepare_model_inputs_fn=None, prepare_layer_inputs_fn=None, show_progress_bar=False
@@ -165,7 +166,7 @@ def stock(model: PreTrainedModel, budget: int, images: DataLoader) -> list[Metho
 
 
 def _kappa_targets(model: PreTrainedModel, size_of: dict[str, int], budget: int) -> list[str]:
-    """Returns the linear layers that KappaTune puts first, as many as fit into the budget at rank 8."""
+    """Returns the linear layers that KappaTune ranks first, as many as fit into the budget at rank 8."""
     selector = KappaTuneSelector(model, show_progress=False)
     chosen: list[str] = []
     for path in selector.get_best_targets(num_modules=len(size_of) + len(heads(model))):

@@ -1,11 +1,11 @@
-"""Pretrain the small vision transformer of the demo on Fashion-MNIST, and write what train.py needs beside this file.
+"""Pretrain the small vision transformer of the demo on Fashion-MNIST, and write the files that train.py needs.
 
-    apt-get install dataset-fashion-mnist     # 70,000 real images, MIT licence
-    python examples/pretrain.py
+    apt-get install dataset-fashion-mnist     # 70,000 real images, MIT license python examples/pretrain.py
 
-It writes `fashion-mnist-vit/`, the backbone with its image processor (the head for Fashion-MNIST is thrown away), and
+It writes `fashion-mnist-vit/`, the backbone with its image processor (without the head for Fashion-MNIST), and
 `data/fashion_mnist.parquet`, 512 of the test images. The same command on the same machine gives the same weights.
-Training is supervised: 60,000 images of 28 x 28 pixels, ten classes. Arguments are those of TrainingArguments, and:
+Training is supervised: 60,000 images of 28 x 28 pixels, ten classes. The arguments are those of TrainingArguments and
+the following.
 """
 
 from __future__ import annotations
@@ -48,9 +48,9 @@ class DataArguments:
         default="/usr/share/datasets/fashion-mnist",
         metadata={"help": "Folder of the four IDX files: train-images-idx3-ubyte.gz and so on."},
     )
-    destination: str = field(default=str(HERE), metadata={"help": "Folder that model and data are written to."})
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use this many test images."})
+    destination: str = field(default=str(HERE), metadata={"help": "Folder to write the model and the data to."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most this many test images."})
 
 
 @dataclass
@@ -83,7 +83,7 @@ def read_idx(path: Path) -> np.ndarray:
 
 
 class FashionMnist(torch.utils.data.Dataset):
-    """Normalised images (3, 28, 28) and labels; the training images are shifted by up to 2 pixels and mirrored."""
+    """Normalized images (3, 28, 28) and labels. Training images are shifted by up to 2 pixels and mirrored."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, augment: bool) -> None:
         """Takes uint8 images (n, 28, 28) and labels (n,)."""
@@ -119,7 +119,7 @@ def build_model() -> ViTForImageClassification:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns the share of right answers."""
+    """Returns the accuracy."""
     return {"accuracy": float((prediction.predictions.argmax(axis=-1) == prediction.label_ids).mean())}
 
 

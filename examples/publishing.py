@@ -1,6 +1,6 @@
-"""Publishes what train.py trained: the adapter with all that belongs to it, and if wanted the merged model.
+"""Publishes the results of train.py: the adapter with its report, card and picture, and optionally the merged model.
 
-Each is one commit, made when everything is there: a push that fails leaves the repository as it was.
+Each is one commit at the end, so a push that fails leaves the repository unchanged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def _or_exit(repository: str, advice: str) -> Iterator[None]:
     """Inside, any error on the way to the Hub ends the program with one message."""
     try:
         yield
-    except Exception as error:  # the Hub, the network and the card: each has errors of its own, and none is published
+    except Exception as error:  # the Hub, the network and the card have many types of errors
         reason = f"{error}" + (f" ({error.__cause__})" if error.__cause__ is not None else "")
         raise SystemExit(f"Publishing {repository} failed: {type(error).__name__}: {reason}\n{advice}") from error
 
@@ -30,7 +30,7 @@ def _or_exit(repository: str, advice: str) -> Iterator[None]:
 def claim_repository(arguments: TrainingArguments, base_model: str) -> str:
     """Returns the full name of the repository, which is created if it is missing. A wrong token fails before training.
 
-    The token goes into the environment: Trainer writes its arguments into a file that it publishes.
+    The token is moved to the environment, because Trainer writes its arguments into a file that it publishes.
     """
     if arguments.hub_token:
         os.environ["HF_TOKEN"], arguments.hub_token = arguments.hub_token, None
@@ -39,7 +39,7 @@ def claim_repository(arguments: TrainingArguments, base_model: str) -> str:
         name = create_repo(name, private=arguments.hub_private_repo, exist_ok=True).repo_id
     if Path(base_model).is_dir():
         logger.warning(
-            "The base model is the folder %s: who loads the adapter from the Hub needs it too. --push_merged "
+            "The base model is the folder %s. Users who load the adapter from the Hub need it too. --push_merged "
             "publishes the whole model.",
             base_model,
         )
@@ -50,7 +50,7 @@ def publish(trainer: Trainer, repository: str, **card: str | None) -> None:
     """Publishes the adapter, plasticity.json, its card and picture, and the image processor."""
     folder = trainer.args.output_dir
     command = f'hf upload {repository} {folder} --exclude "_*" "checkpoint-*"'
-    with _or_exit(repository, f"What was trained is in {folder}. To publish it: {command}"):
+    with _or_exit(repository, f"The trained adapter is in {folder}. To publish it: {command}"):
         trainer.push_to_hub(**card)
     logger.info("Published https://huggingface.co/%s", repository)
 
@@ -58,7 +58,8 @@ def publish(trainer: Trainer, repository: str, **card: str | None) -> None:
 def publish_merged(
     trainer: Trainer, repository: str, *, base_model: str, dataset_name: str, trained: str, metrics: dict[str, float]
 ) -> None:
-    """Merges the adapter into the model, saves it in a folder that Trainer leaves out, and publishes that folder."""
+    """Merges the adapter into the model, saves it in a folder that Trainer does not publish, and publishes the
+    folder."""
     if not trainer.is_world_process_zero():
         return
     folder = Path(trainer.args.output_dir, "_merged")
@@ -78,7 +79,7 @@ def publish_merged(
 def merged_card(
     name: str, adapter: str, base_model: str, dataset_name: str, trained: str, accuracy: float
 ) -> ModelCard:
-    """Returns the card of a merged model; folders of this machine are named by their last part, and not linked."""
+    """Returns the card of a merged model. Local folders are named by their last part, and not linked."""
     known, dataset = not Path(base_model).exists(), Path(dataset_name)
     public = "/" in dataset_name and not dataset.exists()
     data = ModelCardData(
@@ -108,6 +109,6 @@ def merged_card(
         "```python\nfrom transformers import pipeline\n\n"
         f'classify = pipeline("image-classification", model="{name}")\n'
         'classify("image.png")\n```\n\n'
-        f"The adapter alone, with what was measured to choose: [{adapter}](https://huggingface.co/{adapter})."
+        f"The adapter alone, with the scores and the selection: [{adapter}](https://huggingface.co/{adapter})."
     )
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n")

@@ -1,6 +1,6 @@
 """From finished comparisons to tables and figures.
 
-compare_components.py calls this for one pair of model and data. For several pairs together:
+compare_components.py calls this for one pair of model and dataset. For several pairs:
 
     python examples/summarize.py --folders outputs/compare/* --destination examples/results
 """
@@ -25,11 +25,11 @@ from plasticity_peft.report.text import table
 
 @dataclass
 class Arguments:
-    """Which comparisons are put together."""
+    """The comparisons to summarize."""
 
     folders: list[str] = field(metadata={"help": "Output folders of compare_components.py."})
     destination: str = field(
-        default="examples/results", metadata={"help": "Where the tables and figures are written."}
+        default="examples/results", metadata={"help": "Folder to write the tables and figures to."}
     )
 
 
@@ -134,7 +134,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def equal_parameters(comparisons: Mapping[str, Comparison]) -> str:
-    """Returns a table of the methods with an equal number of parameters, and of what has more or fewer."""
+    """Returns a table of the methods with an equal number of parameters, and of those with other numbers."""
     columns = {}
     for pair, comparison in comparisons.items():
         found = {}

@@ -1,14 +1,15 @@
 """Finetune the components of a vision transformer that are worth it, on images with labels.
 
-With no argument it needs no network: the small ViT beside this file, pretrained on Fashion-MNIST by pretrain.py, is
-finetuned to scikit-learn's handwritten digits, once with the head alone and once with the selected components.
+Without arguments it runs a demo that needs no network. It finetunes the small ViT in `fashion-mnist-vit`, which
+pretrain.py pretrained on Fashion-MNIST, to scikit-learn's handwritten digits: once with the head alone, and once with
+the selected components.
 
     python examples/train.py
     python examples/train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \
         --training lora --top_k 2 --output_dir outputs/beans
     accelerate launch examples/train.py --dataset_name path/to/image/folder --budget 0.01
 
-`--help` lists the arguments; those of transformers' TrainingArguments are there too.
+`--help` lists the arguments, including those of transformers' TrainingArguments.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class ModelArguments:
-    """Which model is finetuned."""
+    """The model to finetune."""
 
     model_name_or_path: str = field(
         default=str(DEMO_MODEL), metadata={"help": "Hub name or folder of a ViT, DeiT or DINOv2 model."}
@@ -73,19 +74,19 @@ class ModelArguments:
     revision: str = field(default="main", metadata={"help": "Branch, tag or commit of the model on the Hub."})
     image_size: int | None = field(
         default=None,
-        metadata={"help": "Side of the images in pixels, for a model that takes any (default: what it was made for)."},
+        metadata={"help": "Side of the images in pixels (default: the size that the model was made for)."},
     )
 
 
 @dataclass
 class DataArguments:
-    """Which images it is finetuned on, and how they are augmented."""
+    """The images to finetune on, and their augmentation."""
 
     dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "Hub name of an image dataset, a folder of images in one subfolder a class, or a parquet file. "
-            "scikit-learn's digits when not given."
+            "help": "Hub name of an image dataset, a folder of images with one subfolder per class, or a parquet "
+            "file. The default is scikit-learn's digits."
         },
     )
     dataset_config_name: str | None = field(default=None, metadata={"help": "Configuration of the dataset."})
@@ -93,52 +94,52 @@ class DataArguments:
         default=None,
         metadata={
             "help": "Pretraining-like images for the other half of each pair, in the same forms, for criteria that "
-            "look at pairs. They are of two target images when not given (the demo has some Fashion-MNIST images)."
+            "look at pairs. Without them a pair is two target images. The demo uses Fashion-MNIST images."
         },
     )
     image_column: str = field(default="image", metadata={"help": "Column of the images."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels."})
     validation_fraction: float = field(
-        default=0.15, metadata={"help": "Share of the training images that chooses the checkpoint, if none are given."}
+        default=0.15, metadata={"help": "Share of the training images for validation, if there is no such split."}
     )
     test_fraction: float = field(
-        default=0.25, metadata={"help": "Share of the images that is kept for the test, if no test split is given."}
+        default=0.25, metadata={"help": "Share of the images for the test, if there is no test split."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use this many training images."})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
-        default=0.85, metadata={"help": "Smallest side of a random training crop, a share of the image; 1: none."}
+        default=0.85, metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop."}
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
 
 
 @dataclass
 class PlasticityArguments:
-    """What is measured and trained; see PlasticityConfig."""
+    """How to measure and what to train; see PlasticityConfig."""
 
     training: str = field(default="lora", metadata={"help": "lora or full", "choices": ["lora", "full"]})
-    top_k: int | None = field(default=None, metadata={"help": "How many of the best units to train (default 1)."})
-    budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, for top_k."})
-    report: str | None = field(default=None, metadata={"help": "Choose from this saved report; measure nothing."})
+    top_k: int | None = field(default=None, metadata={"help": "Number of the best units to train (default: 1)."})
+    budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, not top_k."})
+    report: str | None = field(default=None, metadata={"help": "Select from this saved report instead of measuring."})
     criterion: str | None = field(
         default=None,
-        metadata={"help": "The rule that ranks; rate_of_change is the paper's measure.", "choices": sorted(CRITERIA)},
+        metadata={"help": "Criterion that ranks; rate_of_change is the paper's measure.", "choices": sorted(CRITERIA)},
     )
     inputs: str | None = field(
         default=None,
         metadata={
-            "help": "Protocol of the paper's measure and its relatives; given alone it asks for the paper's measure.",
+            "help": "Protocol of the paper's measure and its relatives; without --criterion it selects that measure.",
             "choices": ["embedding", "activation"],
         },
     )
     granularity: str = field(default="kind", metadata={"help": ARGUMENTS["granularity"].help})
     candidates: list[str] = field(
-        default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be chosen."}
+        default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be selected."}
     )
     max_samples: int = field(default=1024, metadata={"help": ARGUMENTS["max_samples"].help})
     pairs: int | None = field(default=None, metadata={"help": "The former name of --max_samples."})
     settle: float | None = field(
         default=0.95,
-        metadata={"help": "End measuring when the choice is settled at this confidence; 0 uses all samples."},
+        metadata={"help": "Stop measuring once the selection is settled at this confidence; 0 uses all samples."},
     )
     dtype: str | None = field(
         default=None, metadata={"help": "Precision to measure in.", "choices": ["bfloat16", "float16"]}
@@ -148,7 +149,7 @@ class PlasticityArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA."})
     head_only: bool | None = field(
         default=None,
-        metadata={"help": "First train the head alone, by the same recipe, to compare with (default: in the demo)."},
+        metadata={"help": "First train the head alone with the same recipe, to compare (default: only in the demo)."},
     )
 
 
@@ -156,28 +157,26 @@ class PlasticityArguments:
 class FinetuningArguments(TrainingArguments):
     """transformers' TrainingArguments, with defaults for finetuning a part of a model."""
 
-    output_dir: str | None = field(default="outputs/train", metadata={"help": "Where the adapter is written."})
+    output_dir: str | None = field(default="outputs/train", metadata={"help": "Folder to write the adapter to."})
     learning_rate: float = field(default=2e-3, metadata={"help": "Peak learning rate of AdamW."})
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images a step on each device."})
-    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images a step in evaluation."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
+    per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: float = field(default=20, metadata={"help": "Steps of warm-up."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
     logging_strategy: str = field(default="epoch", metadata={"help": "When to log."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints kept."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
-    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "What is best."})
+    metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best checkpoint."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The transforms need the image column."})
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All that trains is used."})
-    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the images' memory for a GPU."})
-    hub_strategy: str = field(
-        default="end", metadata={"help": "When to publish: at the end, complete, or with every checkpoint too."}
-    )
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the memory of images, for a GPU."})
+    hub_strategy: str = field(default="end", metadata={"help": "When to publish: end, or with every checkpoint too."})
     push_merged: bool = field(
         default=False,
-        metadata={"help": "With --push_to_hub, publish the merged model too, as <hub_model_id>-merged."},
+        metadata={"help": "With --push_to_hub, also publish the merged model, as <hub_model_id>-merged."},
     )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
@@ -200,7 +199,7 @@ def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def load_images(name: str | None, config_name: str | None = None) -> DatasetDict:
-    """Returns the splits of a dataset by Hub name, image folder or parquet file; the digits when `name` is None."""
+    """Returns the splits of a dataset by Hub name, image folder or parquet file; the digits if `name` is None."""
     if name is None:
         return DatasetDict(train=digits())
     return load_image_dataset(name, config_name)
@@ -216,7 +215,7 @@ def digits() -> Dataset:
 
 
 def with_named_labels(dataset: DatasetDict, data: DataArguments) -> DatasetDict:
-    """Returns the dataset with labels that are numbered and named alike in all splits.
+    """Returns the dataset with labels that have the same numbers and names in all splits.
 
     Raises:
         DataError: there is no split for training, or a split lacks the column of the images or of the labels.
@@ -266,7 +265,7 @@ def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
 
 
 class Transform:
-    """From a batch of the dataset to `pixel_values` and `labels`, with augmentation if it is asked for."""
+    """Converts a batch of the dataset to `pixel_values` and `labels`, with augmentation if `augment`."""
 
     def __init__(self, processor: BaseImageProcessor, data: DataArguments, augment: bool) -> None:
         self.processor, self.data, self.augment = processor, data, augment
@@ -290,7 +289,7 @@ class Transform:
 
 
 def load_processor(arguments: ModelArguments) -> BaseImageProcessor:
-    """Returns the image processor of the model, for images of the size that was asked for."""
+    """Returns the image processor of the model, for images of the given size."""
     size = arguments.image_size
     options = {} if size is None else {"size": {"height": size, "width": size}, "do_center_crop": False}
     return AutoImageProcessor.from_pretrained(arguments.model_name_or_path, revision=arguments.revision, **options)
@@ -305,28 +304,28 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
         id2label=dict(enumerate(labels)),
         label2id={label: index for index, label in enumerate(labels)},
         ignore_mismatched_sizes=True,
-        dtype=torch.float32,  # weights stored in half precision train badly; --bf16 or --fp16 make training fast
+        dtype=torch.float32,  # weights in half precision train badly; use --bf16 or --fp16 for speed
     )
 
 
 def with_head_alone(model: PreTrainedModel) -> PeftModel:
-    """Returns the model with nothing to train but its head: stock PEFT without a LoRA layer."""
+    """Returns the model with only its head to train: stock PEFT without LoRA layers."""
     heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=heads))
 
 
 class ResumableTrainer(Trainer):
-    """A Trainer whose checkpoints can be told from half-written ones."""
+    """A Trainer whose whole checkpoints can be distinguished from half-written ones."""
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            # Files that an earlier run left here would make what is half written look whole.
+            # Files of an earlier run would make a half-written checkpoint look whole.
             if self.args.should_save and folder.exists():
                 shutil.rmtree(folder)
             self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # of a full disk, each library has its own
+        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own error for a full disk
             raise OSError(f"Cannot write {folder}: {error}") from error
 
 
@@ -349,14 +348,15 @@ def finetune(
     )
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
-        logger.info("%s was the end of training: nothing was left to train.", checkpoint)
+        logger.info("%s is the end of training: nothing is left to train.", checkpoint)
     return trainer, trainer.evaluate(splits["test"], metric_key_prefix="test")
 
 
 def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
-    """Returns the checkpoint to resume from: `--resume_from_checkpoint` names it, or says True for the last whole one.
+    """Returns the checkpoint in `--resume_from_checkpoint`, or the last whole one if it is True.
 
-    None if there is none, and training starts from the beginning. `also` are files that it must contain as well.
+    If there is none, the result is None, and training starts from the beginning. `also` are further files that the
+    checkpoint must contain.
     """
     wanted = arguments.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
@@ -370,7 +370,7 @@ def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
     if checkpoint is None:
         logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
         return None
-    logger.info("Training goes on from %s.", checkpoint)
+    logger.info("Training resumes from %s.", checkpoint)
     return str(checkpoint)
 
 
@@ -385,7 +385,7 @@ def check_writable(folder: str) -> None:
 
 
 def head_only_arguments(arguments: FinetuningArguments) -> FinetuningArguments:
-    """Returns the same recipe, with a folder of its own and nothing to publish."""
+    """Returns the same recipe with its own folder, and without publishing."""
     arguments = copy.copy(arguments)
     arguments.output_dir = str(Path(arguments.output_dir) / "_head_only")  # Trainer publishes nothing with that "_"
     resumes = str(arguments.resume_from_checkpoint).lower() not in ("none", "false")
@@ -399,8 +399,8 @@ def load_splits(
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Returns the images with their transforms, and the names of the labels.
 
-    The images are "train" (augmented), "validation", "test", and to measure on "target" (the training images as they
-    are) and perhaps "source".
+    The images are "train" (augmented), "validation" and "test", and, for measuring, "target" (the training images
+    without augmentation) and possibly "source".
     """
     plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
     with arguments.main_process_first(desc="loading the images"):
@@ -413,7 +413,7 @@ def load_splits(
 
 
 def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: dict[str, Dataset]) -> PlasticityConfig:
-    """Returns the config to measure and select by; a run that goes on selects from the report of its checkpoint."""
+    """Returns the PlasticityConfig. A resumed run selects from the report of its checkpoint."""
     options = asdict(plasticity)
     del options["head_only"]
     pairs = options.pop("pairs")
@@ -428,11 +428,11 @@ def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: d
 
 
 class Result(NamedTuple):
-    """What a training came to."""
+    """The result of a training run."""
 
     trained: str
     trainable: int
-    """How many parameters were trained, of how many."""
+    """Number of trained parameters."""
     parameters: int
     accuracy: float
     """On the test images."""
@@ -441,7 +441,7 @@ class Result(NamedTuple):
 def train_head_alone(
     model: PreTrainedModel, arguments: FinetuningArguments, processor: BaseImageProcessor, splits: dict[str, Dataset]
 ) -> Result:
-    """Returns what the same recipe comes to with the head alone: what the selected components are compared with."""
+    """Returns the result of the same recipe with the head alone, for comparison with the selected components."""
     adapted, recipe = with_head_alone(model), head_only_arguments(arguments)
     _, metrics = finetune(adapted, recipe, processor, splits, find_checkpoint(recipe))
     return Result("head only", *adapted.get_nb_trainable_parameters(), metrics["test_accuracy"])
@@ -450,7 +450,7 @@ def train_head_alone(
 def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
     """Writes the adapter with its report, card and picture, and the metrics."""
     arguments = trainer.args
-    arguments.push_to_hub = False  # save_model would publish what has no metrics yet
+    arguments.push_to_hub = False  # save_model would publish before the metrics are known
     if arguments.should_save:
         with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
             trainer.save_model(str(folder))
@@ -461,7 +461,7 @@ def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
-    """Returns the arguments of the command line, after a look at what would fail only at the end of training."""
+    """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
     parsed = parser.parse_args_into_dataclasses()
     arguments = parsed[-1]
@@ -470,12 +470,12 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
         logging.getLogger(noisy).setLevel(logging.WARNING)
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
-        raise SystemExit("--push_merged publishes beside the adapter: give --push_to_hub true with it.")
+        raise SystemExit("--push_merged needs --push_to_hub true.")
     return parsed
 
 
 def main() -> None:
-    """Measures, trains, evaluates, saves and, if asked to, publishes."""
+    """Measures, trains, evaluates, saves and, with --push_to_hub, publishes."""
     model_arguments, data, plasticity, arguments = parse_arguments()
     base_model = model_arguments.model_name_or_path
     repository = None
@@ -531,7 +531,7 @@ def main() -> None:
 
 
 def run() -> None:
-    """Runs `main`; what a user can put right ends it with a line instead of a traceback."""
+    """Runs `main`. An error that the user can fix is printed in one line instead of a traceback."""
     try:
         main()
     except (PlasticityError, OSError, SafetensorError) as error:

@@ -1,9 +1,9 @@
-"""Train the adapters that this folder has cards of, and keep their cards and pictures; the weights are thrown away.
+"""Train the adapters of the cards in this folder again, and keep their cards and pictures without the weights.
 
     python model_cards/regenerate.py            # all
     python model_cards/regenerate.py digits-lora
 
-Each is a run of examples/train.py, with no network. The same machine gives the same numbers.
+Each is a run of examples/train.py, without a network. The same machine gives the same numbers.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ RUNS = {
     "digits-rate-of-change": ["--criterion", "rate_of_change", "--candidates", "MHA", "FC1", "FC2", "--top_k", "2"],
     "digits-blocks": ["--granularity", "component", "--top_k", "6"],
 }
-"""Arguments of examples/train.py beside its defaults, by name of the card."""
+"""Arguments of examples/train.py that are not the defaults, by name of the card."""
 
 
 def regenerate(name: str) -> None:
@@ -40,12 +40,12 @@ def regenerate(name: str) -> None:
 
 
 def main() -> None:
-    """Parses the names of the cards, and makes them anew."""
+    """Parses the names of the cards, and makes the cards again."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"cards to make (default: {', '.join(RUNS)})")
     names = parser.parse_args().names or list(RUNS)
     for unknown in set(names) - set(RUNS):
-        parser.error(f"there is no card {unknown!r}; there are {', '.join(RUNS)}")
+        parser.error(f"unknown card {unknown!r}; the cards are {', '.join(RUNS)}")
     for name in names:
         regenerate(name)
 

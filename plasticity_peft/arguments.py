@@ -48,7 +48,7 @@ class Argument:
     help: str = ""
     """Empty for options that `peft.LoraConfig` documents."""
     check: Check = _not_checked
-    """The constraint. Left out if the argument cannot be checked by itself."""
+    """The constraint. Omitted if the argument cannot be checked on its own."""
 
 
 def _or_none(check: Check) -> Check:

@@ -36,8 +36,8 @@ def update_card(
 ) -> Path:
     """Writes the model card of a saved adapter again, with metrics if they are given, and returns its path.
 
-    Metrics are saved in the plasticity.json of the adapter. They stay in the card for as long as the adapter has these
-    weights, also if `trainer.push_to_hub()` writes another card.
+    Metrics are saved in the plasticity.json of the adapter. They stay in the card as long as the adapter has these
+    weights, even if `trainer.push_to_hub()` writes another card.
 
     Args:
         folder: folder of an adapter that was trained with this package.
@@ -83,7 +83,7 @@ def complete_card(folder: str | os.PathLike[str], adapters: Sequence[TrainedAdap
     """Adds a section about each adapter to the model card in `folder`, or replaces it, with a picture if possible."""
     path = Path(folder, CARD_NAME)
     card = ModelCard.load(path)
-    for adapter in reversed(adapters):  # each goes to the top
+    for adapter in reversed(adapters):  # each section is inserted at the top
         place = "" if adapter.name == "default" else adapter.name
         picture = _draw(Path(folder, place, PICTURE_NAME), adapter)
         section = section_of(adapter, f"{place}/{PICTURE_NAME}".lstrip("/") if picture else None)
@@ -106,7 +106,7 @@ def _draw(path: Path, adapter: TrainedAdapter) -> bool:
 
 
 _png = lru_cache(maxsize=4)(png)
-# The picture is the same at every checkpoint of a training, and takes longer to draw than all else takes.
+# The picture is the same at every checkpoint of a run, and drawing it takes longer than the rest of the card.
 
 
 def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
@@ -116,7 +116,7 @@ def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
 
 
 def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) -> None:
-    """Adds our metadata to those of the card, which stay, except for results of earlier weights."""
+    """Adds the metadata of a section to the card. The card keeps its own, except for results of earlier weights."""
     data.library_name = data.library_name or ours.library_name
     data.base_model = data.base_model or ours.base_model
     data.pipeline_tag = data.pipeline_tag or ours.pipeline_tag
@@ -146,7 +146,7 @@ def _union(one: Any, other: Any) -> list[str] | None:
 def _hide_path(card: Any, adapter: TrainedAdapter) -> None:
     """Removes a base model that is not on the Hub, such as a local folder, from the text of PEFT and Trainer.
 
-    The Hub refuses such metadata, and nobody else has that folder.
+    The Hub rejects such metadata, and the folder exists on this machine only.
     """
     path = adapter.base_model or ""
     if is_hub_id(path):
@@ -158,7 +158,7 @@ def _hide_path(card: Any, adapter: TrainedAdapter) -> None:
 
 
 def _with_section(text: str, section: str, name: str) -> str:
-    """Returns the text of a card with our section below its title, or instead of an earlier section."""
+    """Returns the text of a card with the section below its title, or instead of an earlier section."""
     section = section.strip()
     begin, end = (re.escape(comment(which, name)) for which in ("begin", "end"))
     replaced, count = re.subn(f"{begin}.*?{end}", lambda _: section, text, count=1, flags=re.DOTALL)

@@ -59,7 +59,7 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
         kind: a dataclass whose annotations contain constraints, or a type made of such classes.
         values: what JSON can represent.
         error: class of the error if a value violates a constraint.
-        place: where `values` are in the file, such as "adapter".
+        place: position of `values` in the file, such as "adapter".
 
     Raises:
         error: a value is missing, of another type, or not allowed. The message contains the field, what is allowed
@@ -81,13 +81,14 @@ def read_as(kind: Any, values: object, error: type[PlasticityError], place: str 
     from pydantic import ValidationError
 
     try:
-        text = json.dumps(values)
-    except (TypeError, ValueError, RecursionError) as reason:
-        raise error(f"{place or 'it'} cannot be represented in JSON: {reason}") from reason
-    try:
-        return _reader(kind).validate_json(text)
+        read = _reader(kind).validate_json(json.dumps(values))
+        # Only now, so that the error for a field that is NaN contains its name.
+        json.dumps(values, allow_nan=False)
     except ValidationError as reason:
         raise error(_in_words(reason.errors(), values, place)) from None
+    except (TypeError, ValueError, RecursionError) as reason:
+        raise error(f"{place or 'it'} cannot be represented in JSON: {reason}") from reason
+    return read
 
 
 @cache

@@ -1,7 +1,7 @@
 """The errors of this library: one parent, and a child for each thing that can be wrong.
 
 Every child is also the built-in exception that fits, so an `except ValueError` written for PEFT or transformers
-catches ours too.
+catches these errors too.
 """
 
 

@@ -58,7 +58,7 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Writes `content` to `path` in one step: whoever reads it sees the old file or the new one.
+    """Writes `content` to `path` in one step, so a reader sees either the old file or the new one.
 
     Raises:
         FileError: the file cannot be written; the message contains the reason. An old file at `path` is unchanged.
@@ -90,7 +90,7 @@ def replaced_when_whole(folder: str | os.PathLike[str], last: str) -> Iterator[P
     mixture of old and new files. An error before the end leaves `folder` as it was.
 
     Args:
-        folder: where the files go. It is made if it does not exist.
+        folder: folder that receives the files. It is created if it does not exist.
         last: name of the file that marks the folder as complete.
 
     Yields:

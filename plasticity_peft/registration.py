@@ -13,15 +13,15 @@ from importlib.machinery import ModuleSpec
 from typing import Any
 
 PEFT_TYPE = "PLASTICITY"
-"""The `peft_type` in the file of a config whose components are not selected yet. In memory it is LORA.
+"""The `peft_type` in the file of a config whose components are not selected yet. In memory the `peft_type` is LORA.
 
-`task_type` is this too until the model is adapted, unless the user gives one. PEFT finds the class of the adapted
-model by it.
+`task_type` also has this value until the model is adapted, unless the user gives a task type. PEFT finds the class of
+the adapted model by it.
 """
 
 
 class _Later(type):
-    """A class that is `PlasticityConfig` in all that PEFT does with it."""
+    """Metaclass of a class that behaves as `PlasticityConfig` in everything that PEFT does with it."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         return _config_class()(*args, **kwargs)
@@ -44,7 +44,7 @@ class _PeftFinder:
     """Finds PEFT as the other finders do, and adds the stand-in once PEFT has been executed."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        """Returns where PEFT is; None for all other modules."""
+        """Returns the spec of PEFT, which adds the stand-in when it is executed; None for all other modules."""
         if name != "peft":
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

@@ -1,7 +1,7 @@
-"""What the benchmarks share: ways that take turns at the clock, peaks of memory, and a table that is also a JSON file.
+"""The common code of the benchmarks: interleaved timing, peak memory, and a table that is also written as JSON.
 
-All of a benchmark's numbers come from one run. Ways that are compared run one after the other in each round, so that
-what else the machine does falls on all of them, and what counts is the ratio of their medians.
+All numbers of a benchmark come from one run. The functions to compare run one after the other in each round, so that
+other work on the machine affects all of them. The result is the ratio of their medians.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZES = {
     "ViT-B": {"hidden_size": 768, "num_hidden_layers": 12},
     "ViT-L": {"hidden_size": 1024, "num_hidden_layers": 24},
 }
-"""Widths and depths of the usual models; 64 features a head, MLP four times as wide."""
+"""Widths and depths of the usual models, with 64 features per head and an MLP four times as wide."""
 
 MEASURES: dict[str, dict[str, Any]] = {
     "parameter_plasticity": {},
@@ -52,7 +52,7 @@ def vit_config(size: str, image_size: int = 224, **options: Any) -> ViTConfig:
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Returns the median time of each way in seconds; in each round all take their turn. A first round warms up."""
+    """Returns the median time of each function in seconds. Each round runs all of them. A first round warms up."""
     found: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, way in ways.items():
@@ -64,9 +64,10 @@ def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str,
 
 
 def peak_above(prepare: Callable[[], Callable[[], object]]) -> float:
-    """Returns the most memory that a call takes above what was there before it, in MiB.
+    """Returns the peak memory of a call, in MiB above the memory before it.
 
-    `prepare` makes the model, and returns the call. Run in a process of its own, whose peak it is.
+    `prepare` makes the model, and returns the call. This must run in its own process, as the peak is that of the
+    process.
     """
     call = prepare()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -76,7 +77,7 @@ def peak_above(prepare: Callable[[], Callable[[], object]]) -> float:
 
 
 def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns what `function` returns in a fresh process. Call it while this one is small: peaks start from there."""
+    """Runs `function` in a new process. Call it while this process is small, because its memory adds to the peak."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -84,7 +85,7 @@ def in_its_own_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def report(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]], arguments: Any) -> None:
     """Prints the rows as a table, and writes them to `arguments.output` with the arguments and the versions.
 
-    `columns` are the names of the values of a row, with what stands above them.
+    `columns` are the headings of the columns, by the names of the values in a row.
     """
     print(table(title, tuple(columns.values()), [[_cell(row[name]) for name in columns] for row in rows]))
     path = Path(arguments.output)

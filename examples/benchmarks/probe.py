@@ -1,11 +1,11 @@
-"""Time and memory of measuring a pair, against the straightforward procedure; both protocols.
+"""Time and memory of measuring a pair, compared with the straightforward procedure, for both protocols.
 
     python examples/benchmarks/probe.py                      ViT-B/16 at 224 px, about five minutes on two cores
     python examples/benchmarks/probe.py --size ViT-S         another size
 
 The straightforward procedure calls every component on e(x) and on e(y) and keeps all outputs, as the authors' code
-does ("embedding"); for "activation" it is two plain forward passes. Times are medians over rounds in which all take
-turns; memory is what a process of its own needs above the model, at its peak. Weights are random: they do not matter.
+does ("embedding"). For "activation" it is two plain forward passes. Times are medians over interleaved rounds. Memory
+is the peak above the model, in a separate process. The weights are random, which does not affect the results.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from plasticity_peft.criteria.protocols.embedding import EmbeddingProtocol
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     size: str = field(default="ViT-B", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
     image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    batch_size: int = field(default=8, metadata={"help": "Pairs in a pass, for the times."})
-    memory_batch_size: int = field(default=32, metadata={"help": "Pairs in a pass, for the memory."})
-    rounds: int = field(default=5, metadata={"help": "How often each is timed."})
+    batch_size: int = field(default=8, metadata={"help": "Pairs per pass, for the times."})
+    memory_batch_size: int = field(default=32, metadata={"help": "Pairs per pass, for the memory."})
+    rounds: int = field(default=5, metadata={"help": "Number of timed rounds."})
     num_threads: int = field(default=2, metadata={"help": "Threads of torch."})
-    output: str = field(default="outputs/benchmarks/probe.json", metadata={"help": "Where the numbers go."})
+    output: str = field(default="outputs/benchmarks/probe.json", metadata={"help": "JSON file to write."})
 
 
 def build(arguments: BenchmarkArguments) -> ViTModel:
@@ -75,7 +75,7 @@ def two_passes(model: nn.Module, architecture: Architecture, x: Inputs, y: Input
 
 
 def ours(inputs: str) -> Callable[..., torch.Tensor]:
-    """Returns the measure of this package, prepared once a model."""
+    """Returns the measure of this package, prepared once per model."""
     prepared: dict[int, Callable[[Inputs], Distances]] = {}
 
     def measure(model: nn.Module, architecture: Architecture, x: Inputs, y: Inputs) -> torch.Tensor:

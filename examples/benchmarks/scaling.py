@@ -1,9 +1,9 @@
-"""How much sooner two processes have the answer of one: the same pairs on 1 and on 2, one thread each.
+"""The speed-up by a second process: the same pairs on 1 and on 2 processes, with one thread each.
 
-    python examples/benchmarks/scaling.py        ViT-S at 224 px, some twenty minutes on two cores
+    python examples/benchmarks/scaling.py        ViT-S at 224 px, about twenty minutes on two cores
 
-Processes are started by `accelerate launch`, in turns. What is timed is `measure_plasticity` as a whole, between two
-barriers; starting Python is not in it.
+`accelerate launch` starts the processes, in turns. The whole of `measure_plasticity` is timed between two barriers,
+without the start of Python.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ COLUMNS = {"measure": "measure", "one": "1 process, s", "two": "2 processes, s",
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
     image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    pairs: int = field(default=384, metadata={"help": "Pairs, or images, in all."})
+    pairs: int = field(default=384, metadata={"help": "Total number of pairs or images."})
     measures: list[str] = field(default_factory=lambda: list(MEASURES), metadata={"help": "What is measured."})
-    batch_size: int = field(default=8, metadata={"help": "Pairs in a pass."})
-    rounds: int = field(default=3, metadata={"help": "How often each is timed."})
-    output: str = field(default="outputs/benchmarks/scaling.json", metadata={"help": "Where the numbers go."})
+    batch_size: int = field(default=8, metadata={"help": "Pairs per pass."})
+    rounds: int = field(default=3, metadata={"help": "Number of timed rounds."})
+    output: str = field(default="outputs/benchmarks/scaling.json", metadata={"help": "JSON file to write."})
     worker: str | None = field(default=None, metadata={"help": "Where a started process writes; not for hand use."})
 
 
 def work(arguments: BenchmarkArguments) -> None:
-    """Times each measure in this process, among those that the launcher started."""
+    """Times each measure in this process, together with the other processes of the launcher."""
     torch.set_num_threads(1)
     state = PartialState(cpu=True)
     torch.manual_seed(0)
@@ -67,7 +67,7 @@ def work(arguments: BenchmarkArguments) -> None:
 
 
 def launch(arguments: BenchmarkArguments, processes: int) -> dict[str, float]:
-    """Returns the seconds of each measure on so many processes."""
+    """Returns the seconds of each measure on a number of processes."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "seconds.json")
         own = {key: value for key, value in asdict(arguments).items() if key != "worker"}

@@ -1,10 +1,10 @@
-"""How many pairs it takes until a choice is settled, and whether it is the choice of the authors' 12,800 pairs.
+"""How many pairs it takes to settle a selection, and whether it agrees with the authors' 12,800 pairs.
 
-    python examples/benchmarks/settling.py                           the model of the demo
-    python examples/benchmarks/settling.py --models path/to/dinov2   other models, in the same form
+    python examples/benchmarks/settling.py                           the model of the demo python
+    examples/benchmarks/settling.py --models path/to/dinov2   other models, in the same form
 
-Pairs are one image of Fashion-MNIST and one of scikit-learn's digits, as in the demo. A criterion that looks at images
-one by one has no more than the digits that there are.
+A pair is one image of Fashion-MNIST and one of scikit-learn's digits, as in the demo. For a criterion that looks at
+single images, the number of samples is limited by the number of digits.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ COLUMNS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured."""
+    """The settings of the benchmark."""
 
     models: list[str] = field(default_factory=lambda: [str(DEMO_MODEL)], metadata={"help": "Folders or Hub names."})
-    image_size: int | None = field(default=None, metadata={"help": "Pixels (default: what the model was made for)."})
-    pairs: int = field(default=12_800, metadata={"help": "Pairs at most: the authors' number."})
-    batch_size: int = field(default=64, metadata={"help": "Pairs in a pass."})
-    top_k: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "Choices to settle, of five kinds."})
+    image_size: int | None = field(default=None, metadata={"help": "Pixels (default: as in the model's config)."})
+    pairs: int = field(default=12_800, metadata={"help": "Largest number of pairs: the authors' number."})
+    batch_size: int = field(default=64, metadata={"help": "Pairs per pass."})
+    top_k: list[int] = field(default_factory=lambda: [1, 2, 3], metadata={"help": "How many of five kinds to select."})
     num_threads: int = field(default=2, metadata={"help": "Threads of torch."})
-    output: str = field(default="outputs/benchmarks/settling.json", metadata={"help": "Where the numbers go."})
+    output: str = field(default="outputs/benchmarks/settling.json", metadata={"help": "JSON file to write."})
 
 
 def images_for(model: str, image_size: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the digits and the source images as the model takes them: float32 (images, channels, height, width)."""
+    """Returns the digits and the source images for the model: float32 (images, channels, height, width)."""
     size = {} if image_size is None else {"size": {"height": image_size, "width": image_size}, "do_center_crop": False}
     try:
         processor = AutoImageProcessor.from_pretrained(model, **size)
@@ -63,7 +63,7 @@ def images_for(model: str, image_size: int | None) -> tuple[torch.Tensor, torch.
 
 
 def rows_of(name: str, arguments: BenchmarkArguments) -> list[dict[str, Any]]:
-    """Returns what came out for a model: a row for each measure and choice."""
+    """Returns the results for a model: one row per measure and selection."""
     torch.manual_seed(0)
     model = AutoModelForImageClassification.from_pretrained(name, num_labels=10, dtype=torch.float32)
     digits, source = images_for(name, arguments.image_size)

@@ -1,9 +1,9 @@
-"""What a pair costs by the size of the model and the number of tokens, against two plain forward passes.
+"""The cost of a pair by the size of the model and the number of tokens, compared with two plain forward passes.
 
-    python examples/benchmarks/sizes.py        ViT-S, B and L at 112 and 224 px, some ten minutes on two cores
+    python examples/benchmarks/sizes.py        ViT-S, B and L at 112 and 224 px, about ten minutes on two cores
 
-All of a measurement is timed, what is made once for a model as well: `setup` is what remains of it for no pairs.
-Weights are random: they do not matter.
+The whole measurement is timed, including the work that is done once per model: `setup` is the time without any pairs.
+The weights are random, which does not affect the results.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ COLUMNS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     sizes: list[str] = field(default_factory=lambda: list(SIZES), metadata={"help": "ViT-S, ViT-B, ViT-L."})
     image_sizes: list[int] = field(default_factory=lambda: [112, 224], metadata={"help": "Pixels."})
-    batch_size: int = field(default=4, metadata={"help": "Pairs in a pass."})
-    rounds: int = field(default=3, metadata={"help": "How often each is timed."})
+    batch_size: int = field(default=4, metadata={"help": "Pairs per pass."})
+    rounds: int = field(default=3, metadata={"help": "Number of timed rounds."})
     num_threads: int = field(default=2, metadata={"help": "Threads of torch."})
-    output: str = field(default="outputs/benchmarks/sizes.json", metadata={"help": "Where the numbers go."})
+    output: str = field(default="outputs/benchmarks/sizes.json", metadata={"help": "JSON file to write."})
 
 
 def build(size: str, image_size: int) -> ViTForImageClassification:
@@ -60,7 +60,7 @@ def measured(model: ViTForImageClassification, images: torch.Tensor, measure: st
 
 
 def peak_memory(size: str, image_size: int, measure: str, pairs: int, threads: int) -> float:
-    """Returns the most memory that a pass takes above the model, in MiB. Run in a process of its own."""
+    """Returns the peak memory of a pass above the model, in MiB. Must run in its own process."""
     torch.set_num_threads(threads)
     return peak_above(lambda: measured(build(size, image_size), images_of(image_size, 2 * pairs), measure, pairs))
 

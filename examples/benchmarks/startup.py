@@ -2,8 +2,8 @@
 
     python examples/benchmarks/startup.py        about two minutes
 
-The commands are started in turns, each in a process of its own. What is measured is the user and system time of the
-process. PEFT is imported in the same turns for comparison.
+The commands are started in turns, each in its own process. The user and system time of the process is measured. PEFT
+is imported in the same turns for comparison.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ COLUMNS = {"case": "process", "minimum": "CPU s, minimum", "median": "median", "
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
-    rounds: int = field(default=5, metadata={"help": "How often each process is started."})
-    output: str = field(default="outputs/benchmarks/startup.json", metadata={"help": "Where the numbers go."})
+    rounds: int = field(default=5, metadata={"help": "Number of times that each process is started."})
+    output: str = field(default="outputs/benchmarks/startup.json", metadata={"help": "JSON file to write."})
 
 
 def cpu_seconds(code: str, arguments: list[str], environment: dict[str, str]) -> float:

@@ -1,8 +1,9 @@
-"""A training step of our adapter against one of stock PEFT with the same targets.
+"""A training step of an adapter of this package, compared with stock PEFT on the same modules.
 
-    python examples/benchmarks/training_step.py        ViT-S at 224 px, some three minutes on two cores
+    python examples/benchmarks/training_step.py        ViT-S at 224 px, about three minutes on two cores
 
-Both models train the same modules in the same way; forward, backward and a step of AdamW are timed in turns.
+Both models train the same modules in the same way. A forward pass, a backward pass and a step of AdamW are timed in
+turns.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ COLUMNS = {
 
 @dataclass
 class BenchmarkArguments:
-    """What is measured, and how often."""
+    """The settings of the benchmark."""
 
     size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
     image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    batch_size: int = field(default=8, metadata={"help": "Images in a step."})
+    batch_size: int = field(default=8, metadata={"help": "Images per step."})
     top_k: int = field(default=2, metadata={"help": "Kinds that are trained."})
-    rounds: int = field(default=15, metadata={"help": "How often each is timed."})
+    rounds: int = field(default=15, metadata={"help": "Number of timed rounds."})
     num_threads: int = field(default=2, metadata={"help": "Threads of torch."})
-    output: str = field(default="outputs/benchmarks/training_step.json", metadata={"help": "Where the numbers go."})
+    output: str = field(default="outputs/benchmarks/training_step.json", metadata={"help": "JSON file to write."})
 
 
 def build(arguments: BenchmarkArguments) -> ViTForImageClassification:
@@ -61,7 +62,7 @@ def step_of(model: PeftModel, images: torch.Tensor) -> Callable[[], None]:
 
 
 def row_of(arguments: BenchmarkArguments, training: str) -> dict[str, object]:
-    """Returns the times of both in a mode."""
+    """Returns the times of both in one training mode."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(32, 3, arguments.image_size, arguments.image_size, generator=generator)
     options = {"max_samples": 32, "batch_size": 8, "top_k": arguments.top_k, "training": training}

@@ -1,4 +1,4 @@
-"""What PEFT sees: the config, the tuner and the adapted model, and how saved adapters are loaded.
+"""The part that works with PEFT: the config, the tuner and the adapted model, and loading of saved adapters.
 
 Importing this package registers `PlasticityConfig` with PEFT.
 """

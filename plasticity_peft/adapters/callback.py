@@ -1,4 +1,4 @@
-"""Plasticity beside the loss: the Trainer's loggers get the ranking, the selection, and how the scores move."""
+"""A Trainer callback that logs the ranking, the selection and, during training, the change of the scores."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 
 TAKE_TEXT = {"tensorboard", "wandb"}
-"""Integrations of the Trainer that take text; the others warn about values that are not numbers."""
+"""Integrations of the Trainer that accept text. The others warn about values that are not numbers."""
 
 
 class PlasticityCallback(TrainerCallback):
-    """Writes the ranking and the selection to the Trainer's loggers, and measures again every n epochs if asked to.
+    """Writes the ranking and the selection to the Trainer's loggers, and can measure again every few epochs.
 
-    It logs through `Trainer.log`, so that every integration in `report_to`, the progress bar and the log history get
-    it. A callback is not told which Trainer calls it: it is given the Trainer, and added with `add_callback`.
+    It logs through `Trainer.log`, so every integration in `report_to`, the progress bar and the log history get the
+    values. A callback does not know its Trainer, so the Trainer is an argument. Add the callback with `add_callback`.
 
-    When training begins it writes, for every kind (and every component, with granularity="component"),
+    At the start of training it logs, for every kind (and every component, with granularity="component"),
     `plasticity/MHA`, `plasticity/standard_error/MHA`, `plasticity/rank/MHA` and `plasticity/selected/MHA`, which is 1
-    for what is trained; TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores
-    are measured again at the end of every so many epochs, under the same names. `reports` contains what was measured,
-    by epoch.
+    for a selected unit. TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores
+    are measured again at the end of every `every`-th epoch, and logged under the same names. `reports` contains all
+    reports, by epoch.
 
-    What is measured again is a merged copy of the model: the components with what the adapters have learnt so far in
-    their weights, as they would be published. Training is not touched: weights, random numbers and losses are those
-    of a run without the callback. The copy takes the memory of the model once more while it is measured. Under
-    several processes all take part.
+    During training, a merged copy of the model is measured: the weights of the components include what the adapters
+    have learned so far. Training is not affected: weights, random numbers and losses are the same as without the
+    callback. The copy takes the memory of the model once more while it is measured. In a distributed run, all
+    processes measure together.
 
     Args:
-        trainer: the Trainer that it is added to.
-        target_data: images to measure on, as in `measure_plasticity`, without augmentation; needed with `every`.
+        trainer: the Trainer to which the callback is added.
+        target_data: images to measure on, as in `measure_plasticity`, without augmentation. Required with `every`.
         source_data: the other half of each pair, as in `measure_plasticity`.
-        every: how many epochs lie between measurements; None measures nothing in training.
-        measuring: arguments of `measure_plasticity`; what is not given is as the PlasticityConfig of the model says,
+        every: number of epochs between measurements; None measures nothing during training.
+        measuring: other arguments of `measure_plasticity`. By default they are those of the model's PlasticityConfig,
             so that the scores can be compared.
 
     Raises:
-        ConfigError: `every` without images, or images without `every`, or an argument that measuring does not have;
-            when training begins, a model without an adapter of a PlasticityConfig if nothing is measured, or
-            weights that DeepSpeed or FSDP has sharded over processes if something is.
+        ConfigError: `every` is given without images, or images without `every`, or an argument is unknown. At the
+            start of training: without `every`, the model has no adapter of a PlasticityConfig; with `every`, DeepSpeed
+            or FSDP has sharded the weights over processes.
 
     Examples:
         >>> import tempfile, torch
@@ -82,7 +82,7 @@ class PlasticityCallback(TrainerCallback):
         images = target_data is not None or source_data is not None or bool(measuring)
         if (every is None and images) or (every is not None and target_data is None):
             raise ConfigError(
-                "To measure again in training, give target_data, the images, and every, the number of epochs between. "
+                "To measure during training, give both target_data (images) and every (a number of epochs). "
                 f"Got every={every!r} and {'no ' if target_data is None else ''}target_data."
             )
         parameters = inspect.signature(measure_plasticity).parameters.items()
@@ -91,23 +91,23 @@ class PlasticityCallback(TrainerCallback):
             raise ConfigError(f"Measuring takes {', '.join(allowed)}. Got {', '.join(sorted(measuring))}.")
         self.trainer, self.every = trainer, every
         self.reports: dict[float, PlasticityReport] = {}
-        """What was measured, by the epoch at whose end it was; 0.0 is the beginning."""
+        """The reports, by the epoch at whose end they were measured; 0.0 is the start of training."""
         self._images, self._measuring = (target_data, source_data), measuring
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Writes what was measured and selected before training; not again if training is resumed."""
+        """Logs the report and the selection from before training, unless training is resumed."""
         model, config = kwargs["model"], _config_of(kwargs["model"])
         if self.every is not None:
             self._check_whole()
         elif config is None:
             raise ConfigError(
-                "The model has no active adapter of a PlasticityConfig, and there is nothing to report. Give "
-                "target_data and every to measure in training."
+                "The model has no active adapter of a PlasticityConfig, so there is nothing to log. Give "
+                "target_data and every to measure during training."
             )
         if state.global_step:
-            return  # resumed: it was written when training began
+            return  # resumed: this was logged when training began
         if config is None:
             self._report(self._measure(model), None, args, state, control)
         elif isinstance(config.report, PlasticityReport):
@@ -116,7 +116,7 @@ class PlasticityCallback(TrainerCallback):
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Measures again, at the end of every `every`-th epoch."""
+        """Measures again at the end of every `every`-th epoch."""
         epoch = state.epoch or 0.0
         whole = abs(epoch - round(epoch)) < 1e-6  # training may end within an epoch
         if self.every is not None and whole and round(epoch) % self.every == 0:
@@ -126,8 +126,8 @@ class PlasticityCallback(TrainerCallback):
     def _check_whole(self) -> None:
         if self.trainer.is_deepspeed_enabled or self.trainer.is_fsdp_enabled:
             raise ConfigError(
-                "every=... measures a copy of the model, and DeepSpeed or FSDP has spread its weights over the "
-                "processes. Leave every out, or train with DDP."
+                "every=... measures a copy of the model, but DeepSpeed or FSDP has spread its weights over the "
+                "processes. Omit every, or train with DDP."
             )
 
     def _measure(self, model: nn.Module) -> PlasticityReport:
@@ -156,12 +156,12 @@ class PlasticityCallback(TrainerCallback):
         self.trainer.log(scalars(report, selection))
         if TAKE_TEXT & set(args.report_to or ()):
             self.trainer.log({"plasticity/report": str(report)})  # type: ignore[dict-item]
-        # Trainer.log takes what it logs for what was due: the loss of this step may still be.
+        # Trainer.log resets should_log, but the loss of this step may not have been logged yet.
         control.should_log = should_log
 
 
 def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, float]:
-    """Returns what is logged of a report, by name: numbers only, which every logger takes."""
+    """Returns the values to log of a report, by name. They are numbers, which every logger accepts."""
     granularities = ["kind"] if selection is None or selection.granularity == "kind" else ["kind", "component"]
     logs: dict[str, float] = {}
     for granularity in granularities:
@@ -175,11 +175,11 @@ def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, 
 
 
 def _config_of(model: nn.Module) -> PlasticityConfig | None:
-    """Returns the config of the active adapter, or of the first of several, that chose its components."""
+    """Returns the config of the first active adapter that has selected components; None if there is none."""
     configs = getattr(model, "peft_config", None)
     if not configs:
         return None
-    active: Any = model.active_adapters  # of a PeftModel a list, of a model of transformers a method
+    active: Any = model.active_adapters  # a list in a PeftModel, a method in a transformers model
     names = active() if callable(active) else active
     found = (configs[name] for name in names if name in configs)
     return next((config for config in found if isinstance(config, PlasticityConfig) and config.selection), None)

@@ -1,4 +1,4 @@
-"""What a config has chosen, and for which model, so that a choice is never applied to another model."""
+"""What a config has selected, and for which model, so that a selection is never applied to another model."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from plasticity_peft.components.wrappers import walk
 from plasticity_peft.report.selection import Selection
 
 SAMPLED_VALUES = 16
-"""Values of each weight that the fingerprint of a model contains."""
+"""Number of values of each weight in the fingerprint of a model."""
 
 
 @dataclass(frozen=True)
 class Chosen:
-    """What `PlasticityConfig.choose` has chosen."""
+    """The selection of `PlasticityConfig.choose`."""
 
     selection: Selection
     linears: tuple[str, ...]
@@ -28,17 +28,17 @@ class Chosen:
     id2label: dict[int, str] | None
     """Names of the labels, from the config of the model."""
     options: Mapping[str, Any]
-    """The options of the config that the choice depends on."""
+    """The options of the config on which the selection depends."""
     fingerprint: str
     """See `fingerprint`."""
     model: weakref.ref[nn.Module] | None = field(default=None, repr=False, compare=False)
-    """The model itself. Copies and pickles of a config have the fingerprint only."""
+    """The model itself. Copies and pickles of a config have only the fingerprint."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "model": None}
 
     def is_for(self, model: nn.Module, modules: Iterable[str]) -> bool:
-        """Returns whether the choice was made for `model`, or for one with the same weights and labels."""
+        """Returns whether the selection was made for `model`, or for a model with the same weights and labels."""
         same = self.model is not None and self.model() is model
         return same or fingerprint(model, modules) == self.fingerprint
 
@@ -53,7 +53,7 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> str:
     """Returns a digest of the named modules of a base model and of its labels.
 
     It covers the shape of each weight and some of its values. Two models with the same fingerprint give the same
-    scores. The weights of a head are not covered, as each run may initialize them anew.
+    scores. The weights of a head are not included, as each run may initialize them again.
     """
     found = dict(walk(model))
     digest = hashlib.sha256(repr(labels_of(model)).encode())
@@ -66,7 +66,7 @@ def fingerprint(model: nn.Module, modules: Iterable[str]) -> str:
 
 
 def _sample(value: Any) -> bytes:
-    """Returns some values of a weight; none if it is not in the memory of this process."""
+    """Returns some values of a weight; none if the weight is not in the memory of this process."""
     spread = not isinstance(value, torch.Tensor) or hasattr(value, "device_mesh")
     if spread or value.device.type == "meta" or not value.numel():
         return b""

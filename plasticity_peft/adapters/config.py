@@ -1,4 +1,4 @@
-"""The config that a user fills in."""
+"""`PlasticityConfig`, the config of the method."""
 
 from __future__ import annotations
 
@@ -64,15 +64,15 @@ def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
 @with_documented_fields
 @dataclass
 class PlasticityConfig(LoraConfig):
-    """Trains the components of a vision transformer whose training moves its features most.
+    """Trains the components of a vision transformer that its plasticity, or another criterion, ranks highest.
 
     This is a `peft.LoraConfig` that finds its own `target_modules` and `modules_to_save`. `get_peft_model` (or
     `add_adapter`) measures the model on `target_data`, or takes the scores of `report`. Then it ranks the components
     and adapts the best ones. The classification head always trains and is saved. All other options are those of
     `peft.LoraConfig`.
 
-    After that the config is the LoRA config of what was selected. `report` and `selection` contain the result, and
-    the data have been released. A config selects once: make a new one for another model or other data. `choose`
+    After that, the config is the LoRA config of the selected components. `report` and `selection` contain the result,
+    and the data are released. A config selects once: make a new config for another model or other data. `choose`
     selects without adapting the model, for functions of PEFT that need the target modules first.
 
     Examples:
@@ -133,7 +133,7 @@ class PlasticityConfig(LoraConfig):
 
     @property
     def selection(self) -> Selection | None:
-        """What was selected; None before that."""
+        """The selected units; None before the selection."""
         return None if self.chosen is None else self.chosen.selection
 
     @property
@@ -144,7 +144,7 @@ class PlasticityConfig(LoraConfig):
     def check_modules_are_not_named(self) -> None:
         """Raises ConfigError if an option of LoRA names the modules that the ranking selects.
 
-        Preparing functions of PEFT, such as LoRA-GA's, set `target_modules` to PEFT's own choice if there is none.
+        Some functions of PEFT, such as LoRA-GA's, set `target_modules` to PEFT's defaults if it is None.
         """
         for name in CHOSEN_FOR_THE_USER:
             value = getattr(self, name, None)
@@ -156,16 +156,16 @@ class PlasticityConfig(LoraConfig):
                 )
 
     def _check_data(self) -> None:
-        """Raises ConfigError unless there is one thing to rank by: a report, or data."""
+        """Raises ConfigError if both a report and data are given, or source data without target data."""
         if not isinstance(self.report, (PlasticityReport, Mapping, str, os.PathLike, type(None))):
             raise ConfigError(f"report must be a PlasticityReport or the path of one. Got {shown(self.report)}.")
         if self.report is not None and self.target_data is not None:
-            raise ConfigError("Give report, to select from scores, or target_data, to measure. Got both.")
+            raise ConfigError("Give report (to select from scores) or target_data (to measure), not both. Got both.")
         if self.source_data is not None and self.target_data is None:
-            raise ConfigError("source_data is the other half of each pair: give target_data with it.")
+            raise ConfigError("source_data is the other half of each pair. Give target_data too.")
 
     def load_report(self) -> PlasticityReport | None:
-        """Returns the scores given as `report`, which are read if it is a path; None if there are none."""
+        """Returns the report given as `report`, which is loaded if it is a path; None if there is none."""
         if self.report is None or isinstance(self.report, PlasticityReport):
             return self.report
         if isinstance(self.report, Mapping):
@@ -176,8 +176,7 @@ class PlasticityConfig(LoraConfig):
         """Returns what this config selects from the scores of `report`.
 
         Raises:
-            ConfigError: the report is of another criterion or protocol than this config asks for, or has too few
-                units.
+            ConfigError: the report has another criterion or protocol than this config, or too few units.
         """
         if self.criterion is not None and (self.criterion, self.inputs) != (report.criterion, report.inputs):
             raise ConfigError(
@@ -205,18 +204,18 @@ class PlasticityConfig(LoraConfig):
 
     @property
     def rule(self) -> SelectionRule:
-        """What is to be selected."""
+        """Which components to select."""
         return SelectionRule(**{each.name: getattr(self, each.name) for each in fields(SelectionRule)})
 
     def choose(self, model: nn.Module) -> PlasticityConfig:
-        """Measures a model and selects its components. Returns this config, which is then the LoRA config of them.
+        """Measures a model and selects its components. Returns this config, which is then their LoRA config.
 
-        `get_peft_model` and `add_adapter` do this themselves. Call it before functions of PEFT that take a base model
-        and a config and need to know the target modules, such as `preprocess_loraga` and `get_eva_state_dict`.
+        `get_peft_model` and `add_adapter` do this themselves. Call `choose` before functions of PEFT that take a base
+        model and a config with target modules, such as `preprocess_loraga` and `get_eva_state_dict`.
 
         Args:
             model: a vision transformer as in `find_components`, or a PeftModel, whose base model is measured. It is
-                left as it is.
+                not changed.
 
         Raises:
             ConfigError: this config has selected for another model, or an option was changed since it selected.
@@ -233,7 +232,7 @@ class PlasticityConfig(LoraConfig):
         return CHOOSERS[-1](model, self)
 
     def check_is_for(self, model: nn.Module) -> None:
-        """Raises ConfigError if the components were selected for another model, or by other options than there are."""
+        """Raises ConfigError if the components were selected for another model, or if options were changed since."""
         if self.chosen is None:
             return
         self._check_unchanged(self.chosen)
@@ -243,7 +242,7 @@ class PlasticityConfig(LoraConfig):
                 "Make a new one to measure this model. To adapt the same modules here without measuring, use "
                 "config.to_lora()."
             )
-        # PiSSA and others change the weights that were measured. Further adapters are for the same model.
+        # PiSSA and others change the weights that were measured. Later adapters are still for the same model.
         self.chosen = replace(self.chosen, model=weakref.ref(model))
 
     def _measured_modules(self) -> list[str]:
@@ -251,7 +250,7 @@ class PlasticityConfig(LoraConfig):
         return [path for row in scores for path in row.modules]
 
     def _check_unchanged(self, chosen: Chosen) -> None:
-        """Raises ConfigError if an option that the selection depends on was changed since."""
+        """Raises ConfigError if an option on which the selection depends was changed since."""
         options = self._options()
         changed = [name for name, value in chosen.options.items() if options[name] != value]
         changed += ["target_data"] if self.target_data is not None or self.source_data is not None else []
@@ -263,7 +262,7 @@ class PlasticityConfig(LoraConfig):
             )
 
     def _options(self) -> dict[str, Any]:
-        """Returns the options that the selection depends on, those of LoRA left out."""
+        """Returns the options on which the selection depends, without those of LoRA."""
         of_lora = {each.name for each in fields(LoraConfig)}
         others = {*of_lora, "target_data", "source_data", "report", "chosen"}
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in others}
@@ -278,7 +277,7 @@ class PlasticityConfig(LoraConfig):
         modules_to_save: list[str] | None,
         id2label: dict[int, str] | None,
     ) -> None:
-        """Turns this into the LoRA config of what was selected for `model`, and releases the data."""
+        """Turns this into the LoRA config of the components selected for `model`, and releases the data."""
         self.report = report
         # PEFT combines adapters only if their target_modules are sets.
         self.target_modules = target_modules if isinstance(target_modules, str) else set(target_modules)  # type: ignore[assignment]
@@ -295,7 +294,7 @@ class PlasticityConfig(LoraConfig):
 
     @property
     def is_as_chosen(self) -> bool:
-        """Whether the adapter trains what was selected. PEFT's EVA, for one, may leave out modules afterwards."""
+        """Whether the adapter trains the selected components. PEFT's EVA, for example, may drop modules later."""
         if self.chosen is None or isinstance(self.target_modules, str) or not self.target_modules:
             return self.chosen is not None
         ends = tuple(f".{name}" for name in self.target_modules)
@@ -305,7 +304,7 @@ class PlasticityConfig(LoraConfig):
         """Returns a `peft.LoraConfig` with the same options, without the report and the selection.
 
         Raises:
-            ConfigError: the components are not selected yet.
+            ConfigError: no components are selected yet.
         """
         if self.chosen is None:
             raise ConfigError("The components are not selected yet. Call config.choose(model) first.")

@@ -1,7 +1,7 @@
-"""`load_adapter`: an adapter put on a given base model, also if transformers has renamed modules since it was saved.
+"""`load_adapter`: loads an adapter onto a base model, also if transformers has renamed modules since it was saved.
 
-PEFT finds modules by their names. So the adapter is written again under the module names of the given model, and PEFT
-loads that copy. `load_pretrained`, in `pretrained.py`, loads the base model as well.
+PEFT finds modules by their names. So a copy of the adapter is written with the module names of the given model, and
+PEFT loads the copy. `load_pretrained`, in `pretrained.py`, loads the base model as well.
 """
 
 from __future__ import annotations
@@ -50,27 +50,26 @@ def load_adapter(
     ignore_mismatched_sizes: bool = False,
     **hub: Any,
 ) -> PeftModel:
-    """Returns `model` with an adapter that may have been saved under another release of transformers.
+    """Returns `model` with a saved adapter, also if the adapter was saved with another release of transformers.
 
-    Like `PeftModel.from_pretrained`, for adapters of this package in both training modes and for plain LoRA adapters
-    of vision transformers. transformers renamed the modules of ViT (5.9), DINOv2 (5.18) and others, and PEFT does not
-    find renamed modules. This function identifies every module by its canonical id. It reads only JSON and
-    safetensors.
+    This function works like `PeftModel.from_pretrained`, for adapters of this package in both training modes and for
+    plain LoRA adapters of vision transformers. transformers renamed the modules of ViT (5.9), DINOv2 (5.18) and
+    others, and PEFT does not find renamed modules. This function identifies every module by its canonical id. It reads
+    only JSON and safetensors.
 
     Args:
-        model: a vision transformer as in `find_components`, with a head of as many labels as the adapter's, or a
-            PeftModel, which then gets one adapter more. It is changed in place.
+        model: a vision transformer as in `find_components`, with a head for as many labels as the adapter's, or a
+            PeftModel, which gets a further adapter. It is changed in place.
         folder_or_repo: a folder with adapter_config.json and adapter_model.safetensors, or "user/repo" on the Hub.
         adapter_name: name of the adapter in the model.
         is_trainable: True to train the adapter further.
         backbone: path of the vision transformer in a model that contains several.
-        ignore_mismatched_sizes: True to leave out, with a warning, a head that does not fit the model: the model has
-            another number of labels, and keeps its own head, or it has no head.
+        ignore_mismatched_sizes: True to leave out, with a warning, a head that does not fit the model because the
+            model has another number of labels or no head. The model keeps its own head.
         hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        AdapterError: there is no such adapter, it is not LoRA, or it does not fit the model; the message names the
-            module.
+        AdapterError: the adapter does not exist, is not LoRA, or does not fit the model. The message names the module.
         ReportError: the plasticity.json of the adapter is damaged, or is of another architecture.
         ModelError: see `find_components`.
 
@@ -132,14 +131,14 @@ def load_adapter(
 def _write_renamed(
     folder: str, options: AdapterOptions, renamed: Mapping[str, Layer], heads: Mapping[str, Mapping[str, torch.Tensor]]
 ) -> None:
-    """Writes an adapter under its new names, with the heads that the model keeps, for PEFT to load."""
+    """Writes an adapter with its new names, and with the heads that the model keeps, so that PEFT can load it."""
     Path(folder, CONFIG_NAME).write_text(json.dumps(_config(options, renamed, heads)), encoding="utf-8")
     content = write_layers(renamed) | {key: value for head in heads.values() for key, value in head.items()}
     save_file(content, Path(folder, WEIGHTS_NAME), metadata={"format": "pt"})
 
 
 def _check_name(adapter_name: str, taken: Mapping[str, Any]) -> None:
-    """Raises AdapterError for a name that PEFT, torch or a folder cannot use for an adapter."""
+    """Raises AdapterError for a name that PEFT, torch or the file system cannot use."""
     if adapter_name in taken:
         raise AdapterError(f"The model already has an adapter {adapter_name!r}. Give another adapter_name.")
     usable = isinstance(adapter_name, str) and adapter_name.isprintable() and not set(adapter_name) & set("./\\")
@@ -172,7 +171,7 @@ def read_config(source: str, **hub: Any) -> dict[str, Any]:
     """Returns the content of adapter_config.json.
 
     Raises:
-        AdapterError: there is no such file, or it is not that of a LoRA adapter.
+        AdapterError: the file does not exist, or is not that of a LoRA adapter.
     """
     config = find_json(source, CONFIG_NAME, AdapterError, **hub)
     if config is None:
@@ -192,11 +191,11 @@ def _weights_file(source: str, hub: Mapping[str, Any]) -> Path:
 
 
 def _config(options: AdapterOptions, layers: Mapping[str, Layer], others: Iterable[str] = ()) -> dict[str, Any]:
-    """Returns the LoRA config of an adapter under new names; it contains the full path of every module.
+    """Returns the LoRA config of an adapter with its new names. It contains the full path of every module.
 
     Args:
-        options: what the adapter's config says.
-        layers: what the adapter contains.
+        options: options of the adapter's config.
+        layers: layers of the adapter.
         others: paths of further modules that train in full.
     """
     lora = {path: layer for path, layer in layers.items() if layer.lora}
@@ -225,7 +224,7 @@ def check_description(
     Args:
         description: the description in the plasticity.json of the adapter.
         architecture: the model that gets the adapter.
-        layers: what the adapter contains for each module of the model.
+        layers: layers of the adapter, by the module paths of the model.
 
     Raises:
         ReportError: the description does not fit `architecture` or `layers`.
@@ -253,7 +252,7 @@ def resolved_config(
     architecture: Architecture,
     model: nn.Module,
 ) -> PlasticityConfig:
-    """Returns the config that the adapter was saved with, under the module names of this model."""
+    """Returns the config with which the adapter was saved, with the module names of this model."""
     here = {component.id: component for component in architecture.components}
     rows = tuple(
         replace(row, path=here[row.id].path, modules=here[row.id].modules, features=here[row.id].features)

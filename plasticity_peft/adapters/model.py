@@ -1,16 +1,16 @@
-"""The seam with PEFT: registration, and the step from scores to adapted modules.
+"""The connection with PEFT: registration, and the step from scores to adapted modules.
 
-The only file that touches private parts of PEFT. What it relies on:
+Only this file and `peft_model.py` use internals of PEFT. This file relies on the following:
 
 - the table of configs, which maps a `peft_type` to its class, takes a new key (`register_peft_method` takes only
   members of the closed enum `PeftType`);
 - `inject_adapter` of the tuner runs for the first adapter and for every further one, before any module is replaced.
   `LoraModel` and `MixedModel` are the two tuners that take a LoRA config. Their `inject_adapter` is extended: the
-  components of a `PlasticityConfig` are selected first. So a PlasticityConfig can be used wherever a `LoraConfig` can,
-  and what comes out consists of nothing but LoRA;
+  components of a `PlasticityConfig` are selected first. So a PlasticityConfig works everywhere that a `LoraConfig`
+  works, and the adapted model contains only LoRA;
 - adapters are switched off by a flag on each layer, which hides them without touching `requires_grad`;
-- `get_peft_model` looks up the class of the adapted model by `task_type`, in a table that takes a new key, and
-  `PeftModel.from_pretrained` takes the class that it is called on where there is none.
+- `get_peft_model` looks up the class of the adapted model by `task_type`, in a table that takes a new key. Without a
+  `task_type`, `PeftModel.from_pretrained` uses the class on which it is called.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ NO_TARGET_MODULES: str = DUMMY_TARGET_MODULES
 
 
 def register() -> None:
-    """Adds the config and the adapted model to PEFT's tables, and lets the tuners choose components."""
+    """Adds the config and the adapted model to PEFT's tables, and extends the tuners to select components."""
     CHOOSERS.append(choose_components)
     PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = PlasticityConfig  # type: ignore[index]
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING[PEFT_TYPE] = PlasticityPeftModel
@@ -73,9 +73,9 @@ def register() -> None:
 
 
 def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
-    """Returns the `inject_adapter` of a tuner, extended so that it chooses the components of a PlasticityConfig first.
+    """Returns the `inject_adapter` of a tuner, extended so that it selects the components of a PlasticityConfig first.
 
-    For other configs it does what it did. If choosing or injecting fails, the model is put back together.
+    For other configs, nothing changes. If selecting or injecting fails, the model is restored.
     """
 
     @wraps(inject)
@@ -98,7 +98,7 @@ def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
 
 @contextmanager
 def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception takes away the mark of transformers' `add_adapter`, which it sets before it asks PEFT."""
+    """Inside, an exception removes the mark that transformers' `add_adapter` sets on a model before it calls PEFT."""
     try:
         yield
     except BaseException:
@@ -108,8 +108,8 @@ def _unmarked_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _finish(tuner: BaseTuner, adapter_name: str, config: PlasticityConfig) -> None:
-    """Makes the config of an adapter that was injected one that PEFT saves as it saves those of LoRA."""
-    # PEFT names the class of the base model in adapter_config.json only if there is no task type.
+    """Changes the config of an injected adapter so that PEFT saves it as a LoRA config."""
+    # PEFT saves the class of the base model in adapter_config.json only if the task type is None.
     config.task_type = None if config.task_type == PEFT_TYPE else config.task_type
     if not _trains_what_was_chosen(tuner.model, adapter_name, config):
         tuner.peft_config[adapter_name] = config.to_lora()
@@ -126,9 +126,9 @@ def choose_components(model: nn.Module, config: PlasticityConfig) -> PlasticityC
 
 
 def _trains_what_was_chosen(model: nn.Module, adapter_name: str, config: PlasticityConfig) -> bool:
-    """Returns whether the LoRA layers of an adapter are those that were chosen.
+    """Returns whether the LoRA layers of an adapter are those that were selected.
 
-    Adapters that `add_weighted_adapter` makes of several adapters have the layers of all of them.
+    An adapter that `add_weighted_adapter` makes of several adapters has the layers of all of them.
     """
     assert config.chosen is not None
     layers = {
@@ -143,16 +143,16 @@ _SWITCH = "modules_to_save_switch"
 
 
 def _add_switch(model: nn.Module, adapter_name: str) -> None:
-    """Adds the switch below to a model that transformers' own adapter methods will be used on."""
+    """Adds the switch below to a model that uses transformers' own adapter methods."""
     if getattr(model, "_hf_peft_config_loaded", False) and not hasattr(model, _SWITCH):
         model.add_module(_SWITCH, _ModulesToSaveSwitch(model, adapter_name))
 
 
 class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
-    """Lets transformers' own adapter methods reach modules that train in full. It has no weights and computes nothing.
+    """Makes transformers' own adapter methods work on modules that train in full. It has no weights.
 
-    transformers, unlike a PeftModel, asks the first adapter layer for the active adapter, and enables adapter layers
-    only: with nothing but `modules_to_save` it could not save, and after disabling it could not enable them again.
+    transformers, unlike a PeftModel, reads the active adapter from the first adapter layer, and enables only adapter
+    layers. With `modules_to_save` alone, it could not save an adapter, or enable it again after disabling.
     """
 
     adapter_layer_names = ()
@@ -165,14 +165,14 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
 
     def enable_adapters(self, enabled: bool) -> None:
-        """Enables or disables all that trains in full."""
+        """Enables or disables all modules that train in full."""
         for module in self._model[0].modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 module.enable_adapters(enabled)
 
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
-    """Measures the model or takes the given report, selects, and turns `config` into the LoRA config of the choice."""
+    """Measures the model, or uses the given report, and turns `config` into the LoRA config of the selection."""
     check_not_wrapped(model)
     architecture = find_architecture(model, config.backbone)
     check_has_head(model, architecture, config.modules_to_save)
@@ -193,7 +193,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
 
 
 def _lora_names(model: nn.Module, training: Training, given: Iterable[str] | None) -> dict[str, Any]:
-    """Returns the `target_modules` and `modules_to_save` by which PEFT finds what trains, and nothing else."""
+    """Returns the `target_modules` and `modules_to_save` by which PEFT finds exactly the modules that train."""
     check_named_are_not_chosen(training)
     check_not_in_other_mode(model, training.linears, training.others)
     names = names_to_save(model, training, given)
@@ -219,13 +219,13 @@ def _measure(model: nn.Module, config: PlasticityConfig) -> PlasticityReport:
 def lora_arguments(
     components: Iterable[Component], chosen: Iterable[str], training: str, *, heads: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Returns the `target_modules` and `modules_to_save` of the LoRA config that trains the chosen components.
+    """Returns the `target_modules` and `modules_to_save` of the LoRA config that trains the selected components.
 
     Args:
-        components: all components, with the module paths of the model that is to train.
-        chosen: canonical ids of those that train.
+        components: all components, with the module paths of the model to train.
+        chosen: canonical ids of the selected components.
         training: "lora" or "full".
-        heads: paths of what trains in full beside them.
+        heads: paths of further modules that train in full.
     """
     linears, others = _split(components, chosen, training)
     modules_to_save = list(dict.fromkeys([*others, *heads]))
@@ -233,7 +233,7 @@ def lora_arguments(
 
 
 def merged_copy(model: nn.Module) -> nn.Module:
-    """Returns a copy of the base model that computes what `model` does: what its active adapters train is in it.
+    """Returns a copy of the base model with the active adapters merged, so that it computes what `model` does.
 
     The copy has the module paths of the base model, and shares no memory with `model`.
     """
@@ -253,7 +253,7 @@ def merged_copy(model: nn.Module) -> nn.Module:
 def _split(
     components: Iterable[Component], chosen: Iterable[str], training: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Returns the paths of the chosen modules: those that take LoRA, and those that train in full."""
+    """Returns the paths of the selected modules: those that get LoRA, and those that train in full."""
     linears: list[str] = []
     others: list[str] = []
     chosen = set(chosen)
@@ -266,7 +266,7 @@ def _split(
 
 @contextmanager
 def _adapters_hidden(model: nn.Module) -> Iterator[None]:
-    """Inside, the model computes what its base model does; no flag of a parameter changes."""
+    """Inside, the model computes what its base model does. `requires_grad` does not change."""
     layers = [m for m in model.modules() if isinstance(m, (BaseTunerLayer, AuxiliaryTrainingWrapper))]
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in layers):
         raise ModelError("An adapter is merged into the model. Call unmerge_adapter() before adding another.")

@@ -1,4 +1,4 @@
-"""Heads of an adapter that do not fit its new model: `load_adapter(..., ignore_mismatched_sizes=True)`."""
+"""Heads of an adapter that do not fit the model: `load_adapter(..., ignore_mismatched_sizes=True)`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def left_out(
     architecture: Architecture,
     measured: Sequence[Component],
 ) -> dict[str, str]:
-    """Returns the keys of weights of heads that do not fit the model, each with the path of its head."""
+    """Returns the keys of the weights of heads that do not fit the model, each with the path of its head."""
     components = {path for part in measured for path in part.modules}
     heads: dict[str, str] = {}
     for key in shapes:
@@ -43,7 +43,7 @@ def left_out(
 
 
 def warn_of_left_out(left: Mapping[str, str], source: str, model: nn.Module) -> None:
-    """Warns of heads that were left out, if there are any."""
+    """Warns about heads that were left out, if there are any."""
     if left:
         heads = ", ".join(sorted(set(left.values())))
         warnings.warn(
@@ -56,7 +56,7 @@ def warn_of_left_out(left: Mapping[str, str], source: str, model: nn.Module) -> 
 def own_heads(model: nn.Module, left: Mapping[str, str]) -> dict[str, dict[str, torch.Tensor]]:
     """Returns the model's own weights of the heads that were left out, by path and by the key of an adapter.
 
-    PEFT loads an adapter only if it contains all that its `modules_to_save` name.
+    PEFT loads an adapter only if it contains all modules in its `modules_to_save`.
     """
     heads = {path: module for path, module in walk(model) if path in left.values()}
     return {

@@ -1,9 +1,9 @@
-"""The adapted model, where it is more than a PeftModel: its model card, and adapters without LoRA layers.
+"""The adapted model, a PeftModel with a model card of its own and support for adapters without LoRA layers.
 
-PEFT and Trainer write model cards through `create_or_update_model_card`, and `push_to_hub` uploads a folder through
-`_upload_modified_files`, after it has put another card there.
+PEFT and Trainer write model cards through `create_or_update_model_card`. `push_to_hub` uploads a folder through
+`_upload_modified_files`, after it has written another card into the folder.
 
-With `training="full"` an adapter has no LoRA layer, only `modules_to_save`. PEFT looks at LoRA layers alone when it
+With `training="full"`, an adapter has no LoRA layers, only `modules_to_save`. PEFT considers only LoRA layers when it
 deletes an adapter, unloads a model, or runs a batch that mixes adapters.
 """
 
@@ -34,12 +34,12 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 
 class PlasticityPeftModel(PeftModel):
-    """A PeftModel whose model cards tell what was measured, chosen and trained; made by `peft.get_peft_model`."""
+    """A PeftModel whose model card describes what was measured, selected and trained. `get_peft_model` makes it."""
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Deletes an adapter. The adapters that are active beside it stay active, also without LoRA layers.
+        """Deletes an adapter. Other active adapters stay active, also if they have no LoRA layers.
 
-        If it was the only active one, the first of the others becomes active and trains, as with LoRA layers.
+        If it was the only active one, the first of the others becomes active and trainable, as with LoRA layers.
         """
         before = self.active_adapters
         super().delete_adapter(adapter_name)  # type: ignore[no-untyped-call]
@@ -58,7 +58,7 @@ class PlasticityPeftModel(PeftModel):
             self._activate(active)
 
     def _activate(self, names: list[str]) -> None:
-        """Makes adapters active in all layers that have them."""
+        """Activates adapters in all layers that have them."""
         for module in self._adapter_layers():
             here = [name for name in names if name in module._get_available_adapters()]
             if here and list(module.active_adapters) != here:
@@ -70,9 +70,9 @@ class PlasticityPeftModel(PeftModel):
         return [each for each in self.modules() if isinstance(each, (LoraLayer, AuxiliaryTrainingWrapper))]
 
     def unload(self) -> nn.Module:
-        """Returns the base model without adapters. The components have the weights that they had before training.
+        """Returns the base model without adapters. The components have the weights from before training.
 
-        PEFT leaves all that `modules_to_save` trained as it is: as with LoRA, the head keeps what it has learnt.
+        PEFT keeps the trained weights of all `modules_to_save`. As with LoRA, the head keeps its trained weights.
         """
         selections = [config.selection for config in self._chosen_configs().values()]
         components = {path for selection in selections if selection for path in selection.modules}
@@ -100,7 +100,7 @@ class PlasticityPeftModel(PeftModel):
                 handle.remove()
 
     def _check_mixed_batch(self, names: Sequence[str]) -> None:
-        """Raises ValueError as PEFT does for a batch whose images cannot have an adapter each."""
+        """Raises ValueError, as PEFT does, for a batch whose images cannot have an adapter each."""
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         unknown = sorted(set(names) - {*self.peft_config, "__base__"})
@@ -108,30 +108,30 @@ class PlasticityPeftModel(PeftModel):
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
     def _chosen_configs(self) -> dict[str, PlasticityConfig]:
-        """Returns the configs of the adapters that train what was selected, by name."""
+        """Returns the configs of the adapters that train the selected components, by name."""
         configs = {name: one for name, one in self.peft_config.items() if isinstance(one, PlasticityConfig)}
         return {name: one for name, one in configs.items() if one.is_as_chosen}
 
     def create_or_update_model_card(self, output_dir: str) -> None:
-        """Writes README.md as PEFT does, then adds what is known of the adapters of this package.
+        """Writes README.md as PEFT does, then adds a section about each adapter of this package.
 
-        The card is written before the weights are: what goes wrong here is logged, and costs nobody a training.
+        The card is written before the weights, so errors are only logged. An error must not prevent saving.
         """
         super().create_or_update_model_card(output_dir)  # type: ignore[no-untyped-call]
         try:
             complete_card(output_dir, [self._trained(*item, output_dir) for item in self._chosen_configs().items()])
         except (PlasticityError, OSError) as error:
-            logger.warning("The model card in %s lacks what was measured and trained: %s", output_dir, error)
+            logger.warning("The model card in %s has no section about the training: %s", output_dir, error)
         except Exception:
-            logger.warning("The model card in %s lacks what was measured and trained.", output_dir, exc_info=True)
+            logger.warning("The model card in %s has no section about the training.", output_dir, exc_info=True)
 
     def _upload_modified_files(self, working_dir: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        # push_to_hub has just put the card of the repository, or an empty one, in the place of ours.
+        # push_to_hub has just replaced the card by that of the repository, or by an empty one.
         self.create_or_update_model_card(working_dir)
         return super()._upload_modified_files(working_dir, *args, **kwargs)
 
     def _trained(self, name: str, config: PlasticityConfig, output_dir: str) -> TrainedAdapter:
-        """Returns what the card describes of an adapter, with the results of its present weights."""
+        """Returns the facts about an adapter for the card, with the results of its present weights."""
         assert isinstance(config.report, PlasticityReport)
         assert config.selection is not None
         weights = get_peft_model_state_dict(self, adapter_name=name, save_embedding_layers=False)
@@ -157,7 +157,7 @@ class PlasticityPeftModel(PeftModel):
 
 
 def _naming_adapters(names: Sequence[str]) -> Callable[..., tuple[Any, dict[str, Any]]]:
-    """Returns a hook that gives a layer the adapter of each image; "__base__" if the layer does not have it."""
+    """Returns a hook that passes a layer the adapter of each image, or "__base__" if the layer does not have it."""
 
     def hook(layer: Any, inputs: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         here = layer._get_available_adapters()

@@ -1,6 +1,6 @@
-"""`load_pretrained`: an adapter together with its base model, head, image processor and the names of its labels.
+"""`load_pretrained`: loads an adapter with its base model, head, image processor and the names of its labels.
 
-`load_adapter`, in `loading.py`, puts an adapter on a base model that is given.
+`load_adapter`, in `loading.py`, loads an adapter onto a given base model.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from plasticity_peft.saved.record import AdapterRecord, reading_record
 from plasticity_peft.saved.weights import read_header
 
 SHARED = ("token", "cache_dir", "local_files_only", "force_download")
-"""Options of the Hub that apply to the base model too; `revision` and `subfolder` are those of the adapter."""
+"""Options of the Hub that also apply to the base model. `revision` and `subfolder` apply only to the adapter."""
 
 
 class Pretrained(NamedTuple):
-    """What `load_pretrained` returns."""
+    """The return type of `load_pretrained`."""
 
     model: PeftModel
     """The base model with the adapter on it, in evaluation mode unless `is_trainable`."""
@@ -54,8 +54,8 @@ def load_pretrained(
 ) -> Pretrained:
     """Returns (model, image_processor, id2label) of a saved or published adapter, ready for a pipeline.
 
-    The base model is the one that adapter_config.json names. It gets a head for the adapter's labels, and the adapter
-    as in `load_adapter`. The image processor is the adapter's, or the base model's if the adapter has none.
+    The base model is the one in adapter_config.json. It gets a head for the adapter's labels, and then the adapter, as
+    in `load_adapter`. The image processor is the adapter's, or the base model's if the adapter has none.
 
     Args:
         folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
@@ -69,7 +69,7 @@ def load_pretrained(
         hub: `revision`, `token`, `subfolder`, `cache_dir` and other options of `huggingface_hub.hf_hub_download`.
 
     Raises:
-        AdapterError: there is no such adapter, base model or image processor, or they do not fit together.
+        AdapterError: the adapter, the base model or the image processor does not exist, or they do not fit together.
         ReportError: the plasticity.json of the adapter is damaged, or is of another architecture.
 
     Examples:
@@ -142,7 +142,7 @@ def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
     path = find_file(source, WEIGHTS_NAME, AdapterError, **hub)
     if path is None:
         return 0
-    # base_model.model.<head>.weight: heads are direct children of the model; all else that trains is deeper.
+    # base_model.model.<head>.weight: heads are direct children of the model; other trained modules are deeper.
     header = read_header(path, source)
     heads = [entry.shape for key, entry in header.items() if key.count(".") == 3 and key.endswith(".weight")]
     widths = {shape[0] for shape in heads if len(shape) == 2}
@@ -150,7 +150,7 @@ def _width_of_head(source: str, hub: Mapping[str, Any]) -> int:
 
 
 def _base_class(config: Mapping[str, Any]) -> Any:
-    """Returns the class that the adapter was trained on, if it is one of transformers."""
+    """Returns the class of the base model that was trained, if it is a class of transformers."""
     mapping = config.get("auto_mapping")
     name = mapping.get("base_model_class") if isinstance(mapping, Mapping) else None
     found = getattr(transformers, name, None) if isinstance(name, str) else None
@@ -168,6 +168,6 @@ def _image_processor(source: str, base: str, hub: Mapping[str, Any]) -> BaseImag
             except (OSError, ValueError) as error:
                 raise AdapterError(f"Cannot read {PROCESSOR_NAME} of {place}: {error}") from error
     raise AdapterError(
-        f"No {PROCESSOR_NAME} in {source} or its base model {base}. Save the image processor beside the adapter, or "
+        f"No {PROCESSOR_NAME} in {source} or its base model {base}. Save the image processor with the adapter, or "
         "use load_adapter and your own image processor."
     )

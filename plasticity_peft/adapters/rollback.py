@@ -1,4 +1,4 @@
-"""A model whose modules are put back together when an injection fails."""
+"""Restores the modules of a model if an injection fails."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from torch import nn
 
 @contextmanager
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
-    """Inside, an exception puts the modules of `model` back together as they were.
+    """Inside, an exception restores the modules of `model`.
 
-    Children, parameters, hooks, modes and every other attribute are restored, and whether parameters train; numbers
-    in them are not. Random numbers are drawn as if nothing had been.
+    Children, parameters, hooks, modes, `requires_grad` and all other attributes are restored, and so are the random
+    states. The values of parameters are not.
     """
     restore_random_state = _random_state(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -41,7 +41,7 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
 
 
 def _random_state(model: nn.Module) -> Callable[[], None]:
-    """Returns a function that puts back the random state of torch, numpy and python as it is."""
+    """Returns a function that restores the present random state of torch, numpy and python."""
     python_state, numpy_state, state = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = [device for device in {parameter.device for parameter in model.parameters()} if device.type == "cuda"]
     device_states = [(device, torch.cuda.get_rng_state(device)) for device in devices]

@@ -1,7 +1,7 @@
-"""What of a model trains beside the chosen components, and what is to be said of the rest.
+"""Decides which modules train in addition to the selected components, and reports on the others.
 
-PEFT finds modules by how their paths end, and trains and saves modules only. So a head may have to be named by its
-parts, and what cannot be named is reported.
+PEFT matches the ends of module paths, and trains and saves only whole modules. So a head may have to be listed by its
+parts, and weights that cannot be listed are reported.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from plasticity_peft.components.quantized import holds_plain_weights, parameter_
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
 
-# Below the logger of transformers, so that its verbosity holds here too.
+# A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 ADDED_BY_PEFT = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
@@ -41,20 +41,20 @@ ADDED_BY_PEFT = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier",
 
 @dataclass(frozen=True)
 class Training:
-    """What of a model trains: paths of modules."""
+    """The modules of a model that train, by path."""
 
     linears: tuple[str, ...]
-    """Those that take LoRA."""
+    """Selected modules that get LoRA."""
     others: tuple[str, ...]
-    """Chosen modules that train in full."""
+    """Selected modules that train in full."""
     heads: tuple[str, ...]
-    """Heads, or the modules in them that the user did not freeze; they train in full."""
+    """Heads, or the modules in them that the user did not freeze. They train in full."""
     named: tuple[str, ...]
-    """What the user names in `modules_to_save`."""
+    """Modules that the user lists in `modules_to_save`."""
 
     @property
     def full(self) -> tuple[str, ...]:
-        """All that trains in full and is saved."""
+        """All modules that train in full and are saved."""
         return tuple(outermost([*self.others, *self.heads, *self.named]))
 
     def holds(self, path: str) -> bool:
@@ -65,8 +65,8 @@ class Training:
 def heads_that_train(model: nn.Module, heads: Iterable[str]) -> tuple[str, ...]:
     """Returns the heads, or the modules in them, that the user did not freeze.
 
-    Flags mean nothing in a model in which all is frozen, and in one that carries adapters: PEFT has frozen it. There
-    the heads are those that another adapter trains, if it trains any.
+    `requires_grad` is ignored if the whole model is frozen, and if the model has adapters, because PEFT has frozen it.
+    In these cases, the heads are those that another adapter trains, or all heads if there are none.
     """
     heads = tuple(heads)
     inside = [path for path, module in model.named_modules() if "original_module" in module._modules]
@@ -82,14 +82,14 @@ def _adapted(model: nn.Module) -> bool:
 
 
 def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
-    """Yields a module if it trains, or the modules in it that do; a layer that is frozen in part counts as trained."""
+    """Yields a module if it trains, or the modules in it that train. A partly frozen layer counts as trained."""
     module = modules[path]
-    if not all(holds_plain_weights(part) for _, part in walk(module)):  # whose flags are not the user's
+    if not all(holds_plain_weights(part) for _, part in walk(module)):  # their flags were not set by the user
         yield path
         return
     flags = [parameter.requires_grad for parameter in module.parameters() if parameter.is_floating_point()]
     if all(flags):
-        yield path
+        yield from _items(modules, path)
     elif any(flags):
         children = [name for name, child in module.named_children() if holds_weights(child)]
         for name in children:
@@ -99,10 +99,10 @@ def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
 
 
 def named_by_the_user(model: nn.Module, names: Iterable[str] | None, task_type: object = None) -> tuple[str, ...]:
-    """Returns the modules whose paths end with one of the names, as PEFT finds them; lists of modules by their items.
+    """Returns the modules whose paths end with one of the names, as in PEFT. Lists of modules yield their items.
 
     Raises:
-        ConfigError: a name matches no module; the message contains the nearest that there is.
+        ConfigError: a name matches no module. The message contains the nearest name.
     """
     modules = dict(walk(model))
     found: list[str] = []
@@ -115,7 +115,7 @@ def named_by_the_user(model: nn.Module, names: Iterable[str] | None, task_type: 
 
 
 def _items(modules: dict[str, nn.Module], path: str) -> Iterator[str]:
-    """Yields a module, or those in it if it is only a list of modules, which PEFT cannot train."""
+    """Yields a module, or its items if it is only a list of modules, which PEFT cannot train."""
     if has_forward(modules[path]):
         yield path
         return
@@ -128,25 +128,25 @@ def _no_match(model: nn.Module, modules: dict[str, nn.Module], name: str) -> str
     parameters = [path for path, _ in model.named_parameters() if path.endswith(name)]
     if parameters:
         return (
-            f"modules_to_save names {name!r}, and {parameters[0]} is a parameter. PEFT trains and saves modules only: "
-            "make it a parameter of a module of its own, and name that module."
+            f"modules_to_save contains {name!r}, but {parameters[0]} is a parameter. PEFT trains and saves only "
+            "modules. Move the parameter to its own module, and list that module."
         )
     last = [path.rpartition(".")[2] for path in modules]
     near = get_close_matches(name, dict.fromkeys([*modules, *last]), n=1, cutoff=0.5)
     hint = (
         f"Did you mean {near[0]!r}?" if near else f"Its parts are {', '.join(n for n, _ in model.named_children())}."
     )
-    return f"modules_to_save names {name!r}, and {type(model).__name__} has no module whose path ends so. {hint}"
+    return f"modules_to_save contains {name!r}, but no module path of {type(model).__name__} ends with it. {hint}"
 
 
 def peft_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Returns names by which PEFT finds each of the modules once; a head whose name also means a part of it, by parts.
+    """Returns names by which PEFT finds each of the modules exactly once. If needed, a module is listed by its parts.
 
-    PEFT trains every module whose path ends with a name, so that the name "head" also means "head.head", which would
-    be saved twice and never loaded.
+    PEFT trains every module whose path ends with a name. So the name "head" also matches "head.head", which would be
+    saved twice and never loaded.
 
     Raises:
-        ModelError: a module cannot be named without another in it.
+        ModelError: a name that matches a module also matches a part of it.
     """
     modules = dict(walk(model))
     names: list[str] = []
@@ -157,8 +157,8 @@ def peft_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
             names.append(path)
         elif parameter_count(modules[path]):
             raise ModelError(
-                f"PEFT finds modules by how their paths end: {path} cannot train without {clash} being saved twice. "
-                f"Name its parts in modules_to_save: {parts}."
+                f"PEFT matches the ends of module paths, so {clash} would be saved twice if {path} trains. "
+                f"List its parts in modules_to_save: {parts}."
             )
         else:
             names += peft_names(model, parts)
@@ -166,7 +166,7 @@ def peft_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
 
 
 def names_to_save(model: nn.Module, training: Training, given: Iterable[str] | None) -> list[str]:
-    """Returns the `modules_to_save` of the LoRA config: the user's names if they do, and the paths of the rest."""
+    """Returns the `modules_to_save` of the LoRA config: the user's names if they match, and paths for the others."""
     full, names = list(training.full), []
     paths = [path for path, _ in walk(model)]
     for name in given or ():
@@ -178,39 +178,39 @@ def names_to_save(model: nn.Module, training: Training, given: Iterable[str] | N
 
 
 def check_named_are_not_chosen(training: Training) -> None:
-    """Raises ConfigError if a module that the user names holds one that was chosen: it would train twice."""
+    """Raises ConfigError if a module in `modules_to_save` contains a selected module, which would train twice."""
     for path in (*training.linears, *training.others):
         for name in training.named:
             if within(path, name) and (path != name or path in training.linears):
                 raise ConfigError(
-                    f"modules_to_save names {name}, and {path} of it was chosen. Name other modules, or leave its "
-                    "kind out of candidates."
+                    f"modules_to_save contains {name}, but its module {path} was selected. List other modules, or "
+                    "leave its kind out of candidates."
                 )
 
 
 def check_has_head(model: nn.Module, architecture: Architecture, given: Iterable[str] | None) -> None:
-    """Raises ModelError for a class of transformers whose head was not found, unless the user names what trains."""
+    """Raises ModelError if the head of a transformers model was not found, unless `modules_to_save` is given."""
     for path, owner in _owners(model, architecture):
         if not is_for_a_task(owner) or architecture.heads or given is not None:
             continue
         beside = _beside(owner, path, architecture)
         if beside and not (isinstance(owner, PreTrainedModel) and owner.can_generate()):
             raise ModelError(
-                f"{type(owner).__name__} takes more than images, and its head could not be found. Name in "
-                f"modules_to_save what is to train beside the chosen components, of {', '.join(beside)} and what lies "
-                "in them, or give modules_to_save=[] to train nothing else."
+                f"{type(owner).__name__} takes more than images, and its head could not be found. List the modules "
+                f"that should also train in modules_to_save: {', '.join(beside)}, or modules in them. Give "
+                "modules_to_save=[] to train nothing else."
             )
 
 
 def report_what_trains(model: nn.Module, architecture: Architecture, training: Training, units: Iterable[str]) -> None:
-    """Logs in one line what the model consists of; warns of what looks as if it were to train and does not."""
+    """Logs in one line what trains and what is frozen; warns about modules that probably should train but do not."""
     problems = [*_fresh(model, architecture, training), *_left(model, architecture, training)]
     problems += _thawed(model, training)
     frozen = _frozen(model, architecture, training)
     beside = ", ".join([*training.heads, *training.named]) or "nothing"
     line = (
         f"{type(model).__name__}: {', '.join(units)} train (LoRA on {len(training.linears)} layers, "
-        f"{len(training.others)} modules in full); beside them, in full: {beside}. "
+        f"{len(training.others)} modules in full). Also in full: {beside}. "
         f"Frozen: {', '.join([*frozen, 'the rest of the blocks'])}."
     )
     without = _without_head(model, architecture, training)
@@ -221,13 +221,13 @@ def report_what_trains(model: nn.Module, architecture: Architecture, training: T
 
 
 def _owners(model: nn.Module, architecture: Architecture) -> list[tuple[str, nn.Module]]:
-    """Returns the modules in which the backbone lies, the model first, and the one that holds the blocks."""
+    """Returns the modules that contain the blocks, from the model down to the trunk."""
     modules = dict(walk(model))
     return [(path, modules[path]) for path in lineage(architecture.trunk)]
 
 
 def _beside(owner: nn.Module, path: str, architecture: Architecture) -> list[str]:
-    """Returns what lies in a module beside the backbone: children with weights, and parameters of its own."""
+    """Returns the parts of a module outside the backbone: children with weights, and its own parameters."""
     blocks = architecture.blocks[0]
     children = {f"{path}.{name}" if path else name: child for name, child in owner.named_children()}
     names = [name for name, child in children.items() if not within(blocks, name) and holds_weights(child)]
@@ -245,16 +245,16 @@ def _fresh(model: nn.Module, architecture: Architecture, training: Training) -> 
     lost = list(fresh_weights(model, blocks=architecture.blocks, saved=training.full))
     if lost:
         yield (
-            f"{', '.join(lost)}: made at random when the model was loaded, because its checkpoint has no such "
-            "weights. They stay frozen and are not saved with the adapter, so that another process makes others. If "
+            f"{', '.join(lost)}: initialized at random when the model was loaded, because its checkpoint has no such "
+            "weights. They stay frozen and are not saved with the adapter, so another process gets other values. If "
             f"the model uses them, train and save them: modules_to_save={lost}."
         )
 
 
 def _left(model: nn.Module, architecture: Architecture, training: Training) -> Iterator[str]:
-    """Yields what is to be said of weights in modules of the user's that would train without PEFT, and now do not."""
+    """Yields warnings about weights in heads and in the user's modules that would train without PEFT, and now do not."""
     modules, parameters = dict(walk(model)), dict(_trainable(model))
-    parts: list[str] = []
+    parts = [*architecture.heads]
     for path, owner in _owners(model, architecture):
         if not from_transformers(owner):
             parts += _beside(owner, path, architecture)
@@ -264,19 +264,20 @@ def _left(model: nn.Module, architecture: Architecture, training: Training) -> I
     single = [name for name in left if not any(within(name, part) for part in whole)]
     if single:
         yield (
-            f"{', '.join(single)}: parameters of their own, which PEFT cannot train or save. They stay frozen. Put "
-            "them into a module, which is then found or can be named in modules_to_save."
+            f"{', '.join(single)}: parameters outside of any layer, which PEFT cannot train or save. They stay "
+            "frozen. Move them to a module of their own, or list in modules_to_save a module that contains them, which "
+            "then trains as a whole."
         )
     if whole:
         found = f"No head was found in {type(model).__name__}. " if not (training.heads or training.named) else ""
         yield (
-            f"{found}What lies beside its vision transformer stays frozen and is not saved: {', '.join(whole)}. "
-            "Name in modules_to_save what should train, or freeze it with requires_grad_(False)."
+            f"{found}Modules outside its vision transformer stay frozen and are not saved: {', '.join(whole)}. "
+            "List those that should train in modules_to_save, or freeze them with requires_grad_(False)."
         )
 
 
 def _trainable(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yields the parameters that the user left to train; none in a model with adapters, which PEFT has frozen."""
+    """Yields the parameters that the user did not freeze; none if the model has adapters, as PEFT has frozen it."""
     if _adapted(model):
         return
     for path, module in walk(model):
@@ -298,24 +299,24 @@ def _thawed(model: nn.Module, training: Training) -> Iterator[str]:
     ]
     if thawed:
         yield (
-            f"{', '.join(thawed)}: frozen before, and trained now, because PEFT trains a module as a whole. Give them "
+            f"{', '.join(thawed)}: frozen before, but trainable now, because PEFT trains whole modules. Move them to "
             "a module of their own to keep them frozen."
         )
 
 
 def _without_head(model: nn.Module, architecture: Architecture, training: Training) -> list[str]:
-    """Returns what to say of a class with a head of which none trains."""
+    """Returns a note for each class with a head if no head trains."""
     if training.heads or training.named:
         return []
     owners = [owner for path, owner in _owners(model, architecture) if is_for_a_task(owner)]
     owners = [
         owner for path, owner in _owners(model, architecture) if owner in owners and _beside(owner, path, architecture)
     ]
-    return [f"No head of {type(owner).__name__} trains: name it in modules_to_save if it should." for owner in owners]
+    return [f"No head of {type(owner).__name__} trains. If it should, list it in modules_to_save." for owner in owners]
 
 
 def _frozen(model: nn.Module, architecture: Architecture, training: Training) -> list[str]:
-    """Returns the outermost modules in which nothing trains, the blocks left out."""
+    """Returns the outermost modules in which nothing trains, without the blocks."""
     modules = dict(walk(model))
     trained = [*training.full, *training.linears]
     found: list[str] = []

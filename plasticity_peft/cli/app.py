@@ -1,10 +1,10 @@
 """The command line, `plasticity-peft` or `python -m plasticity_peft`.
 
-Exit codes: 0 for success; 1 for an error, which is one line on the standard error; 2 for wrong usage. An exception
-that is not about this library, a file or the network is a defect, and keeps its traceback.
+Exit codes: 0 for success; 1 for an error, which is one line on the standard error; 2 for wrong usage. Any other
+exception than one of this library or an OSError is a bug, and keeps its traceback.
 
-Modules of commands import torch and what builds on it inside their functions, so that help and shell completion are
-quick.
+The modules of the commands import torch, and packages that need it, inside functions, so that help and shell
+completion are quick.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
-            raise  # the reader of the output has enough: typer ends without a message
+            raise  # the reader of the output has closed it: typer ends without a message
         except (PlasticityError, OSError) as error:
             typer.echo(f"Error: {' '.join(str(error).split())}", err=True)
             raise typer.Exit(1) from error

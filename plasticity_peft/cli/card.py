@@ -14,7 +14,7 @@ Examples:
 
 
 def card(
-    adapter: Annotated[str, typer.Argument(help="The folder of an adapter that was trained with this package.")],
+    adapter: Annotated[str, typer.Argument(help="Folder of an adapter that was trained with this package.")],
     metric: Annotated[
         list[str] | None,
         typer.Option("--metric", help="A result, as name=value. May be given several times.", metavar="NAME=VALUE"),
@@ -24,7 +24,7 @@ def card(
 ) -> None:
     """Writes the model card of an adapter again and prints its path.
 
-    The card contains what was measured, selected and trained. Text of PEFT, of the Trainer or of a person stays.
+    The card describes what was measured, selected and trained. All other text in it is unchanged.
     """
     from plasticity_peft.card import update_card
 

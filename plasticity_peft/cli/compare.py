@@ -24,7 +24,7 @@ def compare(
     second: options.Report,
     top_k: Annotated[
         int | None,
-        typer.Option("--top_k", help="Number of best units to compare. By default a fifth of them."),
+        typer.Option("--top_k", help="Number of best units to compare. By default a fifth of all units."),
     ] = None,
     granularity: Annotated[
         str | None,

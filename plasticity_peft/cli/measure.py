@@ -1,4 +1,4 @@
-"""`plasticity-peft measure`: a model and images in, a report out."""
+"""`plasticity-peft measure`: measures a model on images and writes a report."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def measure(
     label_column: Annotated[str, typer.Option("--label_column", help="Column of the labels, if any.")] = "label",
     image_size: Annotated[
         int | None,
-        typer.Option("--image_size", help="Side of the images in pixels. By default the size of the model's config."),
+        typer.Option("--image_size", help="Side of the images in pixels. By default the size in the model's config."),
     ] = None,
     revision: options.Revision = None,
     plugin: options.Plugin = None,
@@ -126,7 +126,7 @@ def _state() -> PartialState:
 
 
 class _Images:
-    """A dataset that an option names; none if the option is not given."""
+    """The dataset of an option, if the option is given."""
 
     def __init__(
         self, name: str | None, split: str, image_column: str, label_column: str, configuration: str | None = None
@@ -149,7 +149,7 @@ class _Images:
         return None if self.rows is None else label_names(self.rows, self.columns["label_column"])
 
     def prepared(self, processor: Any) -> Any:
-        """Returns the images as the model takes them; None if there is no dataset."""
+        """Returns the images in the form that the model takes; None without a dataset."""
         from plasticity_peft.images.datasets import with_pixel_values
 
         if self.rows is None:
@@ -158,7 +158,7 @@ class _Images:
 
 
 def _load_model(name: str, target: _Images, seed: int, revision: str | None) -> Any:
-    """Returns the model. A head that it does not have yet gets weights from `seed`."""
+    """Returns the model. A new head gets random weights from `seed`."""
     from accelerate.utils import set_seed
 
     from plasticity_peft.cli.models import load_model

@@ -1,4 +1,4 @@
-"""Loads models by name: with weights, to measure them, or without, to look at their modules."""
+"""Loads models by name: with weights, to measure them, or without, to inspect their modules."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ NOT_LOADED = (OSError, ValueError, KeyError, HFValidationError)
 
 
 def load_model(name: str, labels: list[str] | None, *, revision: str | None = None) -> nn.Module:
-    """Returns the pretrained model `name`: with a head for images if its type has one, and else as AutoModel does.
+    """Returns the pretrained model `name`, with an image classification head if its type has one.
 
     If `labels` are known, the head is for them, as in finetuning. New weights depend on torch's random state.
 
     Raises:
-        ModelError: there is no such model, or transformers cannot load it.
+        ModelError: the model does not exist, or transformers cannot load it.
     """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
@@ -41,7 +41,7 @@ def blank_model(name: str, revision: str | None = None) -> nn.Module:
     """Returns the model `name` without weights. Its modules have the names of this release of transformers.
 
     Raises:
-        ModelError: there is no such model, or transformers cannot build it.
+        ModelError: the model does not exist, or transformers cannot build it.
     """
     try:
         config = AutoConfig.from_pretrained(name, revision=revision or "main")
@@ -54,7 +54,7 @@ def blank_model(name: str, revision: str | None = None) -> nn.Module:
 
 
 def has_head(config: Any) -> bool:
-    """Returns whether transformers has a model with a head for images of this config."""
+    """Returns whether transformers has an image classification model for this config."""
     return type(config) in WITH_HEAD
 
 
@@ -62,7 +62,7 @@ def load_processor(name: str, image_size: int | None = None, revision: str | Non
     """Returns the image processor of the model, for square images of `image_size` pixels if it is given.
 
     Raises:
-        ModelError: the model has none.
+        ModelError: the model has no image processor.
     """
     size: dict[str, Any] = {}
     if image_size is not None:

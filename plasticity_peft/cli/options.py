@@ -18,7 +18,7 @@ from plasticity_peft.report.plotting import VIEWS
 
 HELP = {name: argument.help for name, argument in ARGUMENTS.items()}
 WIDEST_CHOICES = 40
-"""Characters that the choices of an option may take in the help. The help text must name the choices of the others."""
+"""Largest number of characters of the choices of an option in the help. Longer lists must be in the help text."""
 
 
 def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, str] | None = None) -> Any:
@@ -28,7 +28,7 @@ def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, st
         name: the option, such as "--view".
         allowed: the values. They are looked up when the option is used: a plugin may add some.
         help: what the option does.
-        former: new values by former ones, which are accepted with a warning.
+        former: new values, by the former ones, which are accepted with a warning.
     """
 
     def check(value: str | None) -> str | None:
@@ -49,7 +49,7 @@ def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, st
 
 
 def json_object(value: str) -> dict[str, Any]:
-    """Returns a JSON object; what is none is wrong usage.
+    """Returns a JSON object. Any other text is a usage error.
 
     Examples:
         >>> json_object('{"interpolate_pos_encoding": true}')

@@ -1,7 +1,6 @@
 """`--plugin`: the user's own criteria and architectures on the command line.
 
-This runs code, as the user asks for it by name. Nothing is loaded that is not named on the command line, and a shell
-that completes a word runs nothing.
+This executes the code of the modules that the user names, and no other code. Shell completion executes nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from plasticity_peft.errors import ConfigError
 
 def load_plugins(context: typer.Context, names: list[str] | None) -> list[str] | None:
     """Imports the modules that `--plugin` names. They call `register_criterion` or `register_architecture`."""
-    if not context.resilient_parsing:  # which is how the shell completes a word
+    if not context.resilient_parsing:  # True during shell completion
         for name in names or ():
             load_plugin(name)
     return names
@@ -28,7 +27,7 @@ def load_plugin(name: str) -> None:
     """Imports a module by its name, or from a .py file. A module that was imported before is not executed again.
 
     Raises:
-        ConfigError: there is no such module or file. An error inside the module is raised as it is.
+        ConfigError: the module or file does not exist. An error inside the module is raised unchanged.
     """
     if name.endswith(".py"):
         _load_file(Path(name))
@@ -37,7 +36,7 @@ def load_plugin(name: str) -> None:
         import_module(name)
     except ModuleNotFoundError as error:
         if not error.name or not f"{name}.".startswith(f"{error.name}."):
-            raise  # the module exists, and misses another one
+            raise  # the module exists, but a module that it imports does not
         raise ConfigError(
             f"--plugin must be the name of a module that Python can import, or the path of a .py file. Got {name}: "
             f"{error}."
@@ -48,7 +47,7 @@ def _load_file(path: Path) -> None:
     path = path.resolve()
     spec = spec_from_file_location(f"plugin {path}", path)
     if not path.is_file() or spec is None or spec.loader is None:
-        raise ConfigError(f"--plugin must be the path of a .py file, or the name of a module. There is no {path}.")
+        raise ConfigError(f"--plugin must be the path of a .py file, or the name of a module. {path} does not exist.")
     if spec.name in sys.modules:
         return
     module = sys.modules[spec.name] = module_from_spec(spec)

@@ -1,4 +1,4 @@
-"""What the commands do with a report: read it from a file, a folder or the Hub, print it, draw it."""
+"""Reads reports from a file, a folder or the Hub, prints them and draws them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def read_report(source: str, revision: str | None = None) -> PlasticityReport:
     """Returns the report in a file, in the folder of an adapter, or in an adapter on the Hub.
 
     Raises:
-        ReportError: there is none, or it is damaged.
+        ReportError: the report does not exist or is damaged.
     """
     if _names_a_file(source):
         return PlasticityReport.load(source)

@@ -1,4 +1,4 @@
-"""`plasticity-peft select`: what a report selects, as a LoraConfig for stock PEFT."""
+"""`plasticity-peft select`: the selection from a report, as a LoraConfig for stock PEFT."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def select(
         str | None,
         typer.Option(
             "--model",
-            help="Hub name or folder of the model to train. Modules and head then have the names of the installed "
-            "transformers; without it, those of the model that was measured. Only the config of the model is read.",
+            help="Hub name or folder of the model to train. Modules and head then have the names in the installed "
+            "transformers. Without it, they have the names in the measured model. Only the model's config is read.",
         ),
     ] = None,
     backbone: options.Backbone = None,
@@ -42,7 +42,7 @@ def select(
         typer.Option(
             "--head",
             help="Modules that train in full in addition to the selected ones, such as classifier, separated by "
-            "commas. A report does not name the head: give this or --model.",
+            "commas. A report does not contain the head, so give this or --model.",
         ),
     ] = None,
     format: Annotated[str, options.one_of("--format", ("yaml", "json"), "How the config is printed.")] = "yaml",
@@ -52,7 +52,7 @@ def select(
 ) -> None:
     """Prints the LoraConfig of the best components of a report, for a script that needs only PEFT.
 
-    modules_to_save has the head, the selected norms in lora mode, and everything that is selected in full mode.
+    modules_to_save contains the head and, in lora mode, the selected norms, or, in full mode, all selected modules.
     """
     from plasticity_peft.adapters.model import lora_arguments
     from plasticity_peft.cli.reports import read_report
@@ -67,7 +67,7 @@ def select(
         found.check_matches(architecture.model_type, architecture.components)
         components, heads = architecture.components, (*found_heads, *heads)
     if not heads:
-        typer.echo("Warning: no head will train. Name it with --head, or give --model to find it.", err=True)
+        typer.echo("Warning: no head will train. Give --head to name it, or --model to find it.", err=True)
     modules = lora_arguments(components, selection.components, training, heads=heads)
     config = {"r": r, "lora_alpha": lora_alpha, **modules}
     _print(config, format, ", ".join(selection.units), selection.parameters[training])
@@ -92,5 +92,5 @@ def _print(config: dict[str, Any], format: str, units: str, parameters: int) -> 
     if format == "json":
         print_json(config)
     else:
-        typer.echo(f"# {units}: {parameters:,} parameters, the head not counted")
+        typer.echo(f"# {units}: {parameters:,} parameters, without the head")
         typer.echo(yaml.safe_dump(config, sort_keys=False), nl=False)

@@ -35,4 +35,4 @@ def show(
     typer.echo(str(found))
     if adapter:
         units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
-        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters beside the head)")
+        typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters without the head)")

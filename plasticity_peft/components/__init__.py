@@ -1,7 +1,7 @@
 """From a model to its components: which modules belong to which component, and how the model calls them.
 
 `layouts` has the names of the layers of each architecture, `structure` validates them, and `architecture` combines the
-two. A new architecture is one `BlockLayout`, given to `register_architecture`.
+two. To add an architecture, pass one `BlockLayout` to `register_architecture`.
 """
 
 import lazy_loader

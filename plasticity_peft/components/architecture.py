@@ -1,4 +1,4 @@
-"""Which modules of a model are the components: names say it (`stacks.py`), structure checks it (`structure.py`).
+"""Finds the modules of the components by their names (`blocks.py`), and checks their structure (`structure.py`).
 
 LayerScale (DINOv2) and tables of position biases (BEiT, Swin) are bare parameters of a block. They belong to no
 component: they are not measured and not trained.
@@ -27,14 +27,14 @@ from plasticity_peft.errors import ModelError
 
 @dataclass(frozen=True)
 class Architecture:
-    """The components of one model, and what the probe needs beside them. Holds names, no modules."""
+    """The components of one model, and what else measuring needs to know of it. Contains paths, not modules."""
 
     model_type: str
     """`config.model_type` of the backbone."""
     backbone: str
-    """Path of the module that holds embeddings and blocks; "" if that is the model itself."""
+    """Path of the vision transformer; "" if it is the model itself."""
     trunk: str
-    """Path of the module that holds the embeddings and the blocks: the backbone, or a module in it."""
+    """Path of the module that contains the embeddings and the blocks: the backbone, or a module in it."""
     entry: str
     """Path of the module that is run on images: "" for the model, or the backbone if the model needs text too."""
     blocks: tuple[str, ...]
@@ -42,8 +42,8 @@ class Architecture:
     components: tuple[Component, ...]
     """Block by block, and within a block in the order of `KINDS`."""
     heads: tuple[str, ...]
-    """Paths of the modules that hold weights and are not a part of the backbone. They train unless the user froze
-    them. Empty for a bare backbone."""
+    """Paths of the modules that have weights and are not part of the backbone. They train unless the user froze them.
+    Empty for a bare backbone."""
     hidden_size: int
     """Features of a token at the input of the first block."""
     parameters: int
@@ -51,7 +51,7 @@ class Architecture:
     layout: BlockLayout
     """Names of the parts of a block."""
     forward_kwargs: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """Arguments that every forward pass gets beside the images."""
+    """Arguments of every forward pass in addition to the images."""
 
     @property
     def called_heads(self) -> tuple[str, ...]:
@@ -60,7 +60,7 @@ class Architecture:
 
     @property
     def hierarchical(self) -> bool:
-        """True where tokens change their width or their number on the way, so that no input suits all blocks."""
+        """True if the width or number of tokens changes between blocks, so that no input fits all blocks."""
         return self.components[0].stage is not None
 
 
@@ -68,14 +68,14 @@ def find_components(model: nn.Module, backbone: str | None = None) -> tuple[Comp
     """Returns the components of `model`, block by block, in the order LN1, MHA, LN2, FC1, FC2.
 
     Args:
-        model: a vision transformer of transformers, with or without a head, or a model that has one as a part; it may
-            carry PEFT adapters, or be a PeftModel, whose base model is then looked at.
-        backbone: path of the vision transformer in `model`, such as "model.vision_tower"; needed where there are
+        model: a vision transformer of transformers, with or without a head, or a model that contains one. It may have
+            PEFT adapters. Of a PeftModel, the base model is searched.
+        backbone: path of the vision transformer in `model`, such as "model.vision_tower". Required if there are
             several.
 
     Raises:
-        ModelError: there is no supported vision transformer, or more than one, or its structure disagrees with its
-            names. `register_architecture` makes others known.
+        ModelError: there is no supported vision transformer, or more than one, or its structure contradicts its names.
+            Use `register_architecture` to add an architecture.
 
     Examples:
         >>> from transformers import ViTConfig, ViTForImageClassification
@@ -121,15 +121,15 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
 
 
 def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
-    """Returns the modules of the base model that hold the weights of a component."""
+    """Returns the modules of the base model that contain the weights of a component."""
     return [unwrap(model.get_submodule(path)) for path in component.modules]
 
 
 def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Tensor]]:
     """Returns (path, weight) for each matrix of a component, or for the gains of a norm.
 
-    The input layers of a gated MLP count as one matrix, whose outputs are those of all, because some releases of
-    transformers hold them in one layer: a score must not depend on that. The path is that of the first.
+    The input layers of a gated MLP count as one matrix with the outputs of all of them. Some releases of transformers
+    have them in one layer, and a score must not depend on that. The path is that of the first layer.
     """
     modules = weights_of(model, component)
     with onloaded(*modules):

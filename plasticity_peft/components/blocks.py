@@ -1,6 +1,7 @@
-"""Where the blocks of a vision transformer lie in a model, and by which names they call their layers.
+"""Finds the blocks of a vision transformer in a model, and the names of their layers.
 
-The names are rows of data (`layouts.py`), looked up by the model type of the part of the model that holds the blocks.
+The names are rows of data (`layouts.py`), looked up by the model type of the part of the model that contains the
+blocks.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ class Stack:
 
 
 def find_stack(model: nn.Module, backbone: str | None) -> Stack:
-    """Returns the blocks of the vision transformer. Raises ModelError where there is none, or more than one."""
+    """Returns the blocks of the vision transformer. Raises ModelError if there is none, or more than one."""
     every = stacks = _told_apart(list(_stacks(model)))
     if backbone is not None:
         names = [path for path, _ in walk(model)]
@@ -43,7 +44,7 @@ def find_stack(model: nn.Module, backbone: str | None) -> Stack:
         stacks = [stack for stack in stacks if f"{stack.paths[0]}.".startswith(f"{backbone}." if backbone else "")]
     if len(stacks) > 1:
         raise ModelError(
-            f"{type(model).__name__} holds {len(stacks)} vision transformers. Say which one with backbone=, one of "
+            f"{type(model).__name__} contains {len(stacks)} vision transformers. Choose one with backbone=, one of "
             f"{', '.join(repr(stack.backbone) for stack in stacks)}."
         )
     if not stacks:
@@ -53,7 +54,7 @@ def find_stack(model: nn.Module, backbone: str | None) -> Stack:
 
 
 def _told_apart(stacks: list[Stack]) -> list[Stack]:
-    """Returns the stacks with backbones of different paths: those that share one are named by the part they lie in."""
+    """Returns the stacks with different backbones. A shared path is extended to the part that contains the blocks."""
     shared = {stack.backbone for stack in stacks if sum(stack.backbone == other.backbone for other in stacks) > 1}
     named = []
     for stack in stacks:
@@ -64,7 +65,7 @@ def _told_apart(stacks: list[Stack]) -> list[Stack]:
 
 
 def _stacks(model: nn.Module) -> Iterator[Stack]:
-    """Yields the stacks of blocks whose names are known, in the order in which the model holds them.
+    """Yields the stacks of blocks whose names are known, in the order in which the model contains them.
 
     Raises:
         ModelError: some blocks of a stack have the expected names, and others don't.
@@ -117,7 +118,7 @@ def _backbone(prefix: str, owners: dict[str, str], modules: dict[str, nn.Module]
 
 
 def _nothing_found(model: nn.Module, backbone: str | None) -> str:
-    """Returns what to say where no block is known: what was looked for, what is there, what can be done."""
+    """Returns the error message for a model without known blocks: what was expected, what it has, and what to do."""
     part = model if backbone is None else model.get_submodule(backbone)
     model_type = getattr(getattr(part, "config", None), "model_type", None)
     lists: list[tuple[str, str]] = []
@@ -125,11 +126,11 @@ def _nothing_found(model: nn.Module, backbone: str | None) -> str:
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) and len(leaves(module[0])) >= 4:
             owner = "" if any(path.startswith(f"{other}.") for other, _ in lists) else leaf_names(module[0])
             lists += [(path, owner)] if owner else []
-    there = "; ".join(f"{path}.*: {names}" for path, names in lists) or "none with as many as four layers"
+    there = "; ".join(f"{path}.*: {names}" for path, names in lists) or "none with four layers or more"
     expected = ""
     if isinstance(model_type, str) and model_type in LAYOUTS:
         rows = [", ".join(name for kind in KINDS for name in row.weights(kind)) for row in LAYOUTS[model_type]]
-        expected = f" Its blocks were expected to hold the layers {' or '.join(rows)}."
+        expected = f" Its blocks were expected to have the layers {' or '.join(rows)}."
     return (
         f"{type(part).__name__} (model_type {model_type!r}) has no vision transformer whose components are known."
         f"{expected} Lists of modules that it has: {there}. If it is a vision transformer whose blocks have a norm, "
@@ -140,7 +141,7 @@ def _nothing_found(model: nn.Module, backbone: str | None) -> str:
 
 
 def _layout_of(block: nn.Module, layouts: Iterable[BlockLayout]) -> BlockLayout | None:
-    """Returns the layout that names the most layers of the block, of those whose names it all has."""
+    """Returns the layout with the most layers whose names all exist in the block; None if there is none."""
     names = {name for name, _ in walk(block)}
     having = [
         layout

@@ -1,6 +1,6 @@
-"""What a forward pass really does: which modules it calls, and what it passes to them.
+"""Observes a forward pass: which modules it calls, and what it passes to them.
 
-Every hook here lives inside a context manager, so that none outlasts an exception.
+Every hook is set by a context manager, so that it is also removed after an exception.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from plasticity_peft.components.wrappers import (
 from plasticity_peft.errors import ConfigError, DataError, ModelError, PlasticityError
 
 Inputs = dict[str, torch.Tensor]
-"""What a model takes for an image, or, stacked, for several: by the names of its arguments."""
+"""The inputs of a model for one image, or stacked for several, by the names of its arguments."""
 LABEL_KEYS = ("labels", "label")
 
 
@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     @property
     def extras(self) -> tuple[Any, ...]:
-        """What is passed beside the tokens."""
+        """The other arguments."""
         if self.args:
             return (*self.args[1:], self.kwargs)
         return ({name: value for name, value in self.kwargs.items() if name != self._name},)
@@ -69,7 +69,7 @@ class Call(NamedTuple):
 
 
 def first_tensor(output: Any) -> torch.Tensor:
-    """Returns the tokens in what a module returned: attention returns a tensor, or a tuple that starts with it."""
+    """Returns the tokens in the output of a module. Attention returns a tensor, or a tuple that starts with it."""
     tensor = output[0] if isinstance(output, tuple) else output
     if not isinstance(tensor, torch.Tensor):
         raise ModelError(f"A component was expected to return tokens. It returned {type(tensor).__name__}.")
@@ -77,11 +77,11 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def per_image(tokens: torch.Tensor, images: int) -> torch.Tensor:
-    """Returns tokens with one row an image: windowed attention (Swin) takes the windows of an image as a batch."""
+    """Returns tokens with one row per image. Windowed attention (Swin) has one row per window."""
     if len(tokens) == images:
         return tokens
     if len(tokens) % images:
-        raise ModelError(f"Tokens of shape {tuple(tokens.shape)} cannot be dealt out to {images} images.")
+        raise ModelError(f"Tokens of shape {tuple(tokens.shape)} cannot be divided among {images} images.")
     return tokens.reshape(images, -1, *tokens.shape[1:])
 
 
@@ -91,7 +91,7 @@ class _StopForwardError(Exception):
 
 @contextmanager
 def hooked(modules: dict[str, nn.Module], hook: Callable[[str, Call, Any], None]) -> Iterator[None]:
-    """Calls `hook(name, call, output)` after each call of the named modules; the hooks go when the block ends.
+    """Calls `hook(name, call, output)` after each call of the named modules; the hooks are removed at the end.
 
     Calls from other threads are not seen.
     """
@@ -106,13 +106,13 @@ def hooked(modules: dict[str, nn.Module], hook: Callable[[str, Call, Any], None]
 
 
 def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **arguments: Any) -> Any:
-    """Runs the model on images and returns its output; where it needs text as well, its vision backbone.
+    """Runs the model on images and returns its output. If the model also needs text, its vision backbone is run.
 
     Args:
         model: the model that `architecture` describes.
         architecture: see `model`.
-        inputs: what the model takes for n images, each tensor (n, ...).
-        arguments: what it takes beside them, such as labels.
+        inputs: the inputs of the model for n images, tensors of shape (n, ...).
+        arguments: further arguments, such as labels.
 
     Raises:
         DataError: the model refuses the images.
@@ -137,7 +137,7 @@ def run(model: nn.Module, architecture: Architecture, inputs: Inputs, **argument
 
 
 def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
-    """Returns the names of what a forward pass may take for an image, the images themselves first."""
+    """Returns the names of the arguments that a forward pass may take for each image, the images themselves first."""
     named = naming_arguments(model, architecture)
     main = main_input(named)
     taken = {main, *architecture.forward_kwargs, *LABEL_KEYS, *label_names(model, architecture)}
@@ -145,14 +145,14 @@ def input_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]
 
 
 def naming_arguments(model: nn.Module, architecture: Architecture) -> nn.Module:
-    """Returns the module that names the arguments: the one that is run, or what it hands its arguments on to."""
+    """Returns the module that names the arguments: the one that is run, or the one it passes its arguments to."""
     paths = [path for path in lineage(architecture.backbone) if within(path, architecture.entry)]
     modules = [unwrap(model.get_submodule(path)) for path in paths]
     return next((module for module in modules if takes_images_alone(module)), modules[0])
 
 
 def _by_position(entry: nn.Module, inputs: Inputs) -> tuple[list[torch.Tensor], Inputs]:
-    """Returns what to pass by position and what by name: a module may call its images otherwise than data do."""
+    """Returns the inputs by position and those by name. A module may have another name for images than the data."""
     parameters = forward_parameters(entry)
     by_name = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     main = next(name for name in inputs if name.startswith(PIXELS))
@@ -162,13 +162,13 @@ def _by_position(entry: nn.Module, inputs: Inputs) -> tuple[list[torch.Tensor], 
 
 
 def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
-    """Returns the names of what a forward pass takes for labels; empty if its loss needs none.
+    """Returns the names of the arguments of a forward pass that take labels; empty if its loss needs none.
 
     They are `labels`, or several such as `mask_labels` and `class_labels`.
     """
     parameters = forward_parameters(naming_arguments(model, architecture))
     found = sorted((name for name in parameters if name.endswith("labels")), key=lambda name: name != "labels")
-    # Unpack[TransformersKwargs] says what it takes, and labels are not among it.
+    # Unpack[TransformersKwargs] lists the arguments that it accepts, and labels are not among them.
     anything = any(p.kind is p.VAR_KEYWORD and not get_args(p.annotation) for p in parameters.values())
     return tuple(found) or (("labels",) if anything else ())
 
@@ -176,10 +176,10 @@ def label_names(model: nn.Module, architecture: Architecture) -> tuple[str, ...]
 def with_forward_kwargs(
     model: nn.Module, architecture: Architecture, forward_kwargs: Mapping[str, Any] | None
 ) -> Architecture:
-    """Returns the architecture with arguments that every forward pass is to get.
+    """Returns the architecture with arguments for every forward pass.
 
     Raises:
-        ConfigError: the model's forward pass has no such argument, or it is for images or labels.
+        ConfigError: the model's forward pass has no such argument, or the argument is for images or labels.
     """
     if not forward_kwargs:
         return architecture
@@ -199,7 +199,7 @@ def with_forward_kwargs(
 
 
 def _arguments(entry: nn.Module) -> set[str]:
-    """Returns the names of the arguments of a forward pass, and of what it hands on to its modules."""
+    """Returns the names of the arguments of a forward pass, and of those that it passes on to its modules."""
     parameters = forward_parameters(entry).values()
     names = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     rest = next((p for p in parameters if p.kind is p.VAR_KEYWORD), None)
@@ -216,7 +216,7 @@ def _arguments(entry: nn.Module) -> set[str]:
 
 
 def _advice(entry: nn.Module, architecture: Architecture, error: str) -> str:
-    """Returns what to do if a model refuses images of another size than that of its position embeddings."""
+    """Returns advice if a model may have refused images because their size differs from its position embeddings."""
     name = "interpolate_pos_encoding"
     about_size = any(word in error.lower() for word in ("size", "match", "height", "shape"))
     if not about_size or name in architecture.forward_kwargs or name not in _arguments(entry):
@@ -237,12 +237,12 @@ def _fixed_noise(backbone: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def block_input(model: nn.Module, architecture: Architecture, inputs: Inputs) -> Call:
-    """Returns the call of the first block: the tokens e, (n, tokens, features), and what is passed beside them.
+    """Returns the call of the first block: the tokens e, (n, tokens, features), and the other arguments.
 
-    The pass ends there.
+    The forward pass ends there.
     """
     block = model.get_submodule(architecture.blocks[0])
-    # A module that brings its weights from elsewhere sends them back at its end.
+    # An offloaded module moves its weights back at the end of its call, so the pass is not cut short.
     call = call_of(block, lambda: run(model, architecture, inputs), stop=not offloaded(model))
     if call is None:
         raise ModelError(f"{type(model).__name__} ran without calling its first block, {architecture.blocks[0]}.")
@@ -250,9 +250,9 @@ def block_input(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
 
 
 def attention_call(model: nn.Module, architecture: Architecture, index: int, call: Call) -> Call:
-    """Returns what block `index` passes to its attention when the block is called with `call`: a mask, for instance.
+    """Returns the call of the attention of block `index` if the block is called with `call`. It may contain a mask.
 
-    The block does no more than that: its norm, and what it makes for the attention.
+    Only the part of the block before the attention is run.
     """
     block = model.get_submodule(architecture.blocks[index])
     attention = block.get_submodule(architecture.layout.MHA)
@@ -263,7 +263,7 @@ def attention_call(model: nn.Module, architecture: Architecture, index: int, cal
 
 
 def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) -> Call | None:
-    """Returns the first call of `module` in `forward`, which ends there if `stop`; None where there is none."""
+    """Returns the first call of `module` in `forward`, which ends there if `stop`; None if there is none."""
     seen: list[Call] = []
 
     def keep(_: nn.Module, args: Any, kwargs: Any) -> None:
@@ -279,8 +279,8 @@ def call_of(module: nn.Module, forward: Callable[[], Any], stop: bool = True) ->
 def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) -> None:
     """Raises ModelError unless a forward pass calls every layer of every component once, in the order of a block.
 
-    This is what names and widths cannot tell: a projection whose weight is used without calling it would take no
-    LoRA, and norms that follow their layer make another kind of block.
+    Names and widths cannot show this. LoRA has no effect on a projection whose weight is used without calling the
+    layer, and norms that follow their layer make another kind of block.
     """
     order: list[str] = []
     parts = architecture.components
@@ -290,8 +290,8 @@ def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
     for name in names:
         if order.count(name) != 1:
             raise ModelError(
-                f"{type(model).__name__}: a forward pass calls {name} {order.count(name)} times, and a component's "
-                "layers must be called once each: to adapt a layer that is not called does nothing."
+                f"{type(model).__name__}: a forward pass calls {name} {order.count(name)} times. Each layer of a "
+                "component must run exactly once in a pass: an adapter on a layer that never runs has no effect."
             )
     kinds = architecture.layout.order
     place = {
@@ -309,14 +309,14 @@ def check_calls(model: nn.Module, architecture: Architecture, inputs: Inputs) ->
 
 
 def why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> str:
-    """Returns why the tokens that enter the first block cannot be fed to all components; "" where they can."""
+    """Returns why the tokens that enter the first block cannot be fed to all components; "" if they can."""
     if architecture.hierarchical:
         return "in a hierarchical model they change in width and number from stage to stage"
     width = architecture.hidden_size
     for part in architecture.components:
         got = part.features[0][0] if part.features else part.parameters
         if (part.kind == "FC2" and got < width) or (part.kind in ("MHA", "FC1") and got != width):
-            return f"{part.id} takes {got} features where a token has {width}"
+            return f"{part.id} takes {got} features, and a token has {width}"
     calls: dict[str, Call] = {}
     attentions = {path: f"{path}.{architecture.layout.MHA}" for path in architecture.blocks}
     watched = {path: model.get_submodule(path) for both in attentions.items() for path in both}
@@ -325,19 +325,19 @@ def why_unlike(model: nn.Module, architecture: Architecture, inputs: Inputs) -> 
     first = calls[architecture.blocks[0]]
     for block, attention in attentions.items():
         if calls[block].tokens.shape != first.tokens.shape or not _equal(calls[block].extras, first.extras):
-            return f"block {block} is called otherwise than the first"
+            return f"block {block} is called with other arguments than the first"
         if calls[attention].tokens.shape != first.tokens.shape:
-            return f"the attention of {block} gets them in another shape than the block, in windows for instance"
+            return f"the attention of {block} gets them in another shape than the block, for example in windows"
     return ""
 
 
 def has_tensors(value: Any) -> bool:
-    """Returns whether an argument is a tensor, or holds one."""
+    """Returns whether an argument is a tensor, or may contain one."""
     if isinstance(value, Mapping):
         return has_tensors(list(value.values()))
     if isinstance(value, (tuple, list)):
         return any(map(has_tensors, value))
-    # What is no plain value may hold anything.
+    # An object that is not a plain value may contain tensors.
     return not isinstance(value, (bool, int, float, str, torch.dtype, torch.device, type(None)))
 
 

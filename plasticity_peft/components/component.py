@@ -21,22 +21,22 @@ MATRIX_KINDS = ("MHA", "FC1", "FC2")
 
 @dataclass(frozen=True, kw_only=True)
 class Component:
-    """One component of one block: what the paper measures, and what is trained or left alone as a whole."""
+    """One component of one block: the unit that the paper measures, and that trains or stays frozen as a whole."""
 
     stage: Count | None = None
-    """Index of the stage that holds the block, in a hierarchical model; None in all others."""
+    """Index of the stage that contains the block, in a hierarchical model; None in all others."""
     block: Count
-    """Index of the block, 0 next to the embeddings; in a hierarchical model, 0 at the start of each stage."""
+    """Index of the block, 0 next to the embeddings. In a hierarchical model, each stage starts at 0."""
     kind: Annotated[str, one_of(KINDS)]
     """One of `KINDS`."""
     path: Text
-    """Path of the module that maps the component's input to its output; of a gated FC1, which has two, the first."""
+    """Path of the module that maps the component's input to its output. A gated FC1 has two; this is the first."""
     modules: Annotated[tuple[Text, ...], Len(1)]
-    """Paths of the linear layers or the norm that hold its weights, in the model that was looked at."""
+    """Paths of the linear layers, or of the norm, that contain its weights, in the model that was inspected."""
     parameters: PositiveCount
     """Weights and biases in `modules`: what `training="full"` trains."""
     features: tuple[tuple[PositiveCount, PositiveCount], ...] = ()
-    """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot take."""
+    """(inputs, outputs) of each linear layer, in the order of `modules`; empty for a norm, which LoRA cannot adapt."""
 
     @property
     def block_id(self) -> str:
@@ -45,5 +45,5 @@ class Component:
 
     @property
     def id(self) -> str:
-        """Canonical id, such as "3.MHA": stable while module paths move between releases of transformers."""
+        """Canonical id, such as "3.MHA". It stays the same if a release of transformers renames modules."""
         return f"{self.block_id}.{self.kind}"

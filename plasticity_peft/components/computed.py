@@ -1,7 +1,7 @@
-"""Layers whose weights are computed from others before each call: pruned, or with a norm that is trained apart.
+"""Refuses layers whose weights are computed from other tensors before each call, such as pruned layers.
 
-LoRA beside such a layer, a trained copy of it, and what a criterion reads of its weights would each mean something
-else. So they are refused, with what makes the weights plain parameters again.
+For such a layer, LoRA, a trained copy of it and the weights that a criterion reads would each mean something else. The
+error contains the call that makes the weights plain parameters again.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _REMEDIES = (
 
 
 def check_plain_weights(model: nn.Module, paths: Iterable[str]) -> None:
-    """Raises ModelError if weights of the modules at these paths, or below, are computed from others."""
+    """Raises ModelError if weights of the modules at these paths, or below, are computed from other tensors."""
     for top in paths:
         for path, module in walk(model.get_submodule(top), top):
             found = _computed(path, module)
             if found:
                 why, remedy = found
                 raise ModelError(
-                    f"{path} {why}: its weights are computed from others before each call, so that they can be "
-                    f"neither measured nor adapted. Make them parameters again: {remedy}."
+                    f"{path} {why}: its weights are computed from other tensors before each call, so they "
+                    f"cannot be measured or adapted. Make them parameters again: {remedy}."
                 )
 
 
@@ -52,5 +52,5 @@ def _computed(path: str, module: nn.Module) -> tuple[str, str] | None:
                 return why, remedy.format(path=layer, name=name)
     for name in ("weight", "bias"):
         if isinstance(vars(module).get(name), torch.Tensor):
-            return f"has a {name} that is no parameter", f"{layer}.{name} = torch.nn.Parameter(...)"
+            return f"has a {name} that is not a parameter", f"{layer}.{name} = torch.nn.Parameter(...)"
     return None

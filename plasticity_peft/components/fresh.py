@@ -1,7 +1,8 @@
-"""Weights that were made at random when a pretrained model was loaded, because its checkpoint lacks them.
+"""Finds weights that were initialized at random when a pretrained model was loaded, as its checkpoint lacks them.
 
-transformers 5 marks every parameter that it loaded. Its version 4 does not, and a copy of a model loses the marks:
-there a layer is told by the way transformers makes it, with a bias of zeros and weights of a known spread.
+transformers 5 marks every parameter that it loads. transformers 4 does not, and a copy of a model loses the marks. In
+these cases a layer counts as new if it looks as transformers initializes it: a bias of zeros, and weights of a known
+standard deviation.
 """
 
 from __future__ import annotations
@@ -22,12 +23,12 @@ LOADED = "_is_hf_initialized"
 
 
 def fresh_weights(model: nn.Module, *, blocks: tuple[str, ...] = (), saved: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Returns the paths of modules, and of parameters, that hold random weights in a model that is else pretrained.
+    """Returns the paths of modules and parameters with random weights in an otherwise pretrained model.
 
     Args:
-        model: any model; the models of transformers in it are looked at.
+        model: any model; the transformers models in it are searched.
         blocks: paths of modules in which only marks count, because biases of zeros are common in them.
-        saved: paths of modules that are left out, because their weights are saved with an adapter.
+        saved: paths of modules to skip, because their weights are saved with an adapter.
 
     Examples:
         >>> fresh_weights(nn.Linear(2, 2))
@@ -53,12 +54,12 @@ def _parameters(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Paramete
 
 
 def _is_random(parameter: nn.Parameter) -> bool:
-    """Returns False for what is the same whenever it is made: ones and zeros."""
+    """Returns False for a constant, such as ones or zeros, which is the same after every initialization."""
     return not parameter.is_meta and parameter.numel() > 1 and bool((parameter != parameter.flatten()[0]).any())
 
 
 def _by_look(model: PreTrainedModel, path: str, blocks: tuple[str, ...]) -> Iterator[str]:
-    """Yields the parameters of layers that look as transformers makes them, in a model that has others."""
+    """Yields the parameters of layers that look newly initialized, if other layers look trained."""
     spread = getattr(model.config, "initializer_range", None)
     made, trained = [], False
     for name, layer in walk(model, path):
@@ -83,7 +84,7 @@ def _has_spread(weight: torch.Tensor | None, spread: float) -> bool:
 
 
 def _grouped(modules: list[str], parameters: set[str], missing: set[str], random: set[str]) -> list[str]:
-    """Returns modules that hold missing weights alone, some of them random, and the random ones that are left."""
+    """Returns modules whose weights are all missing and partly random, and the other random parameters."""
     grouped: list[str] = []
     for path in modules if random else ():
         if path and not any(within(path, other) for other in grouped):

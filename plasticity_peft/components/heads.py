@@ -1,7 +1,7 @@
-"""Where a model is run, and what beside its backbone is a head.
+"""Finds the module to run on images, and the heads of a model.
 
-A head is what holds weights and is not a part of the vision transformer. Names decide only where structure cannot: in
-a module that holds the blocks itself, as the models of timm do.
+A head is a module that has weights and is not part of the vision transformer. Names decide only if structure cannot:
+in a module that contains the blocks directly, as in the models of timm.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from plasticity_peft.components.quantized import parameter_count
 from plasticity_peft.components.wrappers import PARALLEL, takes_anything, takes_images_alone, unwrap, walk
 
 EMBEDDINGS = re.compile(r"embed|patch|stem|token|(^|_)pos(_|$|ition)|conv_proj")
-"""Names of what comes before the blocks of a vision transformer."""
+"""Names of modules before the blocks of a vision transformer."""
 HEADS = re.compile(r"head|classif|logit|predict|decod|quer")
-"""Names of what comes after them, wherever it is registered."""
+"""Names of modules after the blocks, in whichever order they are registered."""
 
 
 def holds_weights(module: nn.Module) -> bool:
-    """Returns whether there are weights in a module, adapters not counted."""
+    """Returns whether a module contains weights, adapters not counted."""
     return any(parameter_count(part) for _, part in walk(module))
 
 
 def from_transformers(module: nn.Module) -> bool:
-    """Returns whether the class of a module is one of transformers itself, so that its parts are known."""
+    """Returns whether the class of a module belongs to transformers, so that its parts are known."""
     return type(module).__module__.startswith("transformers.")
 
 
@@ -38,7 +38,7 @@ def is_for_a_task(module: nn.Module) -> bool:
 
 
 def lineage(path: str) -> list[str]:
-    """Returns the paths of a module and of all that it lies in, the model first.
+    """Returns the paths of a module and of all modules that contain it, the model first.
 
     Examples:
         >>> lineage("vit.encoder")
@@ -49,7 +49,7 @@ def lineage(path: str) -> list[str]:
 
 
 def within(path: str, owner: str) -> bool:
-    """Returns whether a module lies in another, or is it.
+    """Returns whether a module is another one, or is inside it.
 
     Examples:
         >>> within("head.fc", "head"), within("head_dist", "head"), within("head", "")
@@ -59,10 +59,10 @@ def within(path: str, owner: str) -> bool:
 
 
 def find_entry(model: nn.Module, backbone: str) -> str:
-    """Returns the path of the module that is run on images: the outermost that takes nothing else.
+    """Returns the path of the module to run on images: the outermost one that needs nothing else.
 
-    A module that takes anything is run if it has weights of its own, such as a head; if it has none, it only hands on
-    what it gets. Of a model of transformers that needs more than images, the backbone is run.
+    A module with `forward(*args, **kwargs)` is run if it has weights of its own, such as a head. Without weights it
+    only passes its arguments on. If a transformers model needs more than images, its backbone is run.
     """
     modules = dict(walk(model))
     paths = lineage(backbone)
@@ -93,10 +93,10 @@ def has_forward(module: nn.Module) -> bool:
 
 
 def find_heads(model: nn.Module, stack: Stack, entry: str) -> tuple[str, ...]:
-    """Returns the paths of the heads, outermost first: modules that hold weights and lie beside the backbone.
+    """Returns the paths of the heads, outermost first: modules that have weights and are outside the backbone.
 
-    They are looked for beside every module in which the backbone lies, and in the module that holds the blocks.
-    Whether they are frozen does not matter here. A second model, such as a teacher or a language model, is no head.
+    They are searched for next to every module that contains the backbone, and in the module that contains the blocks.
+    Frozen heads are included. A second model, such as a teacher or a language model, is not a head.
     """
     modules = dict(walk(model))
     found: list[str] = []
@@ -126,7 +126,7 @@ def _candidates(owner: nn.Module, path: str, stack: Stack) -> list[str]:
 
 
 def _beside(owner: nn.Module, path: str, inner: str) -> list[str]:
-    """Returns the paths of the children of a module that hold weights, without the child `inner`."""
+    """Returns the paths of the children of a module that have weights, without the child `inner`."""
     children = {f"{path}.{name}" if path else name: child for name, child in owner.named_children()}
     return [child for child, module in children.items() if child != inner and holds_weights(module)]
 
@@ -139,7 +139,7 @@ def _paths_of(owner: nn.Module, path: str, wanted: object) -> list[str]:
 
 
 def _after_the_blocks(owner: nn.Module, path: str, blocks: str) -> list[str]:
-    """Returns the children of a module with blocks that are a head: no embedding and no norm, and after the blocks."""
+    """Returns the children of a module with blocks that are heads: after the blocks, and not embeddings or norms."""
     heads, after = [], False
     own_model = isinstance(owner, PreTrainedModel) and not is_for_a_task(owner)
     for name, child in owner.named_children():
@@ -148,14 +148,14 @@ def _after_the_blocks(owner: nn.Module, path: str, blocks: str) -> list[str]:
         if child_path == blocks or not holds_weights(child) or _is_norm(child):
             continue
         if own_model and from_transformers(unwrap(child)):
-            continue  # a part of the model of transformers that this one is made from, such as its pooler
+            continue  # part of the transformers model that this class extends, such as its pooler
         if HEADS.search(name) or (after and not EMBEDDINGS.search(name)):
             heads.append(child_path)
     return heads
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """Returns whether all weights of a module are those of norms."""
+    """Returns whether all weights of a module belong to norms."""
     return all(type(part).__name__.endswith("Norm") or not parameter_count(part) for _, part in walk(module))
 
 
@@ -169,7 +169,7 @@ def _is_a_model(module: nn.Module, path: str, stack: Stack) -> bool:
 
 
 def _callable_parts(modules: dict[str, nn.Module], path: str, stack: Stack, *, trusted: bool) -> Iterator[str]:
-    """Yields a module, or the modules in it, so that each can be called and none holds a whole model."""
+    """Yields a module, or the modules in it, so that each can be called and none contains a whole model."""
     module = modules[path]
     inside = [name for name in modules if name != path and within(name, path)]
     model = not trusted and any(_is_a_model(modules[name], name, stack) for name in inside)
@@ -183,7 +183,7 @@ def _callable_parts(modules: dict[str, nn.Module], path: str, stack: Stack, *, t
 
 
 def outermost(paths: Iterable[str]) -> list[str]:
-    """Returns the paths that lie in no other of them.
+    """Returns the paths that are not inside another one of them.
 
     Examples:
         >>> outermost(["head.fc", "head", "neck"])

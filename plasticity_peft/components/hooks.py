@@ -1,7 +1,7 @@
-"""Hooks on the modules of a model, for the thread that sets them alone.
+"""Hooks on the modules of a model that act only in the thread that sets them.
 
-Another thread may run the model while it is measured: its calls pass by the hooks. A hook that an interrupt left
-behind is recognized, and removed by `remove_own_hooks`.
+Another thread may run the model while it is measured; its calls do not trigger the hooks. `remove_own_hooks`
+recognizes and removes hooks that an interrupt left behind.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class OwnHook:
     """A hook of this library, which acts in the thread that makes it."""
 
     def __init__(self, act: Callable[..., Any]) -> None:
-        """Takes what the hook does."""
+        """Takes the function that the hook calls."""
         self._act, self._thread = act, threading.get_ident()
 
     def __call__(self, *arguments: Any) -> Any:
@@ -29,13 +29,13 @@ class OwnHook:
 
 
 def is_of(thread: int) -> bool:
-    """Returns whether the running thread is this one, or works for it."""
+    """Returns whether the running thread is `thread`, or works for it."""
     return thread in (threading.get_ident(), getattr(_WORKING_FOR, "thread", None))
 
 
 @contextmanager
 def working_for(thread: int) -> Iterator[None]:
-    """Inside, the running thread works for another one, as those of a backward pass on a GPU do."""
+    """Inside, the running thread works for another one, as the threads of a backward pass on a GPU do."""
     before = getattr(_WORKING_FOR, "thread", None)
     _WORKING_FOR.thread = thread
     try:

@@ -1,4 +1,4 @@
-"""Layers whose weights are stored in fewer bits: bitsandbytes, torchao and others that PEFT puts LoRA on.
+"""Layers whose weights are stored in fewer bits, by bitsandbytes, torchao and other libraries that PEFT supports.
 
 Each library stores them in its own way: in bytes, in another shape, in a subclass of a tensor. This module uses what
 they have in common: a layer computes the product with a matrix, and has attributes for its widths.
@@ -43,7 +43,7 @@ def matrix_of(module: nn.Module) -> torch.Tensor:
 
 
 def parameter_count(module: nn.Module) -> int:
-    """Returns the number of the module's own weights and biases, however they are stored.
+    """Returns the number of the module's own weights and biases, also if they are quantized.
 
     Examples:
         >>> parameter_count(nn.Linear(3, 2))

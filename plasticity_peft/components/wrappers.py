@@ -1,4 +1,4 @@
-"""The modules of a base model, seen through what PEFT, torch and Accelerate put around them."""
+"""Looks through the wrappers that PEFT, torch and Accelerate put around the modules of a base model."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def uncompiled(model: nn.Module) -> nn.Module:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Returns the model without known wrappers around it: it computes the same, and its modules have their own names.
+    """Returns the model without the wrappers around it. It computes the same, and its modules have their own names.
 
-    Known are `torch.compile`, DistributedDataParallel, DataParallel, the engine of DeepSpeed and PeftModel, in any
-    order.
+    Known wrappers are `torch.compile`, DistributedDataParallel, DataParallel, the engine of DeepSpeed and PeftModel,
+    in any order.
 
     Examples:
         >>> model = nn.Linear(2, 2)
@@ -87,7 +87,7 @@ def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
 
 
 def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
-    """Returns the arguments of a forward pass by name, seen through decorators and through what Accelerate wrapped.
+    """Returns the arguments of a forward pass by name, without the decorators and Accelerate's wrappers around it.
 
     `inspect.signature` alone would lose the first argument: a method that wraps a method loses two "self".
     """
@@ -99,14 +99,14 @@ def forward_parameters(module: nn.Module) -> Mapping[str, inspect.Parameter]:
 
 
 def main_input(module: nn.Module) -> str:
-    """Returns the name of the argument in which a model takes images, as a rule "pixel_values"; data have it too."""
+    """Returns the name of the argument that takes images, usually "pixel_values". Items of data use the same name."""
     parameters = forward_parameters(module)
     names = (getattr(module, "main_input_name", PIXELS), PIXELS, f"{PIXELS}_videos")
     return next((name for name in names if str(name).startswith(PIXELS) and name in parameters), PIXELS)
 
 
 def takes_anything(module: nn.Module) -> bool:
-    """Returns whether a forward pass names no argument: `forward(*args, **kwargs)`."""
+    """Returns whether a forward pass names none of its arguments: `forward(*args, **kwargs)`."""
     kinds = {parameter.kind for parameter in forward_parameters(module).values()}
     return bool(kinds) and kinds <= {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
 
@@ -125,7 +125,7 @@ def takes_images_alone(module: nn.Module) -> bool:
 
 @contextmanager
 def as_written(module: nn.Module) -> Iterator[None]:
-    """Inside, the module runs the forward pass that it had before Accelerate put mixed precision around it."""
+    """Inside, the module runs the forward pass that it had before Accelerate added mixed precision."""
     attributes = vars(module)
     original = attributes.get("_original_forward")
     if original is None:
@@ -142,7 +142,7 @@ def as_written(module: nn.Module) -> Iterator[None]:
 
 
 def leaves(block: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Returns the linear layers and norms of a block: what must belong to exactly one component."""
+    """Returns the linear layers and norms of a block. Each must belong to exactly one component."""
     return [
         (name, module)
         for name, module in walk(block)

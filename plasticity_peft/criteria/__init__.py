@@ -1,7 +1,7 @@
-"""What a score is: one short file per criterion, with its formula and its source.
+"""The criteria: one short file each, with its formula and its source.
 
-A criterion of your own is a subclass of `Criterion`, or of `WeightCriterion` if it needs no images, given to
-`register_criterion`. `CRITERIA` (in `registry`) has all criteria by name.
+To add a criterion, pass a subclass of `Criterion`, or of `WeightCriterion` if it needs no images, to
+`register_criterion`. `CRITERIA` (in `registry`) contains all criteria by name.
 """
 
 import lazy_loader

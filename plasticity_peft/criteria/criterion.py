@@ -1,4 +1,4 @@
-"""What a criterion is: it gives each component of a model a number; components with high numbers should train.
+"""The base classes of criteria. A criterion scores each component; components with high scores should train.
 
 A criterion is one short file with a subclass of `Criterion`, which looks at images, or of `WeightCriterion`, which
 reads only weights.
@@ -19,7 +19,7 @@ from plasticity_peft.images.sampler import Sampler
 
 
 class Observations(NamedTuple):
-    """What a criterion observes in one pass."""
+    """The observations of one pass."""
 
     values: torch.Tensor
     """At least 0; float64 of shape (samples, components), the components in the order of the architecture."""
@@ -28,7 +28,7 @@ class Observations(NamedTuple):
 
 
 class _Named(ABC):
-    """What both sorts of criteria have.
+    """The common part of both kinds of criteria.
 
     The score of a component is mean(observations) ** power. The mean over observations, and over blocks for a kind, is
     taken first: a power of -1 reverses a ranking exactly, and a power of 1/2 turns squares into a norm.
@@ -37,8 +37,10 @@ class _Named(ABC):
     name: ClassVar[str]
     """The value of `PlasticityConfig(criterion=...)`."""
     title: ClassVar[str]
-    """What the scores are, as the heading of a column."""
+    """Name of the scores, as the heading of a column."""
     power: ClassVar[float] = 1.0
+    protocols: ClassVar[bool] = False
+    """True if `inputs` decides what components are fed. Always False for a criterion that reads only weights."""
 
 
 class Criterion(_Named):
@@ -71,15 +73,15 @@ class Criterion(_Named):
     """
 
     sampler: ClassVar[type[Sampler]]
-    """What one observation is of: `Pairs`, `SingleImages` or `Batches` of `plasticity_peft.images`."""
+    """The sampler: `Pairs`, `SingleImages` or `Batches` of `plasticity_peft.images`. Each sample is observed once."""
     protocols: ClassVar[bool] = False
-    """True if `inputs` decides what components are fed."""
+    """True if the criterion has protocols, which `inputs` selects."""
 
     @abstractmethod
     def prepare(self, model: nn.Module, architecture: Architecture, sampler: Any) -> Callable[[Any], Observations]:
-        """Returns the function that observes a batch. What is computed once per model is computed here.
+        """Returns the function that observes a batch. Computations that are needed once per model belong here.
 
-        The model is in evaluation mode and records no gradients; a criterion that needs them enables them itself.
+        The model is in evaluation mode and records no gradients. A criterion that needs gradients enables them itself.
 
         Args:
             model: the model that `architecture` describes.
@@ -87,8 +89,8 @@ class Criterion(_Named):
             sampler: an instance of the class attribute `sampler`.
 
         Returns:
-            A function from what `sampler.load` returns, for any numbers of samples, to `Observations`. The value of a
-            sample must not depend on the other samples in a pass.
+            A function that takes the return value of `sampler.load` for any samples, and returns `Observations`. The
+            value of a sample must not depend on the other samples in a pass.
         """
 
 

@@ -1,10 +1,10 @@
-"""The norm of the gradient of the loss: what reacts most to the labels.
+"""The norm of the gradient of the loss.
 
     E_batch [ ||dL/dw||_2 ],   w: all weights and biases of a component
 
-The usual rule of thumb, with the model's own loss and its head as it is. It needs the labels that this loss takes, in
-any form: whole numbers, vectors of several labels, soft labels, numbers of a regression, segmentation maps. With a
-fresh head it judges by a head that knows nothing yet.
+This is the usual rule of thumb, with the model's own loss and its present head. It needs labels, in any form that the
+loss takes: whole numbers, vectors for several labels per image, soft labels, numbers of a regression, segmentation
+maps. A fresh head makes it a weak guide, because the gradient passes through a head that has not learned anything yet.
 """
 
 from __future__ import annotations
@@ -54,5 +54,5 @@ class GradientNorm(Criterion):
         return observe
 
     def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
-        """Returns what is observed, given the norm of the gradient of each component: shape (components,)."""
+        """Returns the observed values, given the norm of the gradient of each component: shape (components,)."""
         return norms

@@ -1,4 +1,4 @@
-"""Gradients by the components' parameters, without touching `.grad` or leaving `requires_grad` changed."""
+"""Gradients with respect to the components' parameters. `.grad` and `requires_grad` are left as they were."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from plasticity_peft.criteria.precision import full_precision, precise
 from plasticity_peft.errors import ModelError
 
 _DETACHED = (
-    "has no gradient by the tokens that enter the first block. A hook or a forward pass detaches the tokens on the "
-    "way, or runs under torch.no_grad(). Remove that, or use a criterion without gradients, such as 'rate_of_change'."
+    "has no gradient with respect to the tokens that enter the first block. A hook or a forward pass detaches them "
+    "or runs under torch.no_grad(). Remove that, or use a criterion without gradients, such as 'rate_of_change'."
 )
 
 MOST_ELEMENTS = 2**24
-"""How many numbers the gradients of one layer by single images may take at a time."""
+"""Largest number of elements of the gradients of one layer, image by image, that are held at a time."""
 
 
 def differentiable(model: nn.Module, architecture: Architecture) -> Differentiable:
-    """Returns a context inside which gradients by the weights and biases of all components are recorded.
+    """Returns a context in which gradients with respect to all components' weights and biases are recorded.
 
     Raises:
         ModelError: the weights of a component have no gradient, as when they are quantized.
@@ -41,30 +41,30 @@ def differentiable(model: nn.Module, architecture: Architecture) -> Differentiab
 
 
 class Differentiable:
-    """Inside, gradients are recorded, and the weights and biases of all components take part.
+    """Context in which gradients with respect to the weights and biases of all components are recorded.
 
-    Entering gives the parameters of each component, in the order of the architecture. Afterwards every parameter
-    requires gradients as it did before.
+    Entering returns the parameters of each component, in the order of the architecture. Leaving restores
+    `requires_grad` of every parameter.
 
     Raises:
         ModelError: the weights of a component have no gradient, as when they are quantized.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        """Takes the model that `architecture` describes."""
+        """Prepares the model that `architecture` describes."""
         self._parameters = [_own_parameters(model, part) for part in architecture.components]
         self._before = [(parameter, parameter.requires_grad) for own in self._parameters for parameter in own]
         self._recording = torch.enable_grad()
 
     def __enter__(self) -> list[list[nn.Parameter]]:
-        """Records gradients."""
+        """Starts recording gradients."""
         for parameter, _ in self._before:
             parameter.requires_grad_(True)
         self._recording.__enter__()
         return self._parameters
 
     def __exit__(self, *error: Any) -> None:
-        """Puts everything back."""
+        """Restores everything."""
         self._recording.__exit__(*error)
         for parameter, required in self._before:
             parameter.requires_grad_(required)
@@ -90,14 +90,14 @@ def check_records_gradients(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if parameter.is_inference():
             raise ModelError(
-                f"{type(model).__name__} was made in torch.inference_mode(), and {name} can have no gradient. Make or "
-                "load the model outside of it, or use torch.no_grad() there. copy.deepcopy(model) outside of it is a "
-                "model that can be trained."
+                f"{type(model).__name__} was made in torch.inference_mode(), so {name} cannot have a gradient. Make "
+                "or load the model outside of inference mode, or use torch.no_grad() there. copy.deepcopy(model) "
+                "outside of inference mode returns a model that can be trained."
             )
 
 
 def squared_norms(scalar: torch.Tensor, parameters: Sequence[Sequence[nn.Parameter]]) -> torch.Tensor:
-    """Returns the squared norm of the gradient of `scalar` by each group of parameters: float64 of shape (groups,)."""
+    """Returns the squared norm of the gradient of `scalar` for each group of parameters: float64 (groups,)."""
     flat = [parameter for group in parameters for parameter in group]
     gradients = iter(torch.autograd.grad(scalar, flat, allow_unused=True, materialize_grads=True))
     return torch.stack([torch.stack([_square(next(gradients)) for _ in group]).sum() for group in parameters])
@@ -109,15 +109,15 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
 
 
 class GradientsByImage:
-    """Squared norms of each image's gradient by the parameters of each component.
+    """Squared norms of each image's gradient with respect to the parameters of each component.
 
-    One forward and one backward pass serve all images of a batch: the gradient of a layer for one image follows from
-    what the layer got and what came back to its output (for a linear one it is the product of the two), so that the
-    gradient of the batch is never formed. No parameter is touched, nor need it require gradients.
+    One forward and one backward pass serve all images of a batch. The gradient of a layer for one image follows from
+    the input of the layer and the gradient at its output: for a linear layer it is their product. So the gradient of
+    the batch is never formed. The parameters are unchanged, and do not need to require gradients.
     """
 
     def __init__(self, model: nn.Module, architecture: Architecture, example: Inputs) -> None:
-        """Takes the model that `architecture` describes, in evaluation mode, and one image."""
+        """Prepares the model that `architecture` describes, in evaluation mode, with one image as an example."""
         check_records_gradients(model)
         self._model, self._architecture = model, architecture
         self._layers = {path: model.get_submodule(path) for part in architecture.components for path in part.modules}
@@ -127,10 +127,11 @@ class GradientsByImage:
         """Returns the squared norms: float64 of shape (images, components).
 
         Args:
-            images: how many images a pass holds.
-            scalar: runs the model and returns a sum over the images, of which no term depends on another image.
-            recompute: computes each block again on the way back instead of keeping what all have computed: the same
-                numbers, in less memory and a third more time.
+            images: number of images in the pass.
+            scalar: function that runs the model and returns a sum over the images. Each term depends on one image
+                only.
+            recompute: True recomputes each block in the backward pass instead of keeping all activations. The result
+                is the same; it takes less memory and a third more time.
         """
         taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), recompute)
         # If no parameter requires gradients, none are recorded. This is 0, and makes torch record them.
@@ -151,7 +152,7 @@ class GradientsByImage:
             reached = total.requires_grad and torch.autograd.grad(total, root, allow_unused=True)[0] is not None
             taps.settle()
         if not reached:
-            raise ModelError(f"{type(self._model).__name__}: what it returns {_DETACHED}")
+            raise ModelError(f"{type(self._model).__name__}: its output {_DETACHED}")
         # For a layer that the scalar does not depend on.
         none = torch.zeros(images, dtype=torch.float64, device="cpu")
         columns = [
@@ -161,10 +162,10 @@ class GradientsByImage:
         return torch.stack([torch.stack(own).sum(dim=0) for own in columns], dim=1)
 
     def _find_dimensions(self, example: Inputs) -> dict[str, int]:
-        """Returns in which dimension of what a layer gets the images lie: that which grows with their number.
+        """Returns the dimension of the images in the input of each layer: the one that grows with their number.
 
-        As a rule it is the first, with windows or tokens of an image one after the other; but some attentions put the
-        tokens first.
+        It is usually the first, with the windows or tokens of an image one after the other. Some attention modules put
+        the tokens first.
         """
         shapes: dict[str, list[torch.Size]] = {path: [] for path in self._layers}
         with hooked(self._layers, lambda path, call, _: shapes[path].append(call.tokens.shape)):
@@ -177,27 +178,27 @@ class GradientsByImage:
             if len(grown) != 1 or two[grown[0]] != 2 * one[grown[0]]:
                 raise ModelError(
                     f"{type(self._model).__name__}: {path} gets {tuple(one)} for one image and {tuple(two)} for two, "
-                    "so that images cannot be told apart there. Use another criterion."
+                    "so the images cannot be separated there. Use another criterion."
                 )
             found[path] = grown[0]
         return found
 
     def _rows(self, path: str, values: torch.Tensor, images: int) -> torch.Tensor:
-        """Returns what a layer gets or what comes back to it as (images, tokens, features), at least in float32."""
+        """Returns a layer's input, or the gradient at its output, as (images, tokens, features) in float32 or more."""
         first = values.movedim(self._dimensions[path], 0)
         return per_image(first, images).flatten(1, -2).to(precise(values.dtype))
 
 
 class _Taps:
-    """Collects what each layer gets and what comes back to its output, and reduces both as soon as both are there.
+    """Collects the input of each layer and the gradient at its output, and reduces them as soon as it has both.
 
-    In a block that is computed again during the backward pass, the gradient may come before the tokens.
+    In a block that is recomputed in the backward pass, the gradient may come before the tokens.
     """
 
     def __init__(
         self, layers: Mapping[str, nn.Module], rows: Callable[[str, torch.Tensor], torch.Tensor], recompute: bool
     ) -> None:
-        """Takes the layers by path, and a function that makes (images, tokens, features) of the tensors of a layer."""
+        """Prepares the layers, by path. `rows` reshapes the tensors of a layer to (images, tokens, features)."""
         self.squares: dict[str, torch.Tensor] = {}
         """Squared norms by path: float64 of shape (images,)."""
         self._layers, self._rows, self._recompute = layers, rows, recompute
@@ -206,12 +207,12 @@ class _Taps:
         self._calls = dict.fromkeys(layers, 0)
 
     def forward(self, path: str, call: Call, output: Any) -> None:
-        """Takes one call of a layer; it is the hook of `hooked`."""
+        """Collects one call of a layer; this is the hook for `hooked`."""
         self._calls[path] += 1
         if self._calls[path] == 1:
             returned = first_tensor(output)
             if not returned.requires_grad:
-                raise ModelError(f"{path}: what it returns {_DETACHED}")
+                raise ModelError(f"{path}: its output {_DETACHED}")
             returned.register_hook(partial(self._backward, path))  # type: ignore[no-untyped-call]
         if self._calls[path] == 1 + self._recompute:  # later calls are those of `_squares`
             self._given[path] = call.tokens.detach()
@@ -221,7 +222,7 @@ class _Taps:
         self.settle()
 
     def settle(self) -> None:
-        """Reduces the layers of which both tensors are there."""
+        """Reduces the layers whose input and gradient were both collected."""
         for path in self._back.keys() & self._given.keys():
             with torch.no_grad(), full_precision(self._back[path]):
                 tokens, gradients = (self._rows(path, held.pop(path)) for held in (self._given, self._back))
@@ -229,12 +230,12 @@ class _Taps:
 
 
 def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Returns the squared norm of the gradient by the parameters of a layer, image by image: float64 (images,).
+    """Returns the squared norm of the gradient of a layer's parameters, image by image: float64 of shape (images,).
 
     Args:
-        layer: a linear layer, however it holds its weights, or any other module with weights of its own.
-        tokens: what it got, (images, tokens, inputs).
-        gradients: by what it returned, (images, tokens, outputs).
+        layer: a linear layer, quantized or not, or any other module with weights of its own.
+        tokens: input of the layer, (images, tokens, inputs).
+        gradients: gradient at the output of the layer, (images, tokens, outputs).
     """
     if isinstance(layer, nn.Linear):
         found = _product_squares(tokens, gradients)
@@ -245,14 +246,14 @@ def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) ->
         return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
     own = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
     if not all(parameter.is_floating_point() for parameter in own.values()):
-        raise ModelError(f"{type(layer).__name__}: its weights are no floating-point numbers, and have no gradient.")
+        raise ModelError(f"{type(layer).__name__}: its weights are not floating-point numbers, and have no gradient.")
     return torch.stack([_sum_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)])
 
 
 def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
-    """Returns ||G^T X||_F^2, image by image: X (tokens, inputs) and G (tokens, outputs) are its rows.
+    """Returns ||G^T X||_F^2, image by image, with X of shape (tokens, inputs) and G of shape (tokens, outputs).
 
-    It is also <X X^T, G G^T>, of one number for each two tokens, which is less work where these are few.
+    It equals <X X^T, G G^T>, which has one number per pair of tokens. This is less work if there are few tokens.
     """
     images, count, inputs = tokens.shape
     outputs = gradients.shape[-1]
@@ -285,10 +286,10 @@ def _sums(values: torch.Tensor) -> torch.Tensor:
 
 @contextmanager
 def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
-    """Inside, each of the blocks keeps its inputs alone for the pass backward (activation checkpointing).
+    """Inside, each of the blocks keeps only its inputs for the backward pass (activation checkpointing).
 
-    The blocks' modules, and the hooks on them, are called twice, the second time during the pass backward. All of a
-    block is called again, its last layer too, for whose gradient torch would not need it.
+    The blocks' modules, and the hooks on them, are called twice, the second time in the backward pass. The whole block
+    is called again, including its last layer, whose output torch would not need.
     """
     with ExitStack() as stack:
         stack.enter_context(set_checkpoint_early_stop(False))
@@ -298,21 +299,21 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 class Recomputed:
-    """The forward pass of a block that is computed again during the pass backward; it replaces `block.forward`."""
+    """The forward pass of a block that is recomputed in the backward pass; it replaces `block.forward`."""
 
     def __init__(self, block: nn.Module) -> None:
-        """Takes a block, whose forward pass may be replaced already, as Accelerate does."""
+        """Wraps a block, whose forward pass may already have been replaced, for example by Accelerate."""
         self.replaced = vars(block).get("forward")
         self._forward, self._thread = block.forward, threading.get_ident()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes the block, and again when its gradient is needed. Calls from other threads are plain ones."""
+        """Computes the block, and recomputes it for its gradient. Calls from other threads are unchanged."""
         if threading.get_ident() != self._thread:
             return self._forward(*args, **kwargs)
         return checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
-        with working_for(self._thread):  # a pass backward on a GPU runs in a thread of its own
+        with working_for(self._thread):  # a backward pass on a GPU runs in its own thread
             return self._forward(*args, **kwargs)
 
 
@@ -326,7 +327,7 @@ def _recomputed(block: nn.Module) -> Iterator[None]:
 
 
 def put_back_forward(block: nn.Module) -> None:
-    """Gives a block back its own forward pass, if `Recomputed` replaced it."""
+    """Restores the forward pass of a block, if `Recomputed` replaced it."""
     recomputed = vars(block).get("forward")
     if isinstance(recomputed, Recomputed):
         if recomputed.replaced is None:

@@ -1,7 +1,7 @@
 """The paper's ranking reversed. If the paper's measure is informative, this ranking should select the worst
 components.
 
-The score is 1 / mean(rate of change). PLoP's authors judge their criterion beside its inverse in the same way.
+The score is 1 / mean(rate of change). PLoP's authors also compare their criterion with its inverse.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The model's own loss for a batch of labeled images, whatever the form of its labels."""
+"""The model's own loss for a batch of labeled images, for labels of any form."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ FLOATS = ("regression", "multi_label_classification")
 def own_loss(model: nn.Module, architecture: Architecture, sampler: Batches, batch: ImageBatch) -> torch.Tensor:
     """Returns the loss that the model computes for a batch of images and their labels: a scalar with a gradient.
 
-    Labels are passed in the form that the data have. As transformers does when it trains, whole numbers become
-    floating-point for a regression and for several labels per image.
+    Labels are passed in the form that the data have. As in training with transformers, whole numbers become
+    floating-point numbers for a regression and for several labels per image.
 
     Raises:
         DataError: images have no labels, or the loss refuses them.
@@ -46,11 +46,11 @@ def own_loss(model: nn.Module, architecture: Architecture, sampler: Batches, bat
 
 
 def refused(model: nn.Module, labels: Mapping[str, Any], error: Exception) -> DataError:
-    """Returns the error that says which labels the loss of a model refuses, and why."""
+    """Returns the error for labels that the loss of a model refuses, with the reason."""
     cause = error.__cause__ or error
     return DataError(
         f"The loss of {type(model).__name__} refuses {_shown(labels) or 'the images'}: {type(cause).__name__}: "
-        f"{cause} Give labels as the model takes them in training, or a criterion that needs none."
+        f"{cause} Give labels as the model takes them in training, or use a criterion without labels."
     )
 
 
@@ -63,10 +63,10 @@ def _classifies(model: nn.Module) -> bool:
 
 
 def _as_the_loss_takes_them(labels: Any, config: Any) -> Any:
-    """Returns labels as numbers of the type that the problem in the config needs.
+    """Returns labels in the dtype that the problem type of the config needs.
 
     Raises:
-        DataError: a class is not one of those of the head.
+        DataError: a label is not one of the classes of the head.
     """
     outputs, problem = config.num_labels, config.problem_type
     if not isinstance(labels, torch.Tensor):
@@ -86,7 +86,7 @@ def _as_the_loss_takes_them(labels: Any, config: Any) -> Any:
 
 
 def _output(model: nn.Module, architecture: Architecture, images: Inputs, labels: Mapping[str, Any]) -> Any:
-    """Returns what the model returns. What it notes in its config about the labels is taken back."""
+    """Returns the output of the model. Changes that the loss makes in a config are undone."""
     configs = [module.config for module in model.modules() if hasattr(module, "config")]
     noted = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
     try:
@@ -101,7 +101,7 @@ def _output(model: nn.Module, architecture: Architecture, images: Inputs, labels
 
 
 def _loss_in(output: Any) -> torch.Tensor | None:
-    """Returns the loss in what a model returned: its entry, or the first of a tuple, as in transformers."""
+    """Returns the loss in the output of a model: its entry, or the first item of a tuple, as in transformers."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if isinstance(output, tuple) and loss is None and output:
         loss = output[0] if isinstance(output[0], torch.Tensor) and output[0].ndim == 0 else None

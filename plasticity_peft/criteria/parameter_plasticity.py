@@ -29,7 +29,7 @@ from plasticity_peft.images.sampler import ImageBatch, SingleImages
 
 
 class ParameterPlasticity(Criterion):
-    """Norm of the Jacobian of the features by the parameters."""
+    """Norm of the Jacobian of the features with respect to the parameters."""
 
     name = "parameter_plasticity"
     title = "parameter plasticity"
@@ -39,7 +39,7 @@ class ParameterPlasticity(Criterion):
     def prepare(
         self, model: nn.Module, architecture: Architecture, sampler: SingleImages
     ) -> Callable[[ImageBatch], Observations]:
-        """Returns the function from images to an estimate of the squared norm of J for each."""
+        """Returns the function from images to an estimate of the squared norm of J for each image."""
         # torch 2.13 on the CPU computes a wrong gradient of a BatchNorm in evaluation mode for a single image whose
         # gradient is not contiguous, as in CvT. So a single image is passed twice.
         normalizes_batches = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
@@ -55,7 +55,7 @@ class ParameterPlasticity(Criterion):
                 directions = [_gaussian(moved.shape[1:], sampler.generator(number)) for number in batch.numbers]
                 return (moved[:count] * torch.stack(directions).to(moved.device)).sum()
 
-            # Passes of one image mean that memory is short.
+            # A pass of one image means that memory is short.
             return Observations(gradients(len(next(iter(images.values()))), projected, recompute=count == 1)[:count])
 
         return observe
@@ -66,7 +66,7 @@ def _gaussian(shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
 
 
 def features(model: nn.Module, architecture: Architecture, images: Inputs) -> torch.Tensor:
-    """Returns what the head receives for n images, or what a model without a head returns: shape (n, features).
+    """Returns the input of the head for n images, or the output of a model without a head: shape (n, features).
 
     Raises:
         ModelError: the model runs without its head, or returns no tensors.
@@ -94,7 +94,7 @@ def features(model: nn.Module, architecture: Architecture, images: Inputs) -> to
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """Yields the floating-point tensors in values, which may hold sequences and mappings of them."""
+    """Yields the floating-point tensors in values, which may contain sequences and mappings of them."""
     for value in values:
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             yield value

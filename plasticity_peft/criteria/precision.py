@@ -8,10 +8,10 @@ import torch
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
-    """Returns the type in which differences of this type are taken: float32 at least."""
+    """Returns the dtype for differences of numbers of this dtype: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager[object]:
-    """Inside, autocast does not lower the precision of what is computed on the device of `tensor`."""
+    """Inside, autocast does not lower the precision of computations on the device of `tensor`."""
     return torch.autocast(tensor.device.type, enabled=False)

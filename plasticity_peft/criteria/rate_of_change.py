@@ -2,11 +2,11 @@
 
     P(f) = E_(x,y) [ ||f(x) - f(y)||_F / ||x - y||_F ]        (arXiv 2602.06883)
 
-x and y are the token sequences of two images, as matrices. A protocol decides what the components are fed. With
-"embedding", the paper's protocol, all get the tokens that enter block 0 (`protocols/embedding.py`). With "activation",
-each gets what it receives in the running network (`protocols/activation.py`).
+x and y are the token sequences of two images, as matrices. The protocol decides what the components are fed. With
+"embedding", the paper's protocol, all components get the tokens that enter block 0 (`protocols/embedding.py`). With
+"activation", each component gets its own input in the running network (`protocols/activation.py`).
 
-A pair of identical inputs has no rate of change. It is left out and counted.
+A pair of identical inputs has no rate of change. It is skipped and counted.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROTOCOLS: dict[str, Callable[..., Callable[[Inputs], Distances]]] = {
 
 
 def protocol_of(sampler: Sampler) -> Callable[..., Callable[[Inputs], Distances]]:
-    """Returns the class of the protocol that the measurement asks for."""
+    """Returns the class of the protocol of this measurement."""
     return _PROTOCOLS[sampler.inputs or "embedding"]
 
 

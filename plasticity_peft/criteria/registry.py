@@ -1,6 +1,6 @@
 """Criteria by name: the built-in ones, which are imported on first use, and those that users register.
 
-The names are known without importing torch: the command line lists them.
+The names are known without importing torch, so that the command line can list them.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def resolve(criterion: str | None, inputs: str | None) -> tuple[str, str | None]
         raise ConfigError(
             f"criterion must be one of {names}, or a name that register_criterion added. Got {shown(criterion)}."
         )
-    if _has_protocols(criterion):
+    if CRITERIA[criterion].protocols:
         return criterion, inputs or PROTOCOLS[0]
     if inputs is not None:
-        having = ", ".join(repr(name) for name in CRITERIA if _has_protocols(name))
+        having = ", ".join(repr(name) for name in CRITERIA if CRITERIA[name].protocols)
         raise ConfigError(
             f"inputs selects what {having} feed to the components; criterion={criterion!r} feeds nothing to them. "
             f"Leave inputs out, or give one of these criteria. Got inputs={inputs!r}."
@@ -101,15 +101,11 @@ def resolve(criterion: str | None, inputs: str | None) -> tuple[str, str | None]
     return criterion, None
 
 
-def _has_protocols(name: str) -> bool:
-    return bool(getattr(CRITERIA[name], "protocols", False))
-
-
 C = TypeVar("C")
 
 
 def register_criterion(criterion: C, *, replace: bool = False) -> C:
-    """Adds a criterion of your own, which is then known by its `name`.
+    """Adds a criterion, which is then known by its `name`.
 
     `PlasticityConfig` and `measure_plasticity` accept the name, and so does the command line with `--plugin`. A saved
     report can be loaded, shown and selected from without the criterion. Every process of a distributed run must
@@ -118,7 +114,7 @@ def register_criterion(criterion: C, *, replace: bool = False) -> C:
     Args:
         criterion: a subclass of `Criterion` or `WeightCriterion` (of `plasticity_peft.criteria`) that can be created
             without arguments, or an instance of one.
-        replace: whether the name may be that of a known criterion, which is then replaced.
+        replace: True to replace a criterion of the same name.
 
     Returns:
         `criterion`, so that this can be used as the decorator of a class.
@@ -146,7 +142,7 @@ def register_criterion(criterion: C, *, replace: bool = False) -> C:
     again = known is made or type(known) is criterion
     if known is not None and not again and not replace:
         raise ConfigError(
-            f"The criterion {made.name!r} is known already. Give another name, or replace=True to replace it."
+            f"The criterion {made.name!r} already exists. Choose another name, or give replace=True to replace it."
         )
     CRITERIA[made.name] = made
     return criterion
@@ -161,7 +157,7 @@ def _instance(criterion: object) -> AnyCriterion:
         except TypeError as error:
             raise ConfigError(
                 f"{criterion.__name__} cannot be created without arguments: {error}. Register an instance, or define "
-                "what is missing."
+                "the missing methods."
             ) from error
     if isinstance(criterion, AnyCriterion):
         return criterion

@@ -1,9 +1,9 @@
-"""The norm of the gradient relative to that of the weights: the criterion of Auto-RGN.
+"""The norm of the gradient divided by the norm of the weights: the criterion of Auto-RGN.
 
     E_batch [ ||dL/dw||_2 / ||w||_2 ],   w: all weights and biases of a component
 
 From *Surgical Fine-Tuning Improves Adaptation to Distribution Shifts* (ICLR 2023), which scales the learning rate of
-each tensor by it; here the tensors of a component are taken together. It needs labels.
+each tensor by it. Here the tensors of a component are taken together. It needs labels.
 """
 
 from __future__ import annotations

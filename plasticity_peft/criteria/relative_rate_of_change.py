@@ -2,8 +2,9 @@
 
     E_(x,y) [ d(f(x), f(y)) / d(x, y) ],   d(x, y) = ||x - y||_F / ((||x||_F + ||y||_F) / 2)
 
-Neither the size of the tokens nor the size of a component's weights enters. The rate of change of a layer norm is its
-gain over the spread of its input, so that models with small tokens rank their norms first; here a norm scores near 1.
+It does not depend on the size of the tokens or on the size of a component's weights. The rate of change of a layer
+norm is its gain divided by the spread of its input, so models with small tokens rank their norms first. Here a norm
+scores near 1.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from plasticity_peft.criteria.rate_of_change import RateOfChange
 
 
 def relative(pairs: torch.Tensor) -> torch.Tensor:
-    """Returns d(x, y) of each pair, float64 of shape (pairs,), for a batch that holds all x and then all y."""
+    """Returns d(x, y) of each pair, float64 of shape (pairs,), for a batch that contains all x and then all y."""
     tokens = pairs.flatten(1).to(precise(pairs.dtype))
     x, y = torch.linalg.vector_norm(tokens, dim=1).double().chunk(2)
     distances: torch.Tensor = 2 * euclidean(pairs) / (x + y).clamp_min(torch.finfo(torch.float64).tiny)

@@ -1,4 +1,4 @@
-"""Sensitivity to noise on a token: the rate of change for pairs of an image and itself with one token disturbed.
+"""Sensitivity to noise on a token: the rate of change between an image and the same image with one disturbed token.
 
     E_x [ ||f(x) - f(x + n)||_F / ||n||_F ],   n: Gaussian noise on one random token
 
@@ -37,7 +37,7 @@ class TokenSensitivity(Criterion):
     def prepare(
         self, model: nn.Module, architecture: Architecture, sampler: SingleImages
     ) -> Callable[[ImageBatch], Observations]:
-        """Returns the function from images to the rate of change between each and its disturbed self."""
+        """Returns the function from images to the rate of change between each image and its disturbed copy."""
         block = model.get_submodule(architecture.blocks[0])
         tokens = block_input(model, architecture, sampler.example()).tokens
         if tokens.shape[-1] != architecture.hidden_size:

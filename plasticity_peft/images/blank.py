@@ -1,4 +1,4 @@
-"""A blank image, for what depends on the size of an image and not on its content."""
+"""A blank image, for values that depend on the size of an image and not on its content."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from plasticity_peft.images.indexed import Images, stack, to_device
 
 
 def blank_image(model: nn.Module, architecture: Architecture, target: Images | None) -> Inputs:
-    """Returns an image of zeros, the mean of what an image processor makes: tensors of shape (1, ...).
+    """Returns an image of zeros, the mean of the output of an image processor: tensors of shape (1, ...).
 
     Args:
         model: the model that `architecture` describes.
         architecture: see `model`.
-        target: images of which the first gives the size. If None, the size is the one in the model's config.
+        target: images; the first one determines the size. If None, the model's config does.
 
     Raises:
         ModelError: there are no images, and the config has no image size.
@@ -35,7 +35,7 @@ def blank_image(model: nn.Module, architecture: Architecture, target: Images | N
     size, frames = getattr(config, "image_size", None), getattr(config, "num_frames", None)
     if size is None:
         raise ModelError(
-            f"{type(backbone).__name__}: its config has no image_size to make a blank image of. Give images to "
+            f"{type(backbone).__name__}: its config has no image_size, so no blank image can be made. Give images to "
             "measure on."
         )
     height, width = size if isinstance(size, (tuple, list)) else (size, size)

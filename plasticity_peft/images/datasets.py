@@ -16,7 +16,7 @@ def load_image_dataset(name: str, config_name: str | None = None) -> Any:
     """Returns the splits of a dataset as a datasets.DatasetDict.
 
     Args:
-        name: a parquet file, a folder of images (in one subfolder a class, if they have labels), or a name on the Hub.
+        name: a parquet file, a folder of images (one subfolder per class, if they have labels), or a name on the Hub.
         config_name: configuration of a dataset on the Hub.
 
     Raises:
@@ -40,7 +40,7 @@ def load_image_dataset(name: str, config_name: str | None = None) -> Any:
 
 
 def choose_split(splits: Any, split: str, name: str) -> Any:
-    """Returns one split of the dataset that the message calls `name`. Raises DataError if there is no such split."""
+    """Returns one split of the dataset `name`. Raises DataError if it has no such split."""
     if split not in splits:
         raise DataError(f"The dataset {name} has no split {split!r}. It has: {', '.join(map(repr, splits))}.")
     return splits[split]
@@ -57,7 +57,7 @@ def with_pixel_values(
     """Returns the dataset with `pixel_values`, which `processor` makes of its images, and with its labels, if any.
 
     Raises:
-        DataError: the dataset, which the message calls `name`, has no such column of images.
+        DataError: the dataset `name` has no such column of images.
     """
     if image_column not in dataset.features:
         raise DataError(

@@ -1,8 +1,7 @@
-"""Images out of whatever holds them: a dataset, a tensor, a DataLoader, a stream.
+"""Images from a dataset, a tensor, a DataLoader or a stream.
 
-An image is what a model takes for it: `pixel_values`, and whatever else its image processor makes and its forward pass
-has an argument for (`pixel_attention_mask` and `spatial_shapes` for SigLIP 2). Labels are read only for the criteria
-that ask for them.
+An image consists of `pixel_values` and of the other outputs of its image processor that the model's forward pass takes
+(`pixel_attention_mask` and `spatial_shapes` for SigLIP 2). Labels are read only for criteria that need them.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 class Images:
     """Images by index, each a dictionary of tensors, of which the first is floating-point.
 
-    A stream (an IterableDataset, or a DataLoader over one) cannot be drawn from: its images are shuffled through a
-    buffer, read as far as they are asked for, and held. A DataLoader gives the images that it yields: those of its
-    sampler, and, if its collate_fn may pad or mix, in the batches that it makes.
+    A stream (an IterableDataset, or a DataLoader over one) cannot be indexed. Its images are shuffled through a
+    buffer, read only as far as they are needed, and kept in memory. Of a DataLoader, the images that its sampler
+    yields are used. If its collate_fn may pad or mix images, they come in the batches that it makes.
     """
 
     def __init__(
@@ -52,29 +51,28 @@ class Images:
         label_names: tuple[str, ...] = LABELS,
         whole_batches: bool = False,
     ) -> None:
-        """Takes `data`, which the messages call `name`; of a stream, up to `read_at_most` images.
+        """Wraps `data`.
 
         Args:
             data: see the class.
-            name: name of the data in messages.
-            read_at_most: how many images of a stream that is longer than the buffer may be used.
-            names: the arguments that a model may take for an image; the first is required.
-            seed: random transforms draw from it and the number of the image, so that it does not matter which process
-                reads the image, and after which.
-            label_names: the arguments that a model may take for the labels of an image.
-            whole_batches: keeps the batches of a DataLoader together that has a collate_fn of its own.
+            name: name of the data in error messages.
+            read_at_most: largest number of images to use of a stream that is longer than the buffer.
+            names: names of the arguments that the model may take for each image; the first is required.
+            seed: seeds the random transforms of each image together with its index. The result does not depend on the
+                process that reads the image, or on the order of reading.
+            label_names: names of the arguments that the model may take for the labels.
+            whole_batches: True keeps the images of a batch together if a DataLoader has a collate_fn of its own.
         """
         self.name = name
         self.collated = False
-        """True if images come out of the batches of a DataLoader with a collate_fn of its own, which may differ in
-        shape."""
+        """True if images come from the batches of a DataLoader, and may differ in shape."""
         self._names, self._label_names, self._whole = names, label_names, whole_batches
         self._seeds = (seed, zlib.crc32(name.encode()))
         self._source = self._source_of(data, read_at_most)
 
     @property
     def stream(self) -> bool:
-        """Whether images come in an order that is not ours to choose. A stream is read as far as its buffer."""
+        """Whether the images are a stream, whose order is given. Reads a stream until its buffer is full."""
         return self._source.stream
 
     @property
@@ -84,13 +82,13 @@ class Images:
 
     @property
     def order(self) -> str:
-        """What a log says about the order of the images; "" if any image can be drawn."""
+        """The log message about the order of the images; "" if any image can be drawn."""
         if not isinstance(self._source, Streamed) or not self._source.stream:
             return ""
         text = f"{self.name} is a stream: its images are drawn from a buffer of {BUFFER_IMAGES:,} or fewer."
         advice = "Shuffle it before, or give a dataset that can be indexed."
         if self._source.looks_sorted:
-            return f"{text} It is sorted by label, and what comes after the buffer is not measured. {advice}"
+            return f"{text} It is sorted by label, and images after the buffer are not measured. {advice}"
         return text if self._source.looks_sorted is False else f"{text} If it is sorted by class: {advice.lower()}"
 
     @property
@@ -100,19 +98,19 @@ class Images:
 
     @property
     def batches(self) -> list[range]:
-        """Indices of the images of each whole batch; of a stream, of those that were read."""
+        """Indices of the images of each whole batch. Of a stream, only the batches that were read are included."""
         return [places for places, _ in self._source.bundles]
 
     def __len__(self) -> int:
-        """Number of images. A stream is read to its end, or as far as it may be read."""
+        """Number of images. A stream is read to its end, or to its limit."""
         return len(self._source)
 
     def has(self, index: int) -> bool:
-        """Returns whether there is an image `index`. A stream is read so far."""
+        """Returns whether there is an image `index`. A stream is read up to this image."""
         return self._source.has(index)
 
     def __getitem__(self, index: int) -> Inputs:
-        """Returns image `index`. Raises DataError or NonFiniteError, naming the image, if it is not usable."""
+        """Returns image `index`. Raises DataError or NonFiniteError, which names the image, if it is not usable."""
         place = f"{self.name}[{index}]"
         item = inputs_of(self._source[index], self._names, place)
         inputs = {name: tensor_of(value, place) for name, value in item.items()}
@@ -125,21 +123,21 @@ class Images:
         return tuple(tensor_of(inputs_of(self._source[index], self._names, place)[self._names[0]], place).shape)
 
     def labels(self, index: int) -> dict[str, Any]:
-        """Returns the labels of image `index` by the names of the model's arguments, in the form that they have.
+        """Returns the labels of image `index` by the names of the model's arguments, in the form that the data have.
 
         Raises:
-            DataError: it has none.
+            DataError: the image has no label.
         """
         found = labels_of(self._source[index], self._label_names)
         if not found:
             raise DataError(
-                f"{self.name}[{index}] has no label, and this criterion needs labels: give items with pixel_values "
-                f"and {' and '.join(self._label_names)}, or a criterion that needs none."
+                f"{self.name}[{index}] has no label, and this criterion needs labels. Give items with pixel_values "
+                f"and {' and '.join(self._label_names)}, or use a criterion without labels."
             )
         return found
 
     def labels_of_batch(self, places: Sequence[int]) -> dict[str, Any] | None:
-        """Returns the labels of a whole batch as its collate_fn made them; None if these images are not one."""
+        """Returns the labels of a batch as its collate_fn made them; None if these images are not a whole batch."""
         return next((labels for own, labels in self._source.bundles if list(own) == list(places)), None)
 
     def _check(self, image: torch.Tensor, place: str) -> None:
@@ -150,13 +148,13 @@ class Images:
             )
         if image.dtype not in PRECISIONS:
             raise DataError(
-                f"{place} must hold floating-point {self._names[0]}, as an image processor makes them. Got "
+                f"{place} must be floating-point {self._names[0]}, as an image processor makes them. Got "
                 f"{image.dtype}."
             )
         if image.layout != torch.strided or image.is_meta:
-            raise DataError(f"{place} must hold numbers in a dense tensor. Got {image.layout} on {image.device}.")
+            raise DataError(f"{place} must be a dense tensor of numbers. Got {image.layout} on {image.device}.")
         if not torch.isfinite(image).all():
-            raise NonFiniteError(f"{place} holds NaN or infinity.")
+            raise NonFiniteError(f"{place} contains NaN or infinity.")
 
     def _source_of(self, data: Any, read_at_most: int) -> Source:
         if isinstance(data, DataLoader):
@@ -198,7 +196,7 @@ class Images:
 
 
 def _shards_shuffled(data: Any, seed: int) -> Any:
-    """Returns a stream of the datasets library with its files in another order; any other stream as it is."""
+    """Returns a stream of the datasets library with its files in random order; any other stream unchanged."""
     library = type(data).__module__.partition(".")[0]
     several = library == "datasets" and getattr(data, "num_shards", 1) > 1
     return data.shuffle(seed=seed, buffer_size=1) if several else data
@@ -208,7 +206,7 @@ def stack(images: Sequence[tuple[Images, int]]) -> Inputs:
     """Returns the given images as one batch: tensors of shape (n, ...).
 
     Raises:
-        DataError: images differ in shape, or in what they hold; the message names two of them.
+        DataError: images differ in shape or in their entries; the message names two of them.
     """
     items = [holder[index] for holder, index in images]
     shapes = {name: tuple(value.shape) for name, value in items[0].items()}
@@ -229,7 +227,7 @@ def _shapes(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def to_device(images: Inputs, device: torch.device, dtype: torch.dtype) -> Inputs:
-    """Returns images on a device, floating-point tensors in `dtype`; a transfer to a GPU is not waited for."""
+    """Returns images on a device, floating-point tensors in `dtype`. Transfers to a GPU are asynchronous."""
     moved = {}
     for name, value in images.items():
         pinned = value.pin_memory() if (device.type, value.device.type) == ("cuda", "cpu") else value

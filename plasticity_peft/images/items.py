@@ -22,16 +22,16 @@ ARRAYS = (torch.Tensor, np.ndarray)
 
 
 def inputs_of(item: Any, names: Sequence[str], place: str) -> dict[str, Any]:
-    """Returns what an item contains for the model: its entries, the item itself, or the first of (image, label).
+    """Returns the inputs of the model in an item: its entries, the item itself, or the first of (image, label).
 
     Raises:
-        DataError: the item, which the message calls `place`, is a dictionary without images.
+        DataError: the item `place` is a dictionary without images.
     """
     if isinstance(item, Mapping):
         if item.get(names[0]) is None:
             raise DataError(
                 f"{place} has no {names[0]!r}; it has {sorted(map(str, item))}. Let the model's image processor make "
-                "them, for instance with dataset.with_transform."
+                "them, for example with dataset.with_transform."
             )
         return {name: item[name] for name in names if item.get(name) is not None}
     if _is_pair(item):
@@ -68,7 +68,7 @@ def rows_of(batch: Any, names: Sequence[str], label_names: Sequence[str], place:
     items.
 
     Raises:
-        DataError: the batch, which the message calls `place`, has another form.
+        DataError: the batch `place` has another form.
     """
     batch = _zipped(batch)
     if isinstance(batch, (list, tuple)) and (not _is_pair(batch) or _is_list_of_images(batch)):
@@ -100,9 +100,9 @@ def tensor_of(value: Any, place: str) -> torch.Tensor:
         return value
     try:
         array = np.asarray(value)
-        # A list of Python floats is float64, and no image is: processors and models work in float32.
+        # A list of Python floats becomes float64, but image processors and models use float32.
         array = array.astype(np.float32) if isinstance(value, list) else array
-        return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch warns of the others
+        return torch.from_numpy(array if array.flags.writeable else array.copy())  # torch warns about read-only arrays
     except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise DataError(f"{place}: cannot make a tensor of {type(value).__name__}. Expected {ALLOWED}.") from error
 
@@ -136,8 +136,8 @@ def _check_rows(name: str, value: Any, count: int, place: str) -> None:
     scalar = isinstance(value, ARRAYS) and value.ndim == 0
     if scalar or isinstance(value, str) or not isinstance(value, Sized) or len(value) != count:
         raise DataError(
-            f"{place}: {name} must have one row for each of the {count} images of a batch. Got {shown(value)}. Give "
-            f"what is the same for all images as forward_kwargs={{{name!r}: ...}}."
+            f"{place}: {name} must have one row for each of the {count} images of a batch. Got {shown(value)}. A "
+            f"value for all images belongs into forward_kwargs={{{name!r}: ...}}."
         )
 
 

@@ -12,7 +12,7 @@ from plasticity_peft.checks import shown
 from plasticity_peft.errors import DataError
 
 Labels = Any
-"""What a loss takes for a batch: a tensor of shape (images, ...), or a list of tensors or dictionaries of them."""
+"""The labels of a batch for a loss: a tensor of shape (images, ...), or a list of tensors or dictionaries."""
 
 
 def collated(labels: Sequence[Any], places: Sequence[str], *, stacked: bool = True) -> Labels:
@@ -24,7 +24,7 @@ def collated(labels: Sequence[Any], places: Sequence[str], *, stacked: bool = Tr
     Args:
         labels: one label per image.
         places: names of the images, for the message.
-        stacked: False for a list in any case, as `mask_labels` and `class_labels` of transformers are.
+        stacked: False always returns a list, as transformers expects for `mask_labels` and `class_labels`.
 
     Raises:
         DataError: a label is not made of numbers.
@@ -57,7 +57,7 @@ def to_device(labels: Labels, device: torch.device) -> Labels:
 
 
 def described(labels: Labels) -> str:
-    """Returns the form of labels as a message shows it.
+    """Returns the form of labels for a message.
 
     Examples:
         >>> described(torch.zeros(2, 3))
@@ -85,8 +85,8 @@ def _numbers(label: Any, place: str) -> Any:
         value = None
     if value is None or value.is_complex() or value.is_meta or value.layout != torch.strided:
         raise DataError(
-            f"{place}: its label must be a whole number. Got {shown(label)}. A model whose own loss takes them may "
-            "also have other numbers, lists or arrays of numbers, or dictionaries of them as labels."
+            f"{place}: its label must be a whole number. Got {shown(label)}. If the model's own loss takes them, "
+            "other numbers, lists or arrays of numbers, and dictionaries of these are allowed too."
         )
     return value.to(torch.float32 if value.is_floating_point() else torch.int64)
 

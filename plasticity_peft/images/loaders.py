@@ -1,8 +1,8 @@
-"""What a DataLoader yields: the keys of its sampler, or whole batches where its collate_fn needs them.
+"""Reads a DataLoader: the keys of its sampler, or whole batches if its collate_fn needs them.
 
-A collate_fn that stacks (that of torch, and the default ones of transformers) treats each image by itself, so that
-images are read by their key. Any other may pad or mix: then batches are made as the loader makes them, from the same
-keys, by the same collate_fn.
+A collate_fn that only stacks (that of torch, and the default ones of transformers) treats each image separately, so
+images are read by key. Any other collate_fn may pad or mix images. Then batches are made as the loader makes them,
+from the same keys and by the same collate_fn.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from torch.utils.data.distributed import DistributedSampler
 from plasticity_peft.images.seeding import seed_cpu
 
 MOST_BATCHES = 2**18
-"""How many batches of a DataLoader with a collate_fn of its own are drawn from at most."""
+"""Largest number of batches to draw from, for a DataLoader with a collate_fn of its own."""
 MOST_KEYS = 2**24
-"""How many keys of a sampler are drawn from at most."""
+"""Largest number of keys of a sampler to draw from."""
 MOST_UNSIZED = 2**20
 """The same for a sampler without a length, which may never end."""
 
 
 def state_of(data: Any) -> Callable[[], None]:
-    """Returns a function that puts the random states of a dataset or DataLoader back as they are.
+    """Returns a function that restores the present random states of a dataset or DataLoader.
 
-    They are those of random generators that the dataset, the loader, its samplers and its collate_fn have as
-    attributes. All other attributes of samplers, such as the number of an epoch, are put back too.
+    These are the states of random generators that the dataset, the loader, its samplers and its collate_fn have as
+    attributes. All other attributes of samplers, such as the number of the epoch, are restored too.
     """
     if not isinstance(data, DataLoader):
         return _generators_of([data])
@@ -70,7 +70,7 @@ def _samplers(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def _generators_of(holders: Iterable[Any]) -> Callable[[], None]:
-    """Returns a function that puts back the state of the generators that are attributes of some objects."""
+    """Returns a function that restores the state of the generators that are attributes of some objects."""
     values = [value for holder in holders for value in (holder, *getattr(holder, "__dict__", {}).values())]
     torch_states = [(value, value.get_state()) for value in values if isinstance(value, torch.Generator)]
     numpy_generators = [value.bit_generator for value in values if isinstance(value, np.random.Generator)]
@@ -103,7 +103,7 @@ def streams(loader: DataLoader[Any]) -> bool:
 
 
 def treats_images_alone(loader: DataLoader[Any]) -> bool:
-    """Returns whether the loader makes batches, and its collate_fn is known to treat each image by itself."""
+    """Returns whether the loader makes batches, and its collate_fn is known to treat each image separately."""
     from transformers.data.data_collator import DefaultDataCollator, default_data_collator
 
     collate = loader.collate_fn
@@ -112,10 +112,10 @@ def treats_images_alone(loader: DataLoader[Any]) -> bool:
 
 
 def keys_of(loader: DataLoader[Any]) -> Sequence[Any]:
-    """Returns the keys of the images that the loader yields, in the order of the dataset where keys are numbers.
+    """Returns the keys of the images that the loader yields, in the order of the dataset if keys are numbers.
 
     A key is returned as often as the sampler yields it. A sampler that yields all images in a random order is not
-    asked, as images are drawn in a random order anyway.
+    iterated, because images are drawn in a random order anyway.
     """
     batches = _batch_sampler(loader)
     if type(batches) is BatchSampler:
@@ -136,8 +136,8 @@ def batches_of(loader: DataLoader[Any], seeds: Sequence[int], in_order_below: in
     """Returns the number of images, and an iterator over the batches as the loader makes them.
 
     The batches are made of the keys that the sampler yields. They come in the order of the sampler if there are at
-    most `in_order_below` images, else in one drawn by `seeds`, so that what is read first does not depend on how the
-    dataset is sorted.
+    most `in_order_below` images. Otherwise `seeds` determine the order, so that the first batches do not depend on how
+    the dataset is sorted.
     """
     batches = _batch_sampler(loader)
     keys = _read(loader.sampler if batches is None else batches, MOST_BATCHES)
@@ -150,7 +150,7 @@ def batches_of(loader: DataLoader[Any], seeds: Sequence[int], in_order_below: in
 
 
 def iterated(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Returns an iterator over the batches of a stream; the loader keeps no trace of it."""
+    """Returns an iterator over the batches of a stream. The loader itself does not change."""
     return iter(copy.copy(loader))
 
 
@@ -167,9 +167,10 @@ def _made(loader: DataLoader[Any], keys: Sequence[Any], order: Iterable[int], se
 
 
 def _batch_sampler(loader: DataLoader[Any]) -> Any:
-    """Returns what yields the keys of batches: for all processes, if Accelerate has split them; None without batches.
+    """Returns the sampler of the batches; None if the loader has no batches.
 
-    plasticity_peft spreads images over the processes by itself.
+    If Accelerate has split the sampler, the one for all processes is returned, as plasticity_peft spreads the images
+    over the processes itself.
     """
     from accelerate.data_loader import BatchSamplerShard
 
@@ -178,7 +179,7 @@ def _batch_sampler(loader: DataLoader[Any]) -> Any:
 
 
 def _all_of(batches: BatchSampler) -> Sequence[int] | None:
-    """Returns the keys of a sampler that yields each image once; None if it is not known to."""
+    """Returns the keys of a sampler that is known to yield each image once; None for other samplers."""
     from accelerate.data_loader import SeedableRandomSampler
 
     sampler: Any = batches.sampler
@@ -193,7 +194,7 @@ def _all_of(batches: BatchSampler) -> Sequence[int] | None:
 
 
 def _read(sampler: Iterable[Any], most: int) -> list[Any]:
-    """Returns what a sampler yields, as far as it may be read."""
+    """Returns the keys that a sampler yields, at most `most`."""
     try:
         size = len(sampler)  # type: ignore[arg-type]
     except (TypeError, NotImplementedError):

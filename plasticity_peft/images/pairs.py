@@ -1,7 +1,7 @@
-"""Which images make a pair: drawn by a seeded permutation, and dealt out to processes.
+"""Draws the images of each pair by seeded permutations.
 
-No image is used twice before all have been used, and none is paired with itself. With a source and a target, pair p
-is one image of each, as in the paper; with a target alone it is two different images of it.
+No image is used twice before all have been used, and none is paired with itself. With source and target data, a pair
+is one image of each, as in the paper. With target data alone, it is two different target images.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import numpy as np
 from plasticity_peft.images.indexed import Images
 
 MOST_PERMUTED = 2**24
-"""Images of which a permutation is drawn as a whole: 128 MB."""
+"""Largest number of images for which a whole permutation is drawn: 128 MB."""
 
 
 def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.ndarray:
     """Returns the indices of the images of each pair: int64 of shape (pairs, 2), source first.
 
-    There are fewer than `pairs` rows where the images do not make as many different pairs; at least 2 are drawn.
+    There are fewer than `pairs` rows if the images make fewer different pairs, but at least 2.
 
     Args:
-        pairs: how many pairs are wanted.
+        pairs: number of pairs.
         target: number of target images, 2 or more, or 1 or more with a source.
         source: number of source images, or None to pair the target images with one another.
-        seed: of the permutations.
+        seed: seed of the permutations.
     """
     different = target * (target - 1) // 2 if source is None else target * source
     pairs = min(pairs, max(different, 2))
@@ -40,10 +40,9 @@ def draw_pairs(pairs: int, *, target: int, source: int | None, seed: int) -> np.
 
 
 def draw_indices(images: int, count: int, generator: np.random.Generator) -> np.ndarray:
-    """Returns `count` indices without repetition, or all where there are no more: int64 of shape (count,).
+    """Returns `count` different indices, or all if there are fewer: int64 of shape (count,).
 
-    They are the head of a permutation, but where the images are so many that a permutation of all would take memory
-    for nothing.
+    They are the start of a permutation of all images, unless there are so many images that it would waste memory.
     """
     if images <= MOST_PERMUTED or count > images // 50:
         return generator.permutation(images)[:count]
@@ -51,9 +50,9 @@ def draw_indices(images: int, count: int, generator: np.random.Generator) -> np.
 
 
 def _deal(images: int, wanted: int, generator: np.random.Generator) -> Iterator[int]:
-    """Yields permutation after permutation of the indices, never the same index twice in a row (but for one image).
+    """Yields permutation after permutation of the indices, never an index twice in a row (unless there is only one).
 
-    No more than `wanted` are taken.
+    The caller takes at most `wanted` indices.
     """
     last = -1
     while True:
@@ -65,9 +64,9 @@ def _deal(images: int, wanted: int, generator: np.random.Generator) -> Iterator[
 
 
 class PairOrder:
-    """Which images make pair 0, 1, 2, ...
+    """The images of pair 0, 1, 2, ...
 
-    Streams are taken in their own order; what is beyond their end is drawn as from any other images.
+    A stream is used in its own order. Pairs beyond its end are drawn from the images that were read.
     """
 
     def __init__(self, pairs: int, *, target: Images, source: Images | None, seed: int) -> None:

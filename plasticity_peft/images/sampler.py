@@ -1,8 +1,8 @@
-"""What a criterion looks at: pairs of images, single images or batches of images, drawn by a seed.
+"""Draws the samples that a criterion looks at: pairs of images, single images or batches of images.
 
-A sample is what one observation is of. A criterion names its sampler, one of `Pairs`, `SingleImages` and `Batches`.
-Which images a sample contains depends on the seed alone, not on the size of a pass or the number of processes. A
-stream is taken in its own order, and is read no further than the samples that are looked at.
+Each sample gives one observation. A criterion names its sampler, one of `Pairs`, `SingleImages` and `Batches`. The
+images of a sample depend only on the seed, not on the size of a pass or the number of processes. A stream is used in
+its own order, and is read only as far as the samples need.
 """
 
 from __future__ import annotations
@@ -37,37 +37,37 @@ class ImageBatch(NamedTuple):
     """Single images."""
 
     images: Inputs
-    """What the model takes for n images: tensors of shape (n, ...)."""
+    """The inputs of the model for n images: tensors of shape (n, ...)."""
     numbers: tuple[int, ...]
-    """Position of each image in the order in which all were drawn."""
+    """Position of each image in the order of drawing."""
     places: tuple[int, ...]
     """Index of each image in the target data."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampler(ABC):
-    """The samples of one measurement, by number. Subclasses say what a sample is."""
+    """The samples of one measurement, by number. Subclasses define what a sample is."""
 
     target: Images
     """The downstream images."""
     source: Images | None = None
     """The pretraining-like images; only `Pairs` uses them."""
     max_samples: int
-    """How many samples there are at most."""
+    """Largest number of samples."""
     batch_size: int
     """How many pairs or images go through the model in one pass."""
     seed: int
     device: torch.device
     dtype: torch.dtype
     inputs: str | None = None
-    """What components are fed, "embedding" or "activation", for a criterion that has protocols."""
+    """The protocol, "embedding" or "activation", for a criterion that has protocols."""
 
     plural: ClassVar[str]
     """Name of several samples, as in `PlasticityReport.observed`."""
     singular: ClassVar[str]
     """Name of one sample."""
     first_look: ClassVar[int] = 32
-    """Number of samples after which the ranking is looked at for the first time."""
+    """Number of samples after which the ranking is examined for the first time."""
 
     @property
     def per_pass(self) -> int:
@@ -75,12 +75,12 @@ class Sampler(ABC):
         return self.batch_size
 
     def planned(self) -> int:
-        """Returns how many samples there are at most. A stream is not read to find out."""
+        """Returns the largest possible number of samples. A stream is not read for this."""
         return self.max_samples if self._streamed else self.available(self.max_samples)
 
     @abstractmethod
     def available(self, wanted: int) -> int:
-        """Returns how many of the first `wanted` samples there are. A stream is read as far as that takes."""
+        """Returns how many of the first `wanted` samples there are. A stream is read as far as needed for this."""
 
     @abstractmethod
     def load(self, numbers: Sequence[int]) -> Any:
@@ -94,7 +94,7 @@ class Sampler(ABC):
         return sorted(numbers, key=self._shape) if self._ragged else numbers
 
     def alike(self, numbers: Sequence[int]) -> Sequence[int]:
-        """Returns as many of the first of these numbers as have images of one shape, which can go in one pass."""
+        """Returns the first of these numbers up to the first change of the images' shape. They can go in one pass."""
         if not self._ragged:
             return numbers
         shape = self._shape(numbers[0])
@@ -149,7 +149,7 @@ class Pairs(Sampler):
 
     @property
     def _first(self) -> Images:
-        """What the first images of pairs are drawn from."""
+        """The images from which the first ones of pairs are drawn."""
         return self.target if self.source is None else self.source
 
     def _shape(self, number: int) -> tuple[int, ...]:
@@ -172,16 +172,17 @@ class Pairs(Sampler):
 
 
 class _TargetSampler(Sampler):
-    """What the samplers of single images and of batches share: target images, drawn without repetition."""
+    """Base of the samplers of single images and of batches: target images, drawn without repetition."""
 
     def labels(self, batch: ImageBatch) -> Any:
         """Returns the labels of a batch, on the model's device, in the form that the data have.
 
         Whole numbers are int64 and other numbers float32, of shape (images, ...): (images,) for one number per image,
-        (images, height, width) for segmentation maps. What has no common shape is a list of tensors or dictionaries.
+        (images, height, width) for segmentation maps. Labels without a common shape are a list of tensors or
+        dictionaries.
 
         Raises:
-            DataError: an image has no label, or it is not made of numbers.
+            DataError: an image has no label, or the label does not consist of numbers.
         """
         return next(iter(self.label_arguments(batch).values()))
 
@@ -238,7 +239,7 @@ class Batches(_TargetSampler):
     """Batches of target images, each with one value. `load` returns the `ImageBatch` of one number.
 
     There are at least 2, and no image is in two of them. They have `batch_size` images and are equal in size except
-    for one image. A DataLoader that has a collate_fn of its own gives its batches as they come instead.
+    for one image. If a DataLoader has a collate_fn of its own, its batches are used instead.
     """
 
     plural = "batches"

@@ -1,8 +1,8 @@
-"""Where items come from: a dataset that can be indexed, or a stream that is shuffled through a buffer.
+"""The sources of items: a dataset that can be indexed, or a stream that is shuffled through a buffer.
 
-A stream is read no further than needed. It cannot be drawn from, and what comes first may be all of one class. So the
-first images are held in a buffer, of which one is drawn at a time. A stream that ends within the buffer is known as a
-whole, and treated as a dataset.
+A stream is read only as far as needed. It cannot be indexed, and its first images may all belong to one class. So a
+buffer is filled with images, and they are drawn from the buffer one at a time. A stream that ends before the buffer is
+full is treated as a dataset.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from plasticity_peft.images.items import labels_of
 from plasticity_peft.images.seeding import seed_cpu
 
 BUFFER_IMAGES = 1000
-"""How many images of a stream are held to draw from, as in `datasets.IterableDataset.shuffle`."""
+"""Largest number of images in the buffer, as in `datasets.IterableDataset.shuffle`."""
 BUFFER_BYTES = 2**30
-"""The same in bytes, whichever is less: 1,000 images of 299 x 299 pixels."""
+"""Largest size of the buffer in bytes: 1,000 images of 299 x 299 pixels. The lower limit applies."""
 
 
 class Bundle(NamedTuple):
@@ -39,7 +39,7 @@ class Source(ABC):
     """Items by index."""
 
     stream = False
-    """True if there are more items than are held, and their order is not ours to choose."""
+    """True if the items are a stream that is longer than the buffer, so that its order is given."""
     known: int | None = None
     """Number of images, if it is known without reading them."""
     bundles: Sequence[tuple[range, dict[str, Any] | None]] = ()
@@ -47,11 +47,11 @@ class Source(ABC):
 
     @abstractmethod
     def __len__(self) -> int:
-        """Number of items. A stream is read to its end, or as far as it may be read."""
+        """Number of items. A stream is read to its end, or to its limit."""
 
     @abstractmethod
     def has(self, index: int) -> bool:
-        """Returns whether there is an item `index`. A stream is read so far."""
+        """Returns whether there is an item `index`. A stream is read up to this item."""
 
     @abstractmethod
     def __getitem__(self, index: int) -> Any:
@@ -82,7 +82,7 @@ class Indexed(Source):
 
 
 class Streamed(Source):
-    """Items of a stream, shuffled through a buffer if they are more than fit into it."""
+    """Items of a stream, shuffled through a buffer if they do not fit into it."""
 
     def __init__(self, bundles: Iterator[Bundle], read_at_most: int, seeds: Sequence[int]) -> None:
         """Takes the stream, how many of its images may be used, and the seeds of the buffer and of transforms."""
@@ -113,12 +113,12 @@ class Streamed(Source):
         return self._sorted if self.stream else None
 
     def __len__(self) -> int:
-        """Number of items. The stream is read to its end, or as far as it may be read."""
+        """Number of items. The stream is read to its end, or to its limit."""
         self.has(self._read_at_most - 1)
         return min(len(self._rows), self._read_at_most) if self.stream else len(self._rows)
 
     def has(self, index: int) -> bool:
-        """Returns whether there is an item `index`. The stream is read so far."""
+        """Returns whether there is an item `index`. The stream is read up to this item."""
         if not self.stream:
             return index < len(self._rows)
         while index >= len(self._rows) and index < self._read_at_most and self._buffer:
@@ -131,7 +131,7 @@ class Streamed(Source):
         return self._rows[index]
 
     def _fill(self) -> None:
-        """Reads until the buffer is full. If the stream ends before, its order is kept: it can be drawn from."""
+        """Reads until the buffer is full. If the stream ends before that, its items keep their order."""
         if self._filled:
             return
         while self._has_room() and self._read():
@@ -159,7 +159,7 @@ class Streamed(Source):
         return True
 
     def _draw(self) -> None:
-        """Moves a bundle out of the buffer, by chance, and reads another in its place."""
+        """Moves a random bundle out of the buffer, and reads another one instead."""
         place = int(self._generator.integers(len(self._buffer)))
         bundle, self._buffer[place] = self._buffer[place], self._buffer[-1]
         self._buffer.pop()
@@ -177,7 +177,7 @@ class Streamed(Source):
 
 
 def seeded(items: Iterator[Any], seeds: Sequence[int]) -> Iterator[Any]:
-    """Yields the items of a stream, each read with random numbers of its own."""
+    """Yields the items of a stream. Each is read with its own seed."""
     for number in count():
         seed_cpu(*seeds, number)
         try:

@@ -1,8 +1,8 @@
 """The classification head in closed form: ridge regression on the features of the frozen model.
 
-One pass over the labeled images gives sums of products, which merge over batches and processes. The head that they
-determine is what a linear probe reaches; finetuning has to beat it. A head that is fitted before training saves steps,
-and makes gradients mean something: those that come through a freshly initialized head are noise.
+One pass over the labeled images gives sums of products, which merge over batches and processes. They determine the
+head, whose accuracy is that of a linear probe. Finetuning has to beat it. A head that is fitted before training saves
+steps, and makes the gradients useful: those that pass through a freshly initialized head are noise.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
 
 MOST_HELD = 2**17
-"""Images whose features are held in memory to compute leave-one-out errors; of more images, the first ones drawn."""
+"""Largest number of images whose features are kept in memory for leave-one-out errors: the first ones drawn."""
 
 
 @dataclass(frozen=True)
 class HeadFit:
-    """What `fit_head` found."""
+    """The result of `fit_head`."""
 
     problem_type: str
     """"single_label_classification", "multi_label_classification" or "regression", as in transformers."""
@@ -70,18 +70,18 @@ def fit_head(
     dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
 ) -> HeadFit:
-    """Fits the head of `model` in closed form, sets its weights in place, and returns what was found.
+    """Fits the head of `model` in closed form, sets its weights in place, and returns the result.
 
-    The features are what the head's linear layer receives from the frozen model. The head is ridge regression on the
-    standardized features, with the penalty that has the smallest squared leave-one-out error, and a temperature that
-    fits the leave-one-out logits to the cross-entropy of the labels. Nothing else of the model changes. Under
-    `accelerate launch` the images are spread over the processes, and each process sets the same weights.
+    The features are the inputs of the head's linear layer in the frozen model. The head is fitted by ridge regression
+    on the standardized features, with the penalty of the smallest squared leave-one-out error. A temperature minimizes
+    the cross-entropy of the leave-one-out logits. Nothing else of the model changes. Under `accelerate launch` the
+    images are spread over the processes, and each process sets the same weights.
 
     Args:
         model: a vision transformer of transformers with a head that ends in one linear layer.
         dataset: labeled images in the forms of `measure_plasticity`. Labels are whole numbers (single-label), vectors
-            of 0 and 1 (multi-label) or floating-point numbers (regression), as the model's `config.problem_type` says.
-        penalties: penalties to choose from, positive numbers; 28 from 1e-6 to 1e3 times the number of images if None.
+            of 0 and 1 (multi-label) or floating-point numbers (regression), as in the model's `config.problem_type`.
+        penalties: positive numbers to choose the penalty from; 28 from 1e-6 to 1e3 times the number of images if None.
         max_samples: largest number of images to fit on, at least 2.
         batch_size: number of images in one pass on each process.
         seed: seed of the drawing of images and of the dataset's own transforms.
@@ -136,7 +136,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
     """Returns the path of the one linear layer whose output is the model's output.
 
     Raises:
-        ModelError: there is no such layer; the message names what the head consists of.
+        ModelError: there is no such layer; the message lists the parts of the head.
     """
     linears = {
         f"{head}.{name}" if name else head: module
@@ -186,7 +186,7 @@ def _sampler(
     names = input_names(model, architecture)
     images = Images(dataset, "dataset", read_at_most=max_samples, names=names, seed=seed)
     if not images.has(1):
-        raise DataError(f"dataset must hold at least 2 images. Got {len(images)}.")
+        raise DataError(f"dataset must contain at least 2 images. Got {len(images)}.")
     return SingleImages(
         target=images,
         max_samples=max_samples,
@@ -212,7 +212,7 @@ def _problem_type(model: nn.Module, sampler: SingleImages) -> str:
 def _collect(
     model: nn.Module, architecture: Architecture, path: str, sampler: SingleImages, share: Share, problem: str
 ) -> tuple[Sums, np.ndarray, np.ndarray]:
-    """Returns the sums over all processes, and the features and targets that this process holds, as float32."""
+    """Returns the sums over all processes, and the features and targets that this process keeps, as float32."""
     layer = _linear(model, path)
     held = -(-MOST_HELD // share.world_size)
     sums, kept, count = Sums.of(np.empty((0, layer.in_features)), np.empty((0, layer.out_features))), [], 0
@@ -252,7 +252,7 @@ def _check_finite(features: np.ndarray, path: str) -> None:
 
 
 def _targets(labels: torch.Tensor, outputs: int, problem: str) -> np.ndarray:
-    """Returns what is regressed on: -1 and 1 for labels, the numbers themselves for a regression: (n, outputs)."""
+    """Returns the targets, (n, outputs): -1 and 1 for labels, and the numbers themselves for a regression."""
     given = labels.cpu().numpy()
     if problem == "single_label_classification":
         if given.ndim != 1 or given.min() < 0 or given.max() >= outputs:

@@ -1,8 +1,8 @@
-"""A model, and the process around it, handed back as they were found, whatever the moment at which measuring ends.
+"""Leaves a model, and the process around it, as they were, at whichever moment measuring ends.
 
-An interrupt (Ctrl-C) may come between any two steps: after a hook was set and before that is noted, or while all is
-put back. So nothing depends on a note: what is to be put back is recorded before anything changes, hooks of this
-library are recognized by their type, and putting back can be done twice.
+An interrupt (Ctrl-C) may come between any two steps, for example just after a hook was set, or during the restoring.
+So the state is recorded before anything changes, hooks of this library are recognized by their type, and restoring can
+be done twice.
 """
 
 from __future__ import annotations
@@ -26,22 +26,22 @@ from plasticity_peft.images.loaders import state_of
 from plasticity_peft.images.seeding import seed_cpu
 
 ONE_AT_A_TIME = threading.RLock()
-"""Held while a model is measured: random states and the mode of a model are shared by all threads."""
+"""Lock that is held while a model is measured, because all threads share random states and the mode of a model."""
 
 
 class LeftAsFound:
     """Inside: evaluation mode, no gradients, random numbers from a seed, autocast to `dtype` or to nothing.
 
-    Afterwards all is as before. What torch.compile made of the model, or of its blocks, is passed over: compiled code
-    does not look for the hooks that are set here.
+    Afterwards everything is as before. Code compiled by torch.compile is not used inside, because it ignores the hooks
+    that are set here.
 
-    What is put back, on success and on failure: the mode of every module, whether parameters require gradients, what
-    the loss notes in a config, and the random state of torch (CPU and the model's devices), numpy, python and of the
-    generators of datasets and DataLoaders. Hooks of this library are removed. The generators of other devices are not
-    touched. Calls of the model by other threads do not matter, but for its mode, and for changes of its weights, which
-    are an error.
+    On success and on failure, these are restored: the mode of every module, `requires_grad` of the parameters, the
+    problem type that a loss sets in a config, and the random states of torch (CPU and the model's devices), numpy,
+    python and the generators of datasets and DataLoaders. Hooks of this library are removed. The generators of other
+    devices are not touched. Other threads may run the model meanwhile, in evaluation mode. If they change its weights,
+    an error is raised.
 
-    An interrupt may cut `__exit__` short; `put_back` in a `finally` around it does the rest:
+    An interrupt may cut `__exit__` short. `put_back` in a `finally` around it does the rest:
 
         found = LeftAsFound(model, seed)
         try:
@@ -52,13 +52,13 @@ class LeftAsFound:
     """
 
     def __init__(self, model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> None:
-        """Records how everything is, and changes nothing.
+        """Records the state, and changes nothing.
 
         Args:
-            model: the model to leave as it is found.
+            model: the model to restore.
             seed: seed of random numbers inside.
             dtype: "bfloat16" or "float16" for autocast to it.
-            data: datasets and DataLoaders whose random generators are left as they are found.
+            data: datasets and DataLoaders whose random generators are restored.
         """
         self._model, self._seed, self._dtype = model, seed, dtype
         devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
@@ -93,13 +93,13 @@ class LeftAsFound:
         self._model.eval()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Puts everything back. Raises ModelError if the weights have changed meanwhile."""
+        """Restores everything. Raises ModelError if the weights have changed meanwhile."""
         self.put_back()
         if kind is None:
             self._check_weights()
 
     def put_back(self) -> None:
-        """Puts everything back; doing it again does nothing more."""
+        """Restores everything. A second call has no effect."""
         remove_own_hooks(self._model)
         for module, training in self._modes:
             module.training = training
@@ -115,7 +115,7 @@ class LeftAsFound:
         for name, parameter, version in self._versions:
             if parameter._version != version:
                 raise ModelError(
-                    f"{name} was changed while {type(self._model).__name__} was measured, so that its scores mix two "
+                    f"{name} was changed while {type(self._model).__name__} was measured, so its scores would mix two "
                     "models. Do not train a model in another thread while it is measured."
                 )
 
@@ -126,7 +126,7 @@ def left_as_found(model: nn.Module, seed: int, dtype: str | None = None, *data: 
 
 
 def _plain_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-    """Returns the parameters that count their changes, by name."""
+    """Returns the parameters whose changes torch counts, by name."""
     named = model.named_parameters()
     return [(name, p) for name, p in named if type(p) is nn.Parameter and not (p.is_inference() or p.is_meta)]
 
@@ -146,7 +146,7 @@ def _random_states(accelerators: list[int]) -> list[Callable[[], None]]:
 
 
 def _problem_types(model: nn.Module) -> list[Callable[[], None]]:
-    """Returns functions that put back what a loss of transformers notes in a config about the labels."""
+    """Returns functions that restore `problem_type` of each config, which a loss of transformers may set."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values()
     noted = [(config, config.problem_type) for config in configs if hasattr(config, "problem_type")]
 
@@ -159,13 +159,13 @@ def _problem_types(model: nn.Module) -> list[Callable[[], None]]:
 
 
 def _packings(model: nn.Module) -> list[Callable[[], None]]:
-    """Returns functions that put back whether bitsandbytes packs weights, which `trainable_after` changes."""
+    """Returns functions that restore whether bitsandbytes packs weights, which `trainable_after` changes."""
     name = "support_avx512bf16_for_cpu"
     return [partial(setattr, module, name, vars(module)[name]) for module in model.modules() if name in vars(module)]
 
 
 def _settings_of_torch(device_types: list[str]) -> list[Callable[[], None]]:
-    """Returns functions that put back settings whose contexts an interrupt may have kept from ending."""
+    """Returns functions that restore settings of torch whose contexts an interrupt may have left open."""
     from torch._dynamo import eval_frame
 
     recording, stance = torch.is_grad_enabled(), getattr(eval_frame, "_stance", None)

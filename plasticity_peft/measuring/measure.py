@@ -46,7 +46,7 @@ from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
 from plasticity_peft.report.selection import Choice, SelectionRule
 
-# Below the logger of transformers, so that its verbosity holds here too.
+# A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 PACKAGES = ("plasticity_peft", "torch", "transformers", "peft", "accelerate")
@@ -77,25 +77,26 @@ def measure_plasticity(
     backbone: str | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> PlasticityReport:
-    """Returns a score for every component of `model`: how much it is worth to train the component.
+    """Returns a score for every component of `model`: how promising it is to train the component.
 
     The model is left as it was. Under `accelerate launch` the images are spread over the processes, and each process
     returns the same report.
 
     Args:
-        model: a vision transformer of transformers, with or without a head, or a model that has one as a part. Only
-            the vision part of a model that also needs text is run. The model may be on any device or, with a
-            `device_map`, on several. It is run in evaluation mode and, without `dtype`, in its own dtype; differences
-            and norms are computed at least in float32. Adapters on the model are part of what is measured.
+        model: a vision transformer of transformers, with or without a head, or a model that contains one. If the model
+            also needs text, only its vision part is run. The model may be on any device or, with a `device_map`, on
+            several. It is run in evaluation mode and, without `dtype`, in its own dtype; differences and norms are
+            computed at least in float32. Adapters on the model are measured as a part of it.
         target_data: downstream images: a datasets.Dataset or torch Dataset whose items have floating-point
             pixel_values of shape (channels, height, width), and any other inputs that the model takes for an image; a
             DataLoader of such items; a tensor of shape (images, channels, height, width); or a stream. Criteria that
             use the model's loss need items with labels, in any form that the loss takes. Criteria that read only
-            weights need no images. Of a DataLoader, the images that its sampler yields are used; if it has a
-            collate_fn of its own, which may pad or mix, its batches are used as they come, and it gives `Batches`
-            instead of `batch_size`. A stream is shuffled through a buffer of 1,000 images or 1 GiB.
-        source_data: pretraining-like images, in the same forms. With them a pair is one source and one target image,
-            as in the paper; without them it is two different target images. Criteria that look at single images use
+            weights need no images. Of a DataLoader, the images that its sampler yields are used. If it has a
+            collate_fn of its own, which may pad or mix images, its batches are used as they come, also by criteria
+            that look at batches, instead of `batch_size`. A stream is shuffled through a buffer of 1,000 images or 1
+            GiB.
+        source_data: pretraining-like images, in the same forms. With them, a pair is one source and one target image,
+            as in the paper. Without them, it is two different target images. Criteria that look at single images use
             the target images.
         criterion: name of the criterion. "parameter_plasticity", the default, is the norm of the Jacobian of the
             model's features with respect to the component's parameters. "rate_of_change" is the paper's measure,
@@ -104,37 +105,29 @@ def measure_plasticity(
 
             The others are "relative_rate_of_change", "token_sensitivity", "bound", "gradient_norm",
             "relative_gradient_norm", "condition_number", "feature_norm", "inverse", "random" and those of
-            `register_criterion`. The files in `plasticity_peft/criteria` give formulas and sources.
-        inputs: what "rate_of_change" and its relatives feed to the components: "embedding", the paper's protocol,
-            feeds every component the tokens that enter block 0; "activation" feeds each component what it receives in
-            the running network. If `criterion` is not given, `inputs` selects "rate_of_change".
-        max_samples: largest number of samples, at least 2. A sample is a pair of images, an image or a batch of
-            images, depending on the criterion. There are fewer if the images do not make as many different ones.
-        batch_size: number of pairs or images in one pass on each process. It is halved if memory does not suffice.
-        seed: seed of the drawing of images, of the criterion's random numbers and of the dataset's own transforms.
-        settle: confidence for early stopping. Measuring stops once the units that would be selected are statistically
-            separated from the others. None uses all samples. `report.ending` contains the outcome.
-        top_k: number of units you plan to select, as in `PlasticityReport.select`. This and the next arguments only
-            affect when measuring stops; you can select otherwise later. Without `top_k` and `budget` it is 1.
-        budget: see `top_k`.
-        granularity: see `top_k`.
-        candidates: see `top_k`.
-        training: see `top_k`.
-        r: rank of LoRA, which counts in a `budget`, as in `peft.LoraConfig`; so do the next three.
-        rank_pattern: see `r`.
-        use_dora: see `r`.
-        lora_bias: see `r`.
-        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
-            Differences, norms and scores are float32 or more in any case.
-        backbone: path of the vision transformer in a model that contains several, such as "model.vision_tower".
-        forward_kwargs: arguments that the model gets in each forward pass beside the images, such as
-            {"interpolate_pos_encoding": True} for images of another size than it was made for. Values are numbers,
-            strings, True, False, None, or lists and dictionaries of them.
+            `register_criterion`. The files in `plasticity_peft/criteria` give formulas and sources. inputs: what
+            "rate_of_change" and its relatives feed to the components: "embedding", the paper's protocol, feeds every
+            component the tokens that enter block 0; "activation" feeds each component what it receives in the running
+            network. If `criterion` is not given, `inputs` selects "rate_of_change". max_samples: largest number of
+            samples, at least 2. A sample is a pair of images, an image or a batch of images, depending on the
+            criterion. There are fewer if the images make fewer different samples. batch_size: number of pairs or
+            images in one pass on each process. It is halved if memory runs out. seed: seed of the drawing of images,
+            of the criterion's random numbers and of the dataset's own transforms. settle: confidence for early
+            stopping. Measuring stops once the units that would be selected are statistically separated from the
+            others. None uses all samples. `report.ending` contains the outcome. top_k: number of units you plan to
+            select, as in `PlasticityReport.select`. This and the next arguments only affect when measuring stops; you
+            can select differently later. Without `top_k` and `budget` it is 1. budget: see `top_k`. granularity: see
+            `top_k`. candidates: see `top_k`. training: see `top_k`. r: rank of LoRA, as in `peft.LoraConfig`. This and
+            the next three arguments affect how a `budget` is counted. rank_pattern: see `r`. use_dora: see `r`.
+            lora_bias: see `r`. dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs
+            it in its own. Differences, norms and scores always have at least float32. backbone: path of the vision
+            transformer in a model that contains several, such as "model.vision_tower". forward_kwargs: further
+            arguments of each forward pass, such as {"interpolate_pos_encoding": True} for images of another size than
+            the model was made for. Values are numbers, strings, True, False, None, or lists and dictionaries of them.
 
-    Note:
-        Only one model is measured at a time: another thread that measures waits. A thread that only runs the model
-        meanwhile, or has hooks on it, does not disturb the scores and is not disturbed, except that the model is in
-        evaluation mode. A thread that changes weights meanwhile causes a ModelError.
+    Note: Only one model is measured at a time: another thread that measures waits. Other threads may run the model
+    meanwhile, and may have hooks on it. They do not affect the scores, and their results change only in that the model
+    is in evaluation mode. If a thread changes weights meanwhile, a ModelError is raised.
 
     Raises:
         ConfigError: an argument is out of its range.
@@ -180,7 +173,7 @@ def measure_plasticity(
 
 @dataclass(frozen=True)
 class Settings:
-    """How a model is measured; the fields are those arguments of `measure_plasticity`, validated.
+    """How a model is measured: the validated arguments of `measure_plasticity` with these names.
 
     Raises:
         ConfigError: a field is out of its range.
@@ -222,7 +215,7 @@ def measure_by(
                     return measuring.weights(criterion, columns)
                 return measuring.images(criterion, choice, rule.granularity)
         finally:
-            found.put_back()  # an interrupt may have cut short what the context does at its end
+            found.put_back()  # an interrupt may have cut the end of the context short
 
 
 @dataclass(frozen=True)
@@ -236,7 +229,7 @@ class _Measuring:
     source_data: Any
 
     def weights(self, criterion: WeightCriterion, columns: Columns) -> PlasticityReport:
-        """Returns the scores of a criterion that reads only weights; there is nothing to sample or to merge."""
+        """Returns the scores of a criterion that reads only weights, without samples."""
         _check_weights(self.model)
         target = None if self.target_data is None else self._images(self.target_data, "target_data", 1)
         image = blank_image(self.model, self.architecture, target)
@@ -286,7 +279,7 @@ class _Measuring:
             whole_batches=whole_batches,
         )
         if not images.has(1):
-            raise DataError(f"{name} must hold at least 2 images. Got {len(images)}.")
+            raise DataError(f"{name} must contain at least 2 images. Got {len(images)}.")
         return images
 
     def _sampler(self, criterion: Criterion) -> Sampler:
@@ -342,7 +335,7 @@ def _estimates(columns: Columns, moments: Moments, exact: bool) -> list[dict[str
     means = moments.mean[: len(names)]
     spreads = np.zeros_like(means) if exact else moments.std[: len(names)]
     if not means.any():
-        raise ModelError(f"The {criterion.name} of every component is 0: there is nothing to rank by.")
+        raise ModelError(f"The {criterion.name} of every component is 0, so they cannot be ranked.")
     estimates = []
     for name, mean, std in zip(names, means, spreads, strict=True):
         if mean == 0 and criterion.power < 0:
@@ -371,7 +364,7 @@ def _spread(model: nn.Module, architecture: Architecture, example: Inputs) -> fl
 
 
 def _of_those_drawn(provenance: Provenance | None, sampler: Sampler) -> Provenance | None:
-    """Returns where the target images come from, with the number of those that the sampler of a DataLoader yields."""
+    """Returns the origin of the target images, with the number of images that the sampler of a DataLoader yields."""
     known = sampler.target.known
     return provenance if provenance is None or not known else replace(provenance, images=known)
 
@@ -391,14 +384,14 @@ def _log(ending: Ending, sampler: Sampler, seen: Seen, share: Share) -> None:
         logger.info("Settled after %s of %s %s: %s", count, ending.planned, sampler.plural, units)
     else:
         logger.warning(
-            "Not settled: after %s %s, %s cannot be separated from the rest at a confidence of %s. More images "
-            "(max_samples=...), or another top_k, may settle it. The standard errors show how close it is.",
+            "Not settled: after %s %s, %s cannot be separated from the others at a confidence of %s. More images "
+            "(max_samples=...) or another top_k may settle it. The standard errors show how close it is.",
             count, sampler.plural, units, ending.confidence,
         )  # fmt: skip
 
 
 def _check_device(model: nn.Module) -> None:
-    """Raises ModelError on a device without double precision, in which sums are computed."""
+    """Raises ModelError on a device without double precision, which sums need."""
     if any(parameter.device.type == "mps" for parameter in model.parameters()):
         raise ModelError(
             "The model is on an Apple GPU (mps), which has no float64. Measure it on the CPU, model.to('cpu'), and "
@@ -420,8 +413,7 @@ def check_target(criterion: AnyCriterion, target_data: Any) -> None:
     """Raises ConfigError if the criterion looks at images and there are none."""
     if target_data is None and isinstance(criterion, Criterion):
         raise ConfigError(
-            f"criterion={criterion.name!r} has nothing to rank by: give images to measure on (target_data in a "
-            "PlasticityConfig, or a report measured before)."
+            f"criterion={criterion.name!r} needs images to measure on. Give target_data, or a report measured before."
         )
 
 
@@ -433,7 +425,7 @@ def _check_weights(model: nn.Module) -> None:
                     raise ModelError(f"The model has no weights yet: {path}.{name} is on the meta device. Load them.")
                 plain = type(parameter) is nn.Parameter and parameter.is_floating_point()
                 if plain and not torch.isfinite(parameter).all():
-                    raise NonFiniteError(f"The weights of the model hold NaN or infinity: {path}.{name}.")
+                    raise NonFiniteError(f"The weights of the model contain NaN or infinity: {path}.{name}.")
 
 
 def _versions() -> dict[str, str]:

@@ -1,9 +1,9 @@
-"""Mean and spread of numbers that arrive in pieces: batch by batch, process by process.
+"""Mean and standard deviation of numbers that arrive in pieces: batch by batch, and process by process.
 
-One rule, `Moments.merge`, serves both. The state is the count, the mean and M2, the sum of squared distances from the
-mean; two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm for computing sample
-variances" (1979). The score of a component is the mean over pairs of the *per-pair* ratio, so that what enters here is
-ratios, never numerators and denominators apart.
+`Moments.merge` combines both batches and processes. The state is the count, the mean and M2, the sum of squared
+distances from the mean. Two states combine as in Chan, Golub & LeVeque, "Updating formulae and a pairwise algorithm
+for computing sample variances" (1979). A rate of change is the mean of the ratio of each pair, so only ratios are
+added here, never numerators and denominators separately.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Moments:
     """
 
     count: int
-    """Observations seen."""
+    """Number of observations."""
     mean: np.ndarray
     """Mean of each quantity: float64 of shape (k,), zeros while `count` is 0."""
     m2: np.ndarray

@@ -1,6 +1,6 @@
-"""Several processes that measure one model: which does what, and one answer for all.
+"""Several processes that measure one model together: how they share the work, and how they agree on the result.
 
-The processes are those of Accelerate; `accelerate launch` or `torchrun` starts them. Without a launcher there is one
+The processes are those of Accelerate, started by `accelerate launch` or `torchrun`. Without a launcher there is one
 process, and Accelerate is not set up.
 """
 
@@ -17,13 +17,13 @@ T = TypeVar("T")
 
 
 class Share(NamedTuple):
-    """This process among all."""
+    """The place of this process among all processes."""
 
     rank: int
     world_size: int
 
     def of(self, numbers: range) -> range:
-        """Returns what falls to this process: every `world_size`-th number."""
+        """Returns the numbers for this process: every `world_size`-th one."""
         return numbers[self.rank :: self.world_size]
 
 
@@ -40,13 +40,13 @@ def this_process() -> Share:
 
 @contextmanager
 def failing_together(share: Share) -> Iterator[None]:
-    """Inside, every process works for itself. If one of them fails, all raise, so that none waits for ever.
+    """Inside, every process works on its own. If one of them fails, all of them raise, so that none hangs.
 
-    Only what went wrong travels between the processes.
+    Only error messages are exchanged.
 
     Raises:
-        Exception: in the process that failed, its own error.
-        PlasticityError: in the others, with the message of that error.
+        Exception: in the process that failed: its own error.
+        PlasticityError: in the other processes: an error with the message of that error.
     """
     if share.world_size == 1:
         yield
@@ -65,7 +65,7 @@ def failing_together(share: Share) -> Iterator[None]:
 
 
 def gathered(share: Share, value: T) -> list[T]:
-    """Returns the values of all processes, in their order: the same list in each. Values should be small."""
+    """Returns the values of all processes, in rank order and the same in each. Values should be small."""
     if share.world_size == 1:
         return [value]
     from accelerate.utils import gather_object
@@ -75,10 +75,10 @@ def gathered(share: Share, value: T) -> list[T]:
 
 
 def same(share: Share, what: str, value: T) -> T:
-    """Returns `value` if all processes have the same.
+    """Returns `value` if all processes have the same value.
 
     Raises:
-        DataError: they differ; `what` names what the value is.
+        DataError: the values differ; `what` is the name of the value in the message.
     """
     values = gathered(share, value)
     if any(other != value for other in values):

@@ -1,4 +1,4 @@
-"""Ridge regression from sums, with leave-one-out errors in closed form. Nothing here knows a model.
+"""Ridge regression from sums, with leave-one-out errors in closed form. This module does not use the model.
 
 Features are standardized. With Z the standardized features of n samples (n, d), Y the centered targets (n, k) and a
 penalty p, the weights are B = (Z'Z + p I)^-1 Z'Y. Z'Z and Z'Y follow from sums that merge over batches and processes
@@ -38,7 +38,7 @@ class Sums:
     xx: np.ndarray
     """Sum over samples of the products of centered features: float64 of shape (d, d)."""
     xy: np.ndarray
-    """The same of features and targets: float64 of shape (d, k)."""
+    """The same for features and targets: float64 of shape (d, k)."""
 
     @classmethod
     def of(cls, features: np.ndarray, targets: np.ndarray) -> Sums:
@@ -86,18 +86,18 @@ class Ridge:
         return values.clip(min=0), vectors
 
     def weights(self, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-        """Returns the weights (k, d) and biases (k,) for features as they are, not standardized."""
+        """Returns the weights (k, d) and biases (k,) for the original features, not the standardized ones."""
         values, vectors = self._eigen
         projected = vectors.T @ (self.sums.xy / self.scale[:, None])
         slopes = (vectors @ (projected / (values + penalty)[:, None])) / self.scale[:, None]
         return slopes.T, self.sums.y - self.sums.x @ slopes
 
     def left_out(self, features: np.ndarray, targets: np.ndarray, penalty: float) -> np.ndarray:
-        """Returns the prediction for each sample of the model that is fitted without it: float64 of shape (n, k).
+        """Returns the prediction for each sample by a fit without this sample: float64 of shape (n, k).
 
         Args:
-            features: (n, d), of samples that are part of the sums.
-            targets: (n, k), the same samples.
+            features: features of samples that are part of the sums, (n, d).
+            targets: targets of the same samples, (n, k).
             penalty: the penalty, above 0.
         """
         values, vectors = self._eigen
@@ -110,5 +110,5 @@ class Ridge:
 
 
 def default_penalties(count: int) -> np.ndarray:
-    """Returns the penalties that are tried for `count` samples: 28 from count * 1e-6 to count * 1e3."""
+    """Returns the penalties to try for `count` samples: 28 from count * 1e-6 to count * 1e3."""
     return np.asarray(count * np.logspace(-6, 3, 28))

@@ -1,7 +1,8 @@
-"""The loop: samples through a criterion into moments, round by round, until a selection is settled.
+"""The loop of a measurement: samples go through a criterion, round by round, until the selection is settled.
 
-A round ends when the ranking is looked at: after 32, 64, 128, ... samples, whatever the number of processes and the
-size of a pass. So all processes stop at the same sample with the same answer. Once per round they exchange moments.
+A round ends when the ranking is examined: after 32, 64, 128, ... samples. This does not depend on the number of
+processes or the size of a pass, so all processes stop at the same sample with the same result. They exchange moments
+once per round.
 """
 
 from __future__ import annotations
@@ -27,28 +28,28 @@ from plasticity_peft.measuring.processes import Share, failing_together, gathere
 from plasticity_peft.measuring.settling import Settling, looks
 from plasticity_peft.report.selection import Choice
 
-# Below the logger of transformers, so that its verbosity holds here too.
+# A child of the logger of transformers, so that its verbosity applies here too.
 logger = logging.get_logger(f"transformers.{__name__}")
 
 Observe = Callable[[Any], Observations]
-"""What `Criterion.prepare` returns."""
+"""The return type of `Criterion.prepare`."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What all processes observed together."""
+    """The observations of all processes together."""
 
     moments: Moments
-    """Columns: the components in the order of the architecture; the kinds, each the mean over blocks sample by sample,
-    whose spread is the uncertainty of a kind; the differences of the units to choose from."""
+    """The columns are the components in the order of the architecture, the kinds, and the differences of the units to
+    select from. A kind is the mean over blocks of each sample, and its standard deviation is over samples."""
     skipped: int
-    """Number of samples that were left out because they have no value."""
+    """Number of samples that were skipped because they have no value."""
     settled: bool = False
 
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of the moments, and what they say about a selection."""
+    """The columns of the moments, and the selection that follows from them."""
 
     architecture: Architecture
     criterion: AnyCriterion
@@ -74,12 +75,12 @@ class Columns:
         return Moments.of(np.concatenate([scores, differences], axis=1))
 
     def ranking(self, moments: Moments) -> list[str]:
-        """Returns the units to choose from, best first."""
+        """Returns the units to select from, best first."""
         means = moments.mean[self._units] * np.sign(self.criterion.power)
         return [self.settling.choice.units[number] for number in np.argsort(-means, kind="stable")]
 
     def settled(self, moments: Moments) -> bool:
-        """Returns whether what would be selected differs from the rest."""
+        """Returns whether the units that would be selected are separated from the others."""
         first = len(self.names)
         differences = Moments(moments.count, moments.mean[first:], moments.m2[first:])
         return self.settling.settled(self.ranking(moments), differences)
@@ -102,14 +103,14 @@ class Columns:
 def observe_until_settled(
     observe: Observe, columns: Columns, sampler: Sampler, share: Share, stop_early: bool
 ) -> Seen:
-    """Returns what all processes observe, the same in each.
+    """Returns the observations of all processes together, the same in each.
 
     Args:
-        observe: what the criterion prepared.
-        columns: the columns of the moments, and what is to be selected.
+        observe: the function that the criterion prepared.
+        columns: the columns of the moments, and the rule of the selection.
         sampler: the samples.
-        share: this process among all.
-        stop_early: False to look at all samples, even if the selection is settled before.
+        share: the place of this process.
+        stop_early: False to use all samples, even if the selection is settled earlier.
     """
     worker = _Worker(observe, columns, sampler)
     moments, skipped, settled, start = Moments.of(np.empty((0, columns.count))), 0, False, 0
@@ -130,7 +131,7 @@ def observe_until_settled(
 
 
 class _Worker:
-    """Observes in this process, in passes that are halved if memory does not suffice."""
+    """Observes in this process. The size of a pass is halved if memory runs out."""
 
     def __init__(self, observe: Observe, columns: Columns, sampler: Sampler) -> None:
         self._observe, self._columns, self._sampler = observe, columns, sampler
@@ -142,15 +143,15 @@ class _Worker:
         moments, skipped, done = Moments.of(np.empty((0, self._columns.count))), 0, 0
         while done < len(numbers):
             batch = self._sampler.alike(numbers[done : done + self._per_pass])
-            # Not Accelerate's find_executable_batch_size: it collects garbage before it begins, here in every round,
-            # which takes longer than a round of a small model.
+            # Accelerate's find_executable_batch_size is not used, as it collects garbage at its start, here in every
+            # round, which takes longer than a round of a small model.
             try:
                 values, left_out = self._observe(self._sampler.load(batch))
             except Exception as error:
                 if not should_reduce_batch_size(error):
                     raise
                 values = None
-            if values is None:  # here the error no longer holds what was in memory
+            if values is None:  # the error, which keeps tensors alive, is gone here
                 clear_device_cache(garbage_collection=True)
                 self._halve()
                 continue
@@ -166,15 +167,15 @@ class _Worker:
             whole = isinstance(sampler, Batches)  # the value of a batch is that of the batch as a whole
             what = f"a batch of {sampler.batch_size} images" if whole else f"one {sampler.singular}"
             raise ModelError(
-                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Give "
+                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Use "
                 f'{"a smaller batch_size, " if whole else ""}smaller images, or dtype="bfloat16".'
             )
         self._per_pass = smaller
-        logger.warning("Out of memory: measuring goes on with %s %s in a pass.", smaller, sampler.plural)
+        logger.warning("Out of memory: measuring continues with %s %s per pass.", smaller, sampler.plural)
 
 
 class Progress:
-    """A progress bar in the first process, for all; off if those of transformers or huggingface_hub are off."""
+    """A progress bar of all processes, in the first one, unless transformers or huggingface_hub disable theirs."""
 
     def __init__(self, sampler: Sampler, share: Share, description: str = "Measuring plasticity") -> None:
         self._shown, self._share = 0, share
@@ -198,7 +199,7 @@ class Progress:
     def show(self, number: int, ranking: Sequence[str], choice: Choice) -> None:
         """Shows that all processes together observed `number` samples, and what they would select."""
         self._to(number)
-        self._bar.set_postfix_str(f"chosen so far: {', '.join(choice.chosen(ranking))}")
+        self._bar.set_postfix_str(f"selected so far: {', '.join(choice.chosen(ranking))}")
 
     def end(self) -> None:
         """Shows that no more samples are needed."""

@@ -1,10 +1,10 @@
-"""When to stop: as soon as the units that would be chosen differ from the rest.
+"""When to stop: as soon as the units that would be selected are statistically separated from the others.
 
-After 32, 64, 128, ... observations one looks at the ranking so far. The choice is settled when every chosen unit lies
-above every other one by a paired t test: on the differences between the two, observation by observation, for units
-share their images. The level of each test is the promised one divided by the number of looks, and by the number of
-pairs of units that could be told the wrong way round (Bonferroni): so the chance that a wrong choice is ever called
-settled is at most 1 - confidence, as far as a mean of so many differences is normally distributed.
+After 32, 64, 128, ... samples the ranking is examined. The selection is settled if every selected unit scores higher
+than every other unit by a paired t test. The test uses the difference of two units sample by sample, because units
+share their samples. The level of each test is 1 - confidence, divided by the number of examinations and by the number
+of pairs of units that could be in the wrong order (Bonferroni). So the probability that a wrong selection is ever
+called settled is at most 1 - confidence, as far as the mean of these differences is normally distributed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from plasticity_peft.report.selection import Choice
 
 
 def looks(total: int, first: int) -> list[int]:
-    """Returns after how many of `total` samples the ranking is looked at: each time twice as many, and at the end.
+    """Returns after how many of `total` samples the ranking is examined: each time twice as many, and at the end.
 
     Examples:
         >>> looks(200, first=32)
@@ -36,13 +36,13 @@ def looks(total: int, first: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Settling:
-    """Decides, at each look, whether the choice is settled."""
+    """Decides whether the selection is settled, each time that the ranking is examined."""
 
     choice: Choice
     confidence: float
-    """Chance, at least, that no wrong choice is ever called settled."""
+    """Lower bound of the probability that no wrong selection is ever called settled."""
     looks: int
-    """How often one may look."""
+    """Largest number of times that the ranking is examined."""
 
     def differences(self, units: np.ndarray) -> np.ndarray:
         """Returns the differences of all pairs of units: (n, units) to (n, units * (units - 1) / 2)."""
@@ -50,11 +50,11 @@ class Settling:
         return np.asarray(units[:, first] - units[:, second])
 
     def settled(self, ranking: Sequence[str], differences: Moments) -> bool:
-        """Returns whether what would be chosen from `ranking` differs from the rest.
+        """Returns whether the selection from `ranking` is separated from the other units.
 
         Args:
             ranking: all units, those with the highest means first.
-            differences: moments of what `differences` gave.
+            differences: moments of the values that `differences` returned.
         """
         from scipy import stats
 

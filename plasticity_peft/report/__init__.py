@@ -1,4 +1,4 @@
-"""From scores to a ranking, a selection, a table and a picture. It needs no model and no torch."""
+"""From scores to a ranking, a selection, a table and a picture. It does not need a model or torch."""
 
 import lazy_loader
 

@@ -1,4 +1,4 @@
-"""How much two reports agree: rank correlations of their scores, and the units that are among the best of both."""
+"""How much two reports agree: rank correlations of their scores, and the overlap of their best units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from plasticity_peft.report.report import PlasticityReport
 
 
 def check_comparable(first: PlasticityReport, second: PlasticityReport, names: tuple[str, str]) -> None:
-    """Raises ReportError unless both reports have scores of the same components, by canonical id."""
+    """Raises ReportError unless both reports score the same components, by canonical id."""
     ids = [{row.id for row in report.scores} for report in (first, second)]
     if ids[0] != ids[1]:
         contents = " and ".join(
@@ -61,8 +61,8 @@ def agreement(
     }
 
 
-# scipy.stats has both correlations, and takes longer to import than all else that `plasticity-peft compare` does. With
-# the order of every pair of scores they are one line: the sum of a row is twice the centered rank, ties averaged.
+# scipy.stats has both correlations, but importing it takes longer than the rest of `plasticity-peft compare`. From the
+# order of every pair of scores they are one line: the sum of a row is twice the centered rank, ties averaged.
 
 
 def _order(scores: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from plasticity_peft.errors import ReportError
 FORMAT = "plasticity_peft"
 VERSION = 2
 
-# What version 2 renamed.
+# The keys that version 2 renamed.
 _REPORT = {
     "pairs": "samples",
     "source": "uses_source",
@@ -31,7 +31,7 @@ def current(values: object) -> dict[str, Any]:
     """Returns the values of a report file in the newest version of the format. Older versions are converted.
 
     Raises:
-        ReportError: they are not those of a report, or are of a version that this release does not read.
+        ReportError: they are not a report, or have a version that this release does not read.
     """
     if not isinstance(values, Mapping) or values.get("format") != FORMAT:
         raise ReportError(f'it is not a plasticity report: "format" must be "{FORMAT}"')

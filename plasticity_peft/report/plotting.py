@@ -1,7 +1,7 @@
 """Pictures of a report: the scores over depth, as a ranking, or as a heat map.
 
-matplotlib is in the extra `plot`, and is imported on use. Figures are made without pyplot, so that they do not remain
-in the state of pyplot, which belongs to the user.
+matplotlib is in the extra `plot`, and is imported on use. Figures are made without pyplot, so that they do not stay in
+the user's pyplot state.
 """
 
 from __future__ import annotations

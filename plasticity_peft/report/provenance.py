@@ -1,4 +1,4 @@
-"""Where images came from, as a model card names it. It contains no local paths."""
+"""The origin of images, for reports and model cards. It contains no local paths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RepoId = Annotated[Name, allowed("must be the id of a dataset on the Hub", REPO_
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where images came from."""
+    """The origin of images."""
 
     form: Name
     """Class of the images, such as "Dataset" or "Tensor"."""
@@ -26,7 +26,7 @@ class Provenance:
     split: Name | None = None
     """Split of the dataset, such as "train"."""
     repo_id: RepoId | None = None
-    """Id of the dataset on the Hub, if it came from there."""
+    """Id of the dataset on the Hub, if it was loaded from there."""
 
     def __str__(self) -> str:
         count = "a stream of images" if self.images is None else f"{self.images:,} images"
@@ -35,10 +35,10 @@ class Provenance:
 
 
 def provenance_of(data: Any) -> Provenance | None:
-    """Returns where `data` came from, as far as this is known; None for None.
+    """Returns the origin of `data`, as far as it is known; None if `data` is None.
 
-    A `datasets.Dataset` contains its name, its split and, if its download was verified, its repository on the Hub.
-    For other data only the class and the number of images are known. For a DataLoader it is its dataset that counts.
+    A `datasets.Dataset` contains its name, its split and, if its download was verified, its repository on the Hub. For
+    other data, only the class and the number of images are known. For a DataLoader, the origin is that of its dataset.
 
     Examples:
         >>> import torch
@@ -73,7 +73,7 @@ def _short(name: Any) -> str | None:
 
 
 def _repo_id(info: Any) -> str | None:
-    """Returns the Hub id with which the addresses of the dataset's files begin."""
+    """Returns the id on the Hub in the addresses of the dataset's files; None if there is none, or more than one."""
     addresses = getattr(info, "download_checksums", None) or {}
     ids = {re.sub(r"^hf://datasets/([^@]+)@.*", r"\1", str(address)) for address in addresses}
     found = ids.pop() if len(ids) == 1 else ""

@@ -1,7 +1,7 @@
-"""`PlasticityReport`: the scores of a model, to select from, to show and to save. It needs neither a model nor torch.
+"""`PlasticityReport`: the scores of a model, for selecting, showing and saving. It does not need a model or torch.
 
-A model is measured once, and its report is selected from any number of times. A report contains canonical ids, which
-stay the same if transformers renames modules.
+A model is measured once, and its report can be used for any number of selections. A report contains canonical ids,
+which stay the same if transformers renames modules.
 """
 
 from __future__ import annotations
@@ -36,26 +36,21 @@ class PlasticityReport(BaseReport):
 
     Attributes:
         scores: one row per component, block by block, in the order LN1, MHA, LN2, FC1, FC2. A row has `id` ("3.MHA"),
-            `kind`, `block`, `mean`, `std`, `samples`, `standard_error`, `parameters` and the paths `modules`.
-        kinds: one row per kind, in the same order: `kind`, `mean`, `std`, `samples` and `standard_error`.
-        model_type: `config.model_type` of the measured model.
-        model_parameters: number of parameters of the measured model, including its head.
-        inputs: protocol of the criterion, "embedding" (the paper's) or "activation"; None for a criterion without
-            protocols.
-        samples: number of samples that each score is the mean of; 0 if `observed` is "weights".
-        skipped: number of pairs that were left out because a component got the same input for both images.
-        seed: seed of the drawing of images and of the criterion's random numbers.
-        uses_source: True if a pair is one source and one target image, False if it is two target images.
-        versions: releases of the packages that measured, by name.
-        criterion: name of the criterion; components with higher scores should train.
-        title: name of the scores, in words.
-        observed: what a sample is: "pairs" or "images" or "batches" of images; or "weights", for a criterion that
-            reads only weights, whose scores are exact.
-        input_std: standard deviation over the features of a token that enters block 0, mean over the tokens of one
-            image; None for a criterion without protocols.
-        ending: how the measurement ended; None if all samples were measured regardless of the ranking.
-        target_provenance: where the target images came from; None if there were none, or if this is unknown.
-        source_provenance: where the source images came from; None if there were none, or if this is unknown.
+        `kind`, `block`, `mean`, `std`, `samples`, `standard_error`, `parameters` and the paths `modules`. kinds: one
+        row per kind, in the same order: `kind`, `mean`, `std`, `samples` and `standard_error`. model_type:
+        `config.model_type` of the measured model. model_parameters: number of parameters of the measured model,
+        including its head. inputs: protocol of the criterion, "embedding" (the paper's) or "activation"; None for a
+        criterion without protocols. samples: number of samples over which each score is averaged; 0 if `observed` is
+        "weights". skipped: number of pairs that were skipped because a component got the same input for both images.
+        seed: seed of the drawing of images and of the criterion's random numbers. uses_source: True if a pair is one
+        source and one target image, False if it is two target images. versions: versions of the packages that were
+        used to measure, by name. criterion: name of the criterion; components with higher scores should train. title:
+        name of the scores, in words. observed: what a sample is: "pairs", "images", "batches" or, for a criterion that
+        reads only weights, "weights". The scores of such a criterion are exact. input_std: standard deviation over the
+        features of a token that enters block 0, mean over the tokens of one image; None for a criterion without
+        protocols. ending: how the measurement ended; None if all samples were measured regardless of the ranking.
+        target_provenance: origin of the target images; None if there were none, or if it is unknown.
+        source_provenance: origin of the source images; None if there were none, or if it is unknown.
     """
 
     def select(
@@ -71,17 +66,17 @@ class PlasticityReport(BaseReport):
         use_dora: bool = False,
         lora_bias: bool = False,
     ) -> Selection:
-        """Returns the best units, by number or by budget. Without `top_k` and `budget` it is the best one.
+        """Returns the best units, by number or by budget. Without `top_k` and `budget`, the best unit is selected.
 
         Args:
             top_k: number of units.
             budget: share of the model's parameters, above 0 and at most 1. The best units are selected in order while
-                their parameters fit. The parameters that train in the mode `training` count, without the head.
+                their parameters fit. Parameters count as they train in the mode `training`; the head is not counted.
             granularity: "kind" or "component", as in `ranking`.
             candidates: kinds that may be selected; all five by default.
             training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it.
-            r: rank of LoRA, as in `peft.LoraConfig`. It determines the number of LoRA parameters; so do the next
-                three.
+            r: rank of LoRA, as in `peft.LoraConfig`. This and the next three arguments determine the number of LoRA
+                parameters.
             rank_pattern: see `r`.
             use_dora: see `r`.
             lora_bias: see `r`.
@@ -132,8 +127,7 @@ class PlasticityReport(BaseReport):
             raise ReportError(
                 f"The report was measured on another architecture: {self.model_type!r}, {len(measured)} components, "
                 f"{sum(measured.values()):,} parameters in them; the model is {model_type!r}, {len(given)} "
-                f"components, {sum(given.values()):,} parameters. Measure this model, or give the report that belongs "
-                "to it."
+                f"components, {sum(given.values()):,} parameters. Measure this model, or give its own report."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -142,7 +136,7 @@ class PlasticityReport(BaseReport):
 
     @classmethod
     def from_dict(cls, values: Any) -> PlasticityReport:
-        """Returns the report that `to_dict` described, also in the older versions of the format.
+        """Returns the report that `to_dict` converted, also from older versions of the format.
 
         Unknown keys are ignored.
 
@@ -162,7 +156,7 @@ class PlasticityReport(BaseReport):
         """Returns the report in a file that `save` wrote, or in the plasticity.json of an adapter.
 
         Raises:
-            ReportError: there is no such file, or it is not a whole report; the message contains the path.
+            ReportError: the file does not exist or is not a whole report; the message contains the path.
         """
         with reading(f"the report {os.fspath(path)}"):
             return cls.from_dict(read_json(path))
@@ -192,14 +186,14 @@ class PlasticityReport(BaseReport):
         Args:
             view: "depth" draws the scores over the blocks, one line per kind; "ranking" the units, best first;
                 "heatmap" every block and kind; "overview" draws "depth" and "ranking" side by side.
-            selection: selection to mark. The ranking has its granularity.
-            ax: axes to draw on, two for the overview. Without them a figure is made.
+            selection: selection to mark. The ranking is drawn by its granularity.
+            ax: axes to draw on, two for the overview. By default, a new figure is made.
 
         Returns:
             Axes; for the overview an array of two, shape (2,).
 
         Raises:
-            ConfigError: there is no such view, or `ax` is not the number of axes that the view needs.
+            ConfigError: the view is unknown, or `ax` does not have the number of axes that the view needs.
 
         Examples:
             >>> from plasticity_peft import measure_plasticity

@@ -54,7 +54,7 @@ class KindScore(Estimate):
 
 @dataclass(frozen=True)
 class Ending:
-    """How a measurement ended that was to stop once the selection is settled."""
+    """The outcome of a measurement that stops once the selection is settled."""
 
     settled: bool
     """True if the selected units are statistically separated from the others."""
@@ -73,7 +73,7 @@ class Ending:
 class BaseReport:
     """The fields of a `PlasticityReport`, whose docstring describes them, and its ranking.
 
-    Text and pictures are made of this class, so that the report can import them.
+    The modules for text and pictures use this class, so that the report can import them.
     """
 
     scores: tuple[Score, ...]

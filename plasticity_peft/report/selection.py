@@ -1,4 +1,4 @@
-"""From a ranking to what is trained: the best units, by number or by a budget of parameters."""
+"""From a ranking to a selection: the best units, by number or by a budget of parameters."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ class RankedUnit(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """What is trained: the best units of a ranking, in that order."""
+    """The units to train: the best ones of a ranking, in that order."""
 
     granularity: Annotated[str, one_of(GRANULARITIES)]
     """"kind" or "component"."""
     units: Annotated[tuple[Text, ...], Len(1)]
-    """Canonical ids of the chosen units, best first: kinds, or components if `granularity` is "component"."""
+    """Canonical ids of the selected units, best first: kinds, or components if `granularity` is "component"."""
     components: tuple[Text, ...]
     """Canonical ids of all components in these units, in the order of the blocks."""
     modules: tuple[Text, ...]
     """Paths of their linear layers and norms, in the model that was measured."""
     parameters: Annotated[Mapping[str, Count], BY_MODE] = field(hash=False)
-    """How many parameters train, the head not counted, in each mode: {"lora": ..., "full": ...}."""
+    """Number of parameters that train in each mode, without the head: {"lora": ..., "full": ...}."""
     model_parameters: PositiveCount
-    """Parameters of the whole model that was measured: what a budget is a share of."""
+    """Number of parameters of the whole model that was measured. A budget is a share of it."""
 
 
 def lora_parameters(
@@ -57,9 +57,9 @@ def lora_parameters(
     use_dora: bool = False,
     lora_bias: bool = False,
 ) -> int:
-    """Returns how many parameters LoRA trains in linear layers: r (in + out) a layer.
+    """Returns how many parameters LoRA trains in linear layers: r (in + out) per layer.
 
-    DoRA adds one magnitude an output, `lora_bias` one bias an output; `rank_pattern` overrides `r` where a key
+    DoRA adds one magnitude per output, and `lora_bias` one bias per output. `rank_pattern` overrides `r` if a key
     matches the end of a module's path, as in PEFT.
 
     Examples:
@@ -75,9 +75,9 @@ def lora_parameters(
 
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
-    """What is to be selected from the scores of a model: how many units of which sort, and how they train.
+    """Which units to select from the scores of a model: how many, of which kinds, and how they train.
 
-    Every field is validated when the rule is made.
+    Every field is validated when the rule is created.
 
     Raises:
         ConfigError: a field is out of its range, or both `top_k` and `budget` are given.
@@ -86,7 +86,7 @@ class SelectionRule:
     top_k: int | None = None
     """Number of units. Without `top_k` and `budget` it is 1."""
     budget: float | None = None
-    """Share of the model's parameters that the units may take together."""
+    """Largest share of the model's parameters that the units may have together."""
     granularity: str = "kind"
     """"kind" or "component"."""
     candidates: tuple[str, ...] = KINDS

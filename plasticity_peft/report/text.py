@@ -1,4 +1,4 @@
-"""A report in words: its heading, the table that `print(report)` prints, and the same table for a notebook."""
+"""A report as text: its heading, the table that `print(report)` prints, and the same table for a notebook."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from plasticity_peft.report.selection import RankedUnit
 
 
 def heading(report: BaseReport) -> str:
-    """Returns one line that says what was measured."""
+    """Returns one line about what was measured."""
     criterion = "Plasticity" if report.criterion == "rate_of_change" else report.title.capitalize()
     protocol = "" if report.inputs is None else f", {report.inputs} inputs"
     return f"{criterion} of {report.model_type}{protocol}, {observed(report)}"
@@ -29,7 +29,7 @@ def as_text(report: BaseReport) -> str:
 
 
 def as_html(report: BaseReport) -> str:
-    """Returns the same as HTML without scripts and style sheets. All text is escaped."""
+    """Returns the same table as HTML, without scripts and style sheets. All text is escaped."""
     names = "".join(f"<th>{escape(name)}</th>" for name in _columns(report))
     rows = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for values in _rows(report))
     notes = [where_from(report), how_it_ended(report), why_norms_lead(report, report.ranking()[:1])]
@@ -41,7 +41,7 @@ def as_html(report: BaseReport) -> str:
 
 
 def where_from(report: BaseReport) -> str:
-    """Returns where the images came from; "" if this is unknown."""
+    """Returns the origin of the images; "" if it is unknown."""
     named = {"Target": report.target_provenance, "Source": report.source_provenance}
     return " ".join(f"{name} images: {value}." for name, value in named.items() if value is not None)
 

@@ -1,4 +1,4 @@
-"""The files of a saved adapter: their content, its validation, and the model card."""
+"""The files of a saved adapter: what they contain, how it is validated, and the model card."""
 
 import lazy_loader
 

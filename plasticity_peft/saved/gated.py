@@ -1,7 +1,7 @@
 """LoRA on the two input layers of a gated MLP, which are one layer in some releases of transformers.
 
-DINOv2 has them in one layer until transformers 5.17 and in two layers since. LoRA on them is split or joined without a
-change in what it computes.
+DINOv2 has one layer until transformers 5.17, and two layers since. LoRA on them is split or joined; its output does
+not change.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from plasticity_peft.saved.layers import Layer
 def split_gated(layer: Layer) -> tuple[Layer, Layer]:
     """Returns the adapters of the two halves of a layer's outputs, the first half first.
 
-    Both get the whole of lora_A. Together they compute what `layer` computes.
+    Both get the whole lora_A. Together they compute the output of `layer`.
     """
 
     def half(number: int) -> Layer:
@@ -32,7 +32,7 @@ def split_gated(layer: Layer) -> tuple[Layer, Layer]:
 
 
 def join_gated(halves: Mapping[int, Layer]) -> Layer:
-    """Returns the adapter of one layer whose outputs are those of two layers, one after the other.
+    """Returns the adapter of one layer whose outputs are the outputs of two layers, one after the other.
 
     lora_A contains the rows of both, and lora_B is block diagonal: the rank is the sum of the ranks. A half that the
     adapter does not train gets zeros.

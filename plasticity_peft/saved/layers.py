@@ -13,9 +13,9 @@ from plasticity_peft.errors import AdapterError
 PREFIX = "base_model.model."
 LONGEST_KEY = 1000
 MOST_RANKS = 2**14
-"""Highest rank for a layer of any width. A file with holes could ask for any amount of memory."""
+"""Highest rank for a layer of any width. Without a limit, a sparse file could request any amount of memory."""
 HIGHEST_RANK = 4
-"""Times the width of a layer. Above the width itself, LoRA has more parameters than the layer."""
+"""Highest rank per width of a layer. Above a rank of the width, LoRA has more parameters than the layer."""
 PRECISIONS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 REQUIRED = {"lora_A.weight", "lora_B.weight"}
 ALLOWED = REQUIRED | {"lora_B.bias", "lora_magnitude_vector"}
@@ -31,7 +31,7 @@ class Layer:
     full: dict[str, torch.Tensor] = field(default_factory=dict)
     """Weights of a module that trains in full, by their names in the module."""
     inside: str = ""
-    """Path within the module that PEFT saves as a whole: "" for that module itself, ".dense" in a deeper head."""
+    """Path within the module that PEFT saves as a whole: "" for the module itself, or such as ".dense"."""
     scaling: float = 1.0
     """Factor of lora_B lora_A."""
 
@@ -110,7 +110,7 @@ def write_layers(layers: Mapping[str, Layer]) -> dict[str, torch.Tensor]:
 
 
 def differences(layers: Mapping[str, Layer], model: Mapping[str, torch.Tensor]) -> Iterator[str]:
-    """Yields what does not fit a model with these parameters and buffers, by name."""
+    """Yields the differences from a model with these parameters and buffers, by name."""
     for path, layer in layers.items():
         for name, value in layer.full.items():
             found = model.get(f"{path}.{name}")

@@ -1,8 +1,8 @@
 """The options in an adapter_config.json, validated before they are passed on to PEFT.
 
-Some options make PEFT do things: import modules, copy layers, decompose weights, match regular expressions. So a short
-list of options is passed on, each with a constraint. Options that only describe how an adapter was made or where it
-comes from are left out. Options that would change the model in another way are refused.
+Some options make PEFT import modules, copy layers, decompose weights or match regular expressions. So only a short
+list of options is passed on, each with a constraint. Options that only describe the origin of an adapter are dropped.
+Options that would change the model in another way are refused.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from plasticity_peft.constraints import HIGHEST_COUNT, STRICT, allowed, read_as
 from plasticity_peft.errors import AdapterError
 
 LEFT_OUT = (
-    # where it comes from, and for what task: no effect on what it computes
+    # origin and task of the adapter, which do not change its output
     "peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode", "runtime_config",
-    # how its weights were initialized
+    # initialization of its weights
     "init_lora_weights", "eva_config", "loftq_config", "corda_config", "lora_ga_config",
-    # which modules it is on, by old names: the names of the weights say so too
+    # its modules, by old names: the keys of the weights contain them too
     "exclude_modules", "layers_to_transform", "layers_pattern", "target_parameters", "rank_pattern",
-    # without effect on a linear layer, or by themselves
+    # no effect on a linear layer, or no effect alone
     "fan_in_fan_out", "megatron_core", "qalora_group_size",
 )  # fmt: skip
 HARMLESS_BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
-"""Values of `init_lora_weights` that leave the base model alone."""
+"""Values of `init_lora_weights` that do not change the base model."""
 
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")
 
 Positive = Annotated[int, Interval(gt=0, le=HIGHEST_COUNT)] | Annotated[float, Interval(gt=0)]
 ModuleName = Annotated[str, Len(1)]
-"""An empty one would fit every module."""
+"""An empty name would match every module."""
 PlainPath = Annotated[
     str, allowed("must be the path of a module or its end; regular expressions are not run", _PLAIN.fullmatch)
 ]
-"""Some regular expressions never end."""
+"""Regular expressions are refused, as matching some of them never ends."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class AdapterOptions:
         return next((value for key, value in self.alpha_pattern.items() if _names(key, path)), self.lora_alpha)
 
     def targets(self, path: str) -> bool:
-        """Returns whether LoRA may be on a module."""
+        """Returns whether `target_modules` match a module."""
         names = self.target_modules
         return not isinstance(names, list) or any(path == name or path.endswith(f".{name}") for name in names)
 
@@ -84,7 +84,7 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
 
     Raises:
         AdapterError: the value of an option is not allowed, or an option would change the model in a way that is not
-            supported; the message names it.
+            supported. The message names the option.
     """
     known = {each.name for each in fields(AdapterOptions)}
     given = {name: value for name, value in config.items() if name in known and value is not None}
@@ -93,7 +93,7 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
     if not isinstance(beginning, (bool, str, type(None))) or beginning not in HARMLESS_BEGINNINGS:
         raise AdapterError(
             f"{source}: init_lora_weights={shown(beginning)} changes the weights of the base model when the adapter "
-            "is put on it. Save it with path_initial_model_for_weight_conversion=..., which makes it plain LoRA."
+            "is loaded. Save it with path_initial_model_for_weight_conversion=..., which makes it plain LoRA."
         )
     try:
         options: AdapterOptions = read_as(AdapterOptions, given, AdapterError)
@@ -103,7 +103,7 @@ def read_options(config: Mapping[str, Any], source: str) -> AdapterOptions:
 
 
 def readable(config: Mapping[str, Any]) -> bool:
-    """Returns whether `load_adapter` reads an adapter with this config; it does not read all that PEFT can train."""
+    """Returns whether `load_adapter` can load an adapter with this config. It supports a part of PEFT's options."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -115,7 +115,7 @@ def readable(config: Mapping[str, Any]) -> bool:
 
 def _check_rest(rest: Mapping[str, Any], source: str) -> None:
     """Raises AdapterError for options that change what LoRA computes; warns about options that LoRA does not have."""
-    off = (None, False, "none")  # "none" is that of `bias`
+    off = (None, False, "none")  # "none" is the default of `bias`
     defaults = {each.name for each in fields(LoraConfig)}
     on = [name for name, value in rest.items() if value not in off and value not in ([], {})]
     refused = sorted(name for name in on if name in defaults)
@@ -134,6 +134,7 @@ def _check_rest(rest: Mapping[str, Any], source: str) -> None:
 
 
 def _names(key: str, path: str) -> bool:
-    """Returns whether the key of a pattern, a path or its end, names a module. "^" is for whole paths, as in PEFT."""
+    """Returns whether the key of a pattern, a path or its end, matches a module. "^" marks a whole path, as in
+    PEFT."""
     name = key.removeprefix("^").removesuffix("$").replace("\\.", ".")
     return path == name or (not key.startswith("^") and path.endswith(f".{name}"))

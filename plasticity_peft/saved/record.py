@@ -1,4 +1,4 @@
-"""plasticity.json, the file beside an adapter: the report, a description of the adapter, and results of its weights.
+"""plasticity.json, the file next to an adapter: the report, a description of the adapter, and results of its weights.
 
 This module reads and writes it. `PlasticityReport` reads only the report in it.
 """
@@ -83,18 +83,18 @@ class Results:
 class AdapterRecord:
     """The content of plasticity.json.
 
-    The same format without `adapter` and `results` is that of a report file.
+    A report file has the same format, without `adapter` and `results`.
     """
 
     report: PlasticityReport
     adapter: AdapterDescription | None = None
     """None for a report without an adapter."""
     results: tuple[Results, ...] = ()
-    """Metrics that were measured with the adapter, or with the weights that it had before."""
+    """Metrics of the adapter, or of the weights that it had before."""
 
     @classmethod
     def find(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> AdapterRecord | None:
-        """Returns the record of an adapter, or None if it has none: it was not trained with this package.
+        """Returns the record of an adapter, or None if the adapter was not trained with this package.
 
         Args:
             folder_or_repo: the folder of an adapter, or "user/repo" on the Hub.
@@ -108,10 +108,10 @@ class AdapterRecord:
 
     @classmethod
     def read(cls, folder_or_repo: str | os.PathLike[str], **hub: Any) -> AdapterRecord:
-        """Returns the record of an adapter that was trained with this package; arguments are those of `find`.
+        """Returns the record of an adapter that was trained with this package. The arguments are those of `find`.
 
         Raises:
-            ReportError: there is none, it cannot be fetched, or it is damaged.
+            ReportError: the file is missing, cannot be fetched, or is damaged.
         """
         values = find_json(folder_or_repo, REPORT_NAME, ReportError, **hub)
         if values is None:
@@ -128,14 +128,14 @@ class AdapterRecord:
         """Returns the content of a file: a saved report, or the plasticity.json of an adapter.
 
         Raises:
-            ReportError: there is no such file, or it is damaged.
+            ReportError: the file is missing or damaged.
         """
         with reading(f"the report {os.fspath(path)}"):
             return cls.from_dict(read_json(path))
 
     @classmethod
     def from_dict(cls, values: object) -> AdapterRecord:
-        """Returns the record that `to_dict` described; other keys are ignored.
+        """Returns the record that `to_dict` converted. Other keys are ignored.
 
         Raises:
             ReportError: a value is missing, or not allowed; the message names it.
@@ -154,7 +154,7 @@ class AdapterRecord:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Returns values that JSON can represent."""
+        """Returns the record as values that JSON can represent."""
         values = self.report.to_dict()
         if self.adapter is not None:
             values["adapter"] = asdict(self.adapter)
@@ -188,10 +188,10 @@ def _place(results: Results) -> tuple[str, str | None]:
 
 
 def present_results(folder: str | os.PathLike[str]) -> tuple[Results, ...]:
-    """Returns the results in `folder` that were measured with the weights that are there now.
+    """Returns the results in `folder` that belong to the present weights.
 
-    PEFT, Trainer and this package write model cards, and weights are trained further. So results are kept beside the
-    adapter with the SHA-256 of its weights, for as long as it has these weights.
+    PEFT, Trainer and this package all write model cards, and weights may be trained further. So results are saved next
+    to the adapter with the SHA-256 of its weights, and count as long as it has these weights.
     """
     results = all_results(folder)
     weights = digest_in(folder) if results else None
@@ -214,7 +214,7 @@ def make_results(metrics: Mapping[str, float], dataset: Any, split: str | None, 
 
     Args:
         metrics: values by name, such as {"accuracy": 0.94}.
-        dataset: the dataset that they were measured on, its name, or its id on the Hub ("user/name").
+        dataset: the dataset of the metrics, its name, or its id on the Hub ("user/name").
         split: the split of the dataset; None for the split that the dataset names, if any.
         weights: SHA-256 of the weights file.
 

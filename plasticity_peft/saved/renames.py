@@ -1,7 +1,7 @@
 """An adapter's layers under the module names of another release of transformers.
 
-Every path in an adapter becomes a canonical id and the number of a layer in that component, by the report of the
-adapter or by the known layouts of the architecture. This place becomes the path that it has in the given model. A
+Every path in an adapter is converted to a canonical id and the number of a layer in that component, with the report of
+the adapter or the known layouts of the architecture. This place is then converted to the path in the given model. A
 module that belongs to no component, such as a head, keeps its name except for the prefix of the backbone.
 """
 
@@ -38,10 +38,10 @@ def rename(
     modules: Sequence[str],
     components: Sequence[Component] = (),
 ) -> dict[str, Layer]:
-    """Returns what an adapter contains, by the module paths of the model that `architecture` describes.
+    """Returns the layers of an adapter, by the module paths of the model that `architecture` describes.
 
     Args:
-        layers: what the adapter contains, by the paths under which it was saved.
+        layers: layers of the adapter, by the paths under which it was saved.
         architecture: describes the given model.
         modules: paths of all modules of the given model.
         components: components with the paths under which the adapter was saved, if they are known.
@@ -66,7 +66,7 @@ def rename(
 
 
 def _place(path: str, architecture: Architecture) -> Place | None:
-    """Returns the place of a path in one of the layouts of the architecture; None if it is in none."""
+    """Returns the place of a path in one of the layouts of the architecture; None if no layout contains it."""
     for layout in LAYOUTS[architecture.model_type]:
         for kind in KINDS:
             names = layout.weights(kind)
@@ -80,7 +80,7 @@ def _place(path: str, architecture: Architecture) -> Place | None:
 def _targets(places: Mapping[str, Place], architecture: Architecture) -> dict[str, tuple[str, ...]]:
     """Returns, for each path in the adapter, the paths that its component has in the model.
 
-    There are as many as before, or one and two.
+    Their number is the same as before, or it changes between one and two.
     """
     here = {component.id: component.modules for component in architecture.components}
     targets = {}

@@ -1,4 +1,4 @@
-"""What a model card describes of an adapter: read from its files, or taken from the live model."""
+"""The facts about an adapter for its model card, read from its files or taken from the live model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class TrainedAdapter:
     has_image_processor: bool = False
     """True if an image processor is saved with the adapter."""
     results: tuple[Results, ...] = ()
-    """Metrics that were measured with its weights."""
+    """Metrics of its weights."""
     name: str = "default"
     """Name of the adapter in its model. Its files are in a folder of this name, except for "default"."""
 
@@ -52,7 +52,7 @@ class TrainedAdapter:
 
     @property
     def hub_model(self) -> str | None:
-        """The base model, if its name can be one on the Hub."""
+        """The base model, if its name can be a repository on the Hub."""
         return self.base_model if is_hub_id(self.base_model) else None
 
     @classmethod
@@ -60,11 +60,11 @@ class TrainedAdapter:
         """Returns the adapter that was saved in `folder`.
 
         Raises:
-            AdapterError: there is no adapter.
+            AdapterError: the folder does not contain an adapter.
             ReportError: plasticity.json is missing or damaged.
         """
         if not os.path.isdir(folder):
-            raise AdapterError(f"There is no folder {os.fspath(folder)}.")
+            raise AdapterError(f"The folder {os.fspath(folder)} does not exist.")
         record = AdapterRecord.read(folder)
         with reading_record(folder):
             described = record.described()

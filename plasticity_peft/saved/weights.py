@@ -24,7 +24,7 @@ from plasticity_peft.saved.renames import rename
 MOST_TENSORS = 100_000
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    # for buffers of a module that is saved as a whole
+    # buffers of a module that is saved as a whole
     "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 
@@ -103,7 +103,7 @@ def fitting(
     components: Sequence[Component],
     source: str,
 ) -> dict[str, Layer]:
-    """Returns what an adapter contains, by the module paths of the base model `model`.
+    """Returns the layers of an adapter, by the module paths of the base model `model`.
 
     Args:
         weights: weights of the adapter, or their shapes.

@@ -209,12 +209,12 @@ def test_training_that_ends_within_an_epoch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((), {"every": 1}, "give target_data, the images, and every.* Got every=1 and no target_data"),
+        ((), {"every": 1}, "give both target_data .* and every .* Got every=1 and no target_data"),
         ((IMAGES,), {}, "Got every=None and target_data"),
         ((), {"max_samples": 3}, "Got every=None and no target_data"),
         ((IMAGES,), {"every": 0}, "every must be a whole number of at least 1. Got 0"),
         ((IMAGES,), {"every": 1.5}, "every must be a whole number"),
-        ((IMAGES,), {"every": 1, "pair": 3}, "Measuring takes criterion, .*pairs, .*r, .* Got pair"),
+        ((IMAGES,), {"every": 1, "pair": 3}, "Measuring takes criterion, .*max_samples, .*r, .* Got pair"),
     ],
 )
 def test_arguments_that_cannot_be(arguments: Any, options: Any, message: str, tmp_path: Path) -> None:

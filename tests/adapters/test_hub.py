@@ -390,7 +390,7 @@ def test_the_example_says_that_it_could_not_publish(world: World) -> None:
     output = world.folder / "unlucky"
     result = train(world, "--output_dir", str(output), "--hub_model_id", "user/unlucky")
     assert "SystemExit: Publishing user/unlucky failed: " in result.error
-    assert f"What was trained is in {output}. To publish it: hf upload user/unlucky {output}" in result.error
+    assert f"The trained adapter is in {output}. To publish it: hf upload user/unlucky {output}" in result.error
     assert "Published" not in result.err
     assert set(world.files("user/unlucky")) == {".gitattributes"}
     assert all((output / name).is_file() for name in ADAPTER)

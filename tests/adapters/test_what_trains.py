@@ -135,7 +135,7 @@ def test_every_parameter_is_chosen_a_head_named_or_frozen(lines: Callable[[], li
     beside = {f"{part}.{name}" for part in ("head", "net.layernorm") for name in ("weight", "bias")}
     assert trained(model) == chosen | beside
     message = lines()[0].getMessage()
-    assert message.startswith("Own: LN2 train (LoRA on 0 layers, 2 modules in full); beside them, in full: head, ")
+    assert message.startswith("Own: LN2 train (LoRA on 0 layers, 2 modules in full). Also in full: head, ")
     assert message.endswith("Frozen: net.embeddings, extra, the rest of the blocks.")
 
 
@@ -156,7 +156,9 @@ def test_what_the_user_froze_stays_frozen(lines: Callable[[], list[logging.LogRe
 def test_a_second_model_that_was_not_frozen_is_no_head_and_is_reported(
     lines: Callable[[], list[logging.LogRecord]],
 ) -> None:
-    with pytest.warns(UserWarning, match=r"stays frozen and is not saved: teacher\. Name in modules_to_save"):
+    with pytest.warns(
+        UserWarning, match=r"stay frozen and are not saved: teacher\. List those that should train in modules_to_save"
+    ):
         model = adapt(Twice(tiny_model()), backbone="net")
     assert trained(model) == {"head.weight", "head.bias"}
     assert lines()[0].levelno == logging.WARNING
@@ -170,7 +172,10 @@ def test_a_frozen_head_of_a_class_for_a_task_is_respected_and_reported(
     model.classifier.requires_grad_(False)
     assert trained(quietly(model, candidates="MHA")) == set()
     assert lines()[0].levelno == logging.WARNING
-    assert "No head of ViTForImageClassification trains: name it in modules_to_save" in lines()[0].getMessage()
+    assert (
+        "No head of ViTForImageClassification trains. If it should, list it in modules_to_save"
+        in lines()[0].getMessage()
+    )
     model = tiny_model()
     model.classifier.requires_grad_(False)
     assert saved(quietly(model, modules_to_save=["classifier"])) == ["classifier"]
@@ -186,8 +191,28 @@ def test_a_part_of_a_head_that_was_frozen_stays_frozen() -> None:
     assert saved(quietly(Own(head=head))) == ["head.2"]
     half = nn.Linear(16, 3)
     half.weight.requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"head\.weight: frozen before, and trained now"):
+    with pytest.warns(UserWarning, match=r"head\.weight: frozen before, but trainable now"):
         assert saved(adapt(Own(head=half))) == ["head"]
+
+
+class Scaled(nn.Module):
+    """A head with a frozen layer, a list of layers, and a parameter outside of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(16, 16).requires_grad_(False)
+        self.rest = nn.ModuleList([nn.Linear(16, 8), nn.Linear(8, 3)])
+        self.scale = nn.Parameter(torch.ones(16))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.rest[1](self.rest[0](self.first(tokens) * self.scale))
+
+
+def test_a_list_of_layers_in_a_head_that_was_frozen_in_part_trains_by_its_items() -> None:
+    with pytest.warns(UserWarning, match=r"^head\.scale: parameters outside of any layer, .* as a whole"):
+        model = adapt(Own(head=Scaled()))
+    assert saved(model) == ["head.rest.0", "head.rest.1"]
+    assert saved(adapt(Own(head=Scaled()), modules_to_save=["head"])) == ["head"]
 
 
 def test_a_second_adapter_has_the_head_of_the_first() -> None:
@@ -214,7 +239,7 @@ def test_a_parameter_of_its_own_is_named(where: dict[str, Any]) -> None:
         def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
             return self.net(pixel_values=pixel_values).last_hidden_state[:, 0] @ self.scale
 
-    with pytest.warns(UserWarning, match=r"^scale: parameters of their own, which PEFT cannot train or save"):
+    with pytest.warns(UserWarning, match=r"^scale: parameters outside of any layer, which PEFT cannot train or save"):
         adapt(Bare())
 
 
@@ -226,9 +251,9 @@ def test_a_name_that_matches_nothing_is_refused_with_the_nearest_before_anything
         "net.clasifier": "Did you mean 'net.classifier'",
         "classifer": "Did you mean 'classifier'",
         "qqqq": "Its parts are net",
-        "cls_token": r"net\.vit\.embeddings\.cls_token is a parameter\. PEFT trains and saves modules only",
+        "cls_token": r"net\.vit\.embeddings\.cls_token is a parameter\. PEFT trains and saves only modules",
     }.items():
-        with pytest.raises(ConfigError, match=f"modules_to_save names '{name}'.*{text}"):
+        with pytest.raises(ConfigError, match=f"modules_to_save contains '{name}'.*{text}"):
             adapt(Around(), modules_to_save=[name])
 
 
@@ -247,14 +272,14 @@ def test_a_module_and_a_part_of_it_are_never_named_both() -> None:
     assert saved(quietly(tiny_model(), modules_to_save=["embeddings"])) == ["classifier", "vit.embeddings"]
     both = quietly(tiny_model(), modules_to_save=["vit.embeddings", "patch_embeddings", "classifier"])
     assert saved(both) == ["vit.embeddings", "classifier"]
-    with pytest.raises(ModelError, match=r"embeddings cannot train without embeddings.patch_embeddings being saved"):
+    with pytest.raises(ModelError, match=r"so embeddings.patch_embeddings would be saved twice if embeddings trains"):
         adapt(backbone(), modules_to_save=["embeddings"])
 
 
 def test_a_named_module_must_not_hold_chosen_ones() -> None:
     block = tiny_model().vit
     name = "layers.0" if hasattr(block, "layers") else "layer.0"
-    with pytest.raises(ConfigError, match=rf"modules_to_save names vit\S*{name}, and .* of it was chosen"):
+    with pytest.raises(ConfigError, match=rf"modules_to_save contains vit\S*{name}, but its module .* was selected"):
         adapt(tiny_model(), modules_to_save=[name])
 
 
@@ -355,11 +380,11 @@ def test_a_pooler_that_the_checkpoint_lacks_is_named(
     tmp_path: Path, lines: Callable[[], list[logging.LogRecord]]
 ) -> None:
     tiny_model().save_pretrained(tmp_path / "base")
-    with pytest.warns(UserWarning, match=r"^vit\.pooler: made at random .* modules_to_save=\['vit\.pooler'\]"):
+    with pytest.warns(UserWarning, match=r"^vit\.pooler: initialized at random .* modules_to_save=\['vit\.pooler'\]"):
         adapt(Pooled(tmp_path / "base"))
     assert lines()[0].levelno == logging.WARNING
-    assert "vit.pooler: made at random" in lines()[0].getMessage()
-    with pytest.warns(UserWarning, match=r"^vit\.pooler: made at random"):
+    assert "vit.pooler: initialized at random" in lines()[0].getMessage()
+    with pytest.warns(UserWarning, match=r"^vit\.pooler: initialized at random"):
         adapt(copy.deepcopy(Pooled(tmp_path / "base")))
     model = disturbed_where_it_trains(quietly(Pooled(tmp_path / "base"), modules_to_save=["pooler"]))
     model.save_pretrained(tmp_path / "adapter")
@@ -394,7 +419,9 @@ def test_a_model_that_answers_in_text_trains_its_vision_part_alone_and_says_so(
 
 def test_a_class_for_a_task_whose_head_cannot_be_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transformers.LlavaForConditionalGeneration, "can_generate", classmethod(lambda cls: False))
-    with pytest.raises(ModelError, match=r"its head could not be found\. Name in modules_to_save .*lm_head"):
+    with pytest.raises(
+        ModelError, match=r"its head could not be found\. List the modules .* in modules_to_save.*lm_head"
+    ):
         adapt(llava())
     assert trained(quietly(llava(), candidates="MHA", modules_to_save=[])) == set()
 

@@ -164,7 +164,7 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
     model.save_pretrained(tmp_path / "adapter")
     (unit,) = model.peft_config["default"].selection.units
-    told = rf"Selected: {unit} \(lora, [\d,]+ parameters beside the head\)\n"
+    told = rf"Selected: {unit} \(lora, [\d,]+ parameters without the head\)\n"
     for place in (tmp_path / "adapter", tmp_path / "adapter" / "plasticity.json"):
         shown = run("show", place).stdout
         assert shown.startswith(f"{report}\n")
@@ -346,7 +346,7 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "measure model model/config.parquet", 1, "Cannot read the dataset model/config.parquet"
     yield "measure model images --split test", 1, "The dataset images has no split 'test'. It has: 'train'"
     yield "measure model images --image_column x", 1, "no column 'x'. It has: 'image', 'label'"
-    yield "measure model", 1, "criterion='parameter_plasticity' has nothing to rank by"
+    yield "measure model", 1, "criterion='parameter_plasticity' needs images to measure on"
     yield "measure model images --output missing/a.json", 1, "--output must be a file in a folder that exists"
     yield "measure model images --max_samples 1", 1, "max_samples must be a whole number .* Got 1"
     yield "measure model images --top_k 9", 1, "top_k must be a whole number from 1 to 5"

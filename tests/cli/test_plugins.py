@@ -94,7 +94,7 @@ def test_an_architecture_from_a_file_names_the_modules(tmp_path: Path) -> None:
     ):
         Path(f"own{number}.py").write_text(code)
         result = run(*arguments, "--plugin", f"own{number}.py")
-        assert (result.exit_code, "were expected to hold the layers nowhere, " in result.stderr) == (1, True)
+        assert (result.exit_code, "were expected to have the layers nowhere, " in result.stderr) == (1, True)
         LAYOUTS.maps[0].clear()
 
 

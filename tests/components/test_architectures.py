@@ -121,7 +121,7 @@ def test_two_stacks_of_blocks_are_refused() -> None:
     model = ViTForImageClassification(tiny_model().config)
     model.other = copy.deepcopy(model.vit)
     with pytest.raises(
-        ModelError, match=r"holds 2 vision transformers. Say which one with backbone=, one of 'vit', 'other'"
+        ModelError, match=r"contains 2 vision transformers. Choose one with backbone=, one of 'vit', 'other'"
     ):
         find_components(model)
 

@@ -49,7 +49,7 @@ def post_norm(parts: dict[str, nn.Module], projections: list[nn.Module], x: torc
 @pytest.mark.parametrize(
     ("forward", "text"),
     [
-        (unused, r"calls vit\..*(q_proj|query) 0 times, .* does nothing"),
+        (unused, r"calls vit\..*(q_proj|query) 0 times. .* has no effect"),
         (shared, r"calls vit\..*layernorm_after 2 times"),
         (post_norm, r"vit\.\S+ is called out of the order LN1, MHA, LN2, FC1, FC2"),
     ],

@@ -44,7 +44,7 @@ def test_a_built_in_model_type_can_be_replaced_and_restored() -> None:
     built_in = LAYOUTS["vit"]
     register_architecture("vit", LAYOUT, replace=True)
     assert LAYOUTS["vit"] == (LAYOUT,)
-    with pytest.raises(ModelError, match=r"expected to hold the layers first, a\.qkv"):
+    with pytest.raises(ModelError, match=r"expected to have the layers first, a\.qkv"):
         find_components(tiny_model())
     swapped = [replace(layout, LN1=layout.LN2, LN2=layout.LN1) for layout in built_in]
     register_architecture("vit", *swapped, replace=True)

@@ -122,7 +122,7 @@ def test_lora_on_a_quantised_model_trains_and_loads(way: str, folder: Path, tmp_
 def test_full_training_is_refused_and_changes_nothing(way: str, folder: Path) -> None:
     model = load(folder, way)
     names = list(dict(model.named_modules()))
-    with pytest.raises(ModelError, match=r'0\.MHA is quantised .*training="full" would train its weights'):
+    with pytest.raises(ModelError, match=r'0\.MHA is quantized .*training="full" would train its weights'):
         get_peft_model(model, PlasticityConfig(target_data=DATA, max_samples=8, training="full"))
     assert list(dict(model.named_modules())) == names
     assert not hasattr(model, "peft_config")
@@ -133,7 +133,7 @@ def test_full_training_is_refused_and_changes_nothing(way: str, folder: Path) ->
 @pytest.mark.parametrize("way", WAYS)
 def test_a_quantised_head_is_refused(way: str, folder: Path) -> None:
     model = load(folder, way, llm_int8_skip_modules=["nothing"])
-    with pytest.raises(ModelError, match=r"classifier, of the head, is quantised .*llm_int8_skip_modules"):
+    with pytest.raises(ModelError, match=r"classifier, a part of the head, is quantized .*llm_int8_skip_modules"):
         get_peft_model(model, PlasticityConfig(target_data=DATA, max_samples=8))
 
 

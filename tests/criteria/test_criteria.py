@@ -25,6 +25,7 @@ from plasticity_peft.criteria.criterion import WeightCriterion
 from plasticity_peft.criteria.feature_norm import feature_norm
 from plasticity_peft.criteria.registry import CRITERIA, DEFAULT
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
+from plasticity_peft.images import sources
 from plasticity_peft.images.sampler import Batches
 from tests.support import oracles
 from tests.support.models import backbone, random_images, tiny_model
@@ -34,7 +35,7 @@ from tests.support.snapshots import assert_same, snapshot
 IMAGES = random_images(12)
 LABELS = torch.arange(12) % 3
 LABELLED = [{"pixel_values": image, "labels": int(label)} for image, label in zip(IMAGES, LABELS, strict=True)]
-WITH_PROTOCOLS = {name for name, criterion in CRITERIA.items() if getattr(criterion, "protocols", False)}
+WITH_PROTOCOLS = {name for name, criterion in CRITERIA.items() if criterion.protocols}
 OF_WEIGHTS = {name for name, criterion in CRITERIA.items() if isinstance(criterion, WeightCriterion)}
 EACH = [(name, inputs) for name in CRITERIA for inputs in (oracles.PROTOCOLS if name in WITH_PROTOCOLS else (None,))]
 each_criterion = pytest.mark.parametrize(("criterion", "inputs"), EACH)
@@ -183,7 +184,7 @@ def bounds(model: PreTrainedModel, inputs: None) -> np.ndarray:
 
 
 DATA: dict[str, Callable[[], dict[str, Any]]] = {
-    # Streams, which are taken in their own order; batches are drawn.
+    # Streams in their own order; batches are drawn.
     "pairs": lambda: {"target_data": iter(IMAGES[6:]), "source_data": iter(IMAGES[:6]), "max_samples": 6},
     "images": lambda: {"target_data": iter(LABELLED), "max_samples": 12},
     "images, often": lambda: {"target_data": iter(LABELLED * 150), "max_samples": 12 * 150},
@@ -223,8 +224,11 @@ def test_every_criterion_has_a_definition() -> None:
 
 
 @pytest.mark.parametrize(("criterion", "inputs"), [each for each in EACH if each[0] != "random"])
-def test_scores_are_those_of_the_definition(model: PreTrainedModel, criterion: str, inputs: str | None) -> None:
+def test_scores_are_those_of_the_definition(
+    model: PreTrainedModel, criterion: str, inputs: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of the components and of the kinds, whose values are the means over blocks; with their spread."""
+    monkeypatch.setattr(sources, "BUFFER_IMAGES", 1)  # a buffer of one image keeps the order of a stream
     own = DEFINITIONS[criterion]
     data = DATA[own.observed]()
     report = measure_plasticity(model, criterion=criterion, inputs=inputs, settle=None, batch_size=5, **data)
@@ -492,7 +496,7 @@ def test_labels_of_a_stream_in_batches(vit: PreTrainedModel) -> None:
 
 
 def test_what_a_criterion_lacks_is_said(vit: PreTrainedModel) -> None:
-    with pytest.raises(ConfigError, match="criterion='gradient_norm' has nothing to rank by: give images"):
+    with pytest.raises(ConfigError, match="criterion='gradient_norm' needs images to measure on"):
         measure_plasticity(vit, criterion="gradient_norm")
     with pytest.raises(ModelError, match="ViTModel has no head, and criterion='gradient_norm' needs one"):
         measure(backbone(), "gradient_norm")

@@ -127,14 +127,14 @@ def test_a_name_is_taken_until_it_is_replaced_or_removed() -> None:
     register_criterion(Size)
     register_criterion(Size)  # a cell of a notebook is run twice
     changed = variant(Size, title="another title")
-    with pytest.raises(ConfigError, match=r"'size' is known already. .* replace=True"):
+    with pytest.raises(ConfigError, match=r"'size' already exists. .* replace=True"):
         register_criterion(changed)
     register_criterion(changed, replace=True)
     assert CRITERIA["size"].title == "another title"
     del CRITERIA["size"]
     assert "size" not in CRITERIA
     own = variant(Size, name="bound")
-    with pytest.raises(ConfigError, match="'bound' is known already"):
+    with pytest.raises(ConfigError, match="'bound' already exists"):
         register_criterion(own)
     register_criterion(own, replace=True)
     assert isinstance(CRITERIA["bound"], own)

@@ -85,8 +85,8 @@ def test_no_more_of_a_stream_is_read_than_needed() -> None:
     [
         ({"image": 1, "label": 2}, DataError, r"target\[0\] has no 'pixel_values'; it has \['image', 'label'\]"),
         (torch.zeros(8), DataError, r"must have the shape \(channels, height, width\), .* Got \(8,\)"),
-        (torch.zeros(3, 8, 8, dtype=torch.uint8), DataError, "must hold floating-point pixel_values.*uint8"),
-        (torch.full((3, 8, 8), torch.inf), NonFiniteError, r"target\[0\] holds NaN or infinity"),
+        (torch.zeros(3, 8, 8, dtype=torch.uint8), DataError, "must be floating-point pixel_values.*uint8"),
+        (torch.full((3, 8, 8), torch.inf), NonFiniteError, r"target\[0\] contains NaN or infinity"),
         ({"pixel_values": "cat.png"}, DataError, r"target\[0\]: cannot make a tensor of str"),
         ({"pixel_values": [[1.0], [1.0, 2.0]]}, DataError, r"target\[0\]: cannot make a tensor of list"),
     ],

@@ -112,7 +112,7 @@ WHEN_WRITTEN = {
         "criterion must be one of 'parameter_plasticity', .* Got 'best'", given(criterion="best")
     ),
     "a protocol for a criterion without": Case(
-        "inputs says what .* criterion='bound' feeds them nothing", given(criterion="bound", inputs="embedding")
+        "inputs selects what .* criterion='bound' feeds nothing to them", given(criterion="bound", inputs="embedding")
     ),
     "unknown granularity": Case("granularity must be one of", given(granularity="layer")),
     "unknown mode": Case("training must be one of 'lora', 'full'. Got 'dora'", given(training="dora")),
@@ -120,13 +120,13 @@ WHEN_WRITTEN = {
     "batch of none": Case("batch_size must be a whole number of at least 1", given(batch_size=0)),
     "seed below 0": Case("seed must be a whole number from 0 to 18446744073709551615. Got -1", given(seed=-1)),
     "own target_modules": Case("target_modules is chosen by the ranking", given(target_modules=["q_proj"])),
-    "report and data": Case("Give report, .* or target_data", given(report="plasticity.json")),
+    "report and data": Case(r"Give report .* or target_data .*, not both", given(report="plasticity.json")),
     "a report that is none": Case("report must be a PlasticityReport or the path", lambda folder: {"report": 5}),
-    "source alone": Case("give target_data with it", lambda folder: {"source_data": IMAGES}),
+    "source alone": Case("Give target_data too", lambda folder: {"source_data": IMAGES}),
 }
 
 WHEN_USED = {
-    "nothing to rank by": Case("nothing to rank by: give images .*target_data .* or a report", lambda folder: {}),
+    "needs images to measure on": Case("needs images to measure on.*target_data, or a report", lambda folder: {}),
     "top_k above the units": Case("top_k must be a whole number from 1 to 5, the number of units", given(top_k=6)),
     "top_k above the blocks": Case(
         "top_k must be a whole number from 1 to 10", given(top_k=11, granularity="component")
@@ -138,15 +138,15 @@ WHEN_USED = {
     "an error of the dataset": Case("is damaged", data(Broken())),
     "wrong size": Case(r"refused pixel_values of shape \(3, 12, 12\)", data(random_images(size=12))),
     "wrong channels": Case(r"refused pixel_values of shape \(1, 8, 8\)", data(torch.rand(5, 1, 8, 8))),
-    "bytes": Case("must hold floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
-    "one image": Case("target_data must hold at least 2 images. Got 1", data(random_images(1))),
-    "no image": Case("target_data must hold at least 2 images. Got 0", data(random_images(0))),
-    "one source image": Case("source_data must hold at least 2 images. Got 1", data(IMAGES, random_images(1))),
+    "bytes": Case("must be floating-point pixel_values.*uint8", data(torch.zeros(5, 3, 8, 8, dtype=torch.uint8))),
+    "one image": Case("target_data must contain at least 2 images. Got 1", data(random_images(1))),
+    "no image": Case("target_data must contain at least 2 images. Got 0", data(random_images(0))),
+    "one source image": Case("source_data must contain at least 2 images. Got 1", data(IMAGES, random_images(1))),
     "sizes that differ": Case(
         r"must have one shape. target_data\[\d+\] has .*, target_data\[\d+\] has",
         data([{"pixel_values": torch.rand(3, 8, side)} for side in (8, 9, 10)]),
     ),
-    "NaN in an image": Case(r"target_data\[\d+\] holds NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
+    "NaN in an image": Case(r"target_data\[\d+\] contains NaN or infinity", data(torch.full((4, 3, 8, 8), torch.nan))),
     "equal images": Case(
         "Only 0 of .* pairs have a rate of change", given(target_data=torch.ones(4, 3, 8, 8), inputs="embedding")
     ),
@@ -160,7 +160,7 @@ WHEN_USED = {
         given(criterion="relative_gradient_norm", target_data=[(image, "cat") for image in IMAGES]),
     ),
     "a report of another criterion": Case(
-        "scores by criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
+        "scores of criterion='parameter_plasticity' .* asks for criterion='rate_of_change' with inputs='embedding'",
         lambda folder: {**report_of(tiny_model())(folder), "inputs": "embedding"},
     ),
     "a ResNet": Case(
@@ -171,7 +171,7 @@ WHEN_USED = {
     "a text model": Case(
         "BertForSequenceClassification .*'bert'.* has no vision transformer whose components are known", given(), bert
     ),
-    "NaN in the weights": Case("weights of the model hold NaN or infinity: vit.*weight", given(), with_nan),
+    "NaN in the weights": Case("weights of the model contain NaN or infinity: vit.*weight", given(), with_nan),
     "a report of a deeper model": Case(
         "measured on another architecture: 'vit', 15 components", report_of(tiny_model(num_hidden_layers=3))
     ),

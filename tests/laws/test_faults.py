@@ -28,7 +28,7 @@ from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--head_only", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--pairs", "16",
+    "--head_only", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--max_samples", "16",
     "--test_fraction", "0.05", "--validation_fraction", "0.05", "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
 
@@ -74,8 +74,8 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> No
     assert anew == [False, True, True, *[False] * 5]
     assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
-    assert "Training goes on from" in logs[3]
-    assert "nothing was left to train" in logs[-1]
+    assert "Training resumes from" in logs[3]
+    assert "nothing is left to train" in logs[-1]
 
 
 @pytest.mark.slow

@@ -291,7 +291,7 @@ COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str, Callable[[nn.Module],
         r"is parametrized \(Doubled\)",
         lambda layer: torch.nn.utils.parametrize.remove_parametrizations(layer, "weight"),
     ),
-    "by hand": (by_hand, "has a weight that is no parameter", None),
+    "by hand": (by_hand, "has a weight that is not a parameter", None),
 }  # fmt: skip
 
 
@@ -321,7 +321,9 @@ def test_a_head_whose_weights_are_computed_is_measured_with(vit: PreTrainedModel
 def test_a_hook_that_detaches_is_an_error_where_gradients_are_needed(where: str, frozen: bool) -> None:
     model = tiny_model().requires_grad_(not frozen)
     model.vit.get_submodule(where).register_forward_hook(lambda module, args, output: output.detach())
-    with pytest.raises(ModelError, match=r"has no gradient by the tokens .* A hook or a forward pass detaches"):
+    with pytest.raises(
+        ModelError, match=r"has no gradient with respect to the tokens .* A hook or a forward pass detaches"
+    ):
         measure_plasticity(model, IMAGES)
     assert measure_plasticity(model, IMAGES, criterion="rate_of_change").samples > 2
     if where == "layernorm":
@@ -350,7 +352,7 @@ def test_a_model_made_in_inference_mode_is_an_error_where_gradients_are_needed()
     with torch.inference_mode():
         model = tiny_model()
     for criterion in ("parameter_plasticity", "gradient_norm"):
-        with pytest.raises(ModelError, match=r"was made in torch\.inference_mode\(\), and .* can have no gradient"):
+        with pytest.raises(ModelError, match=r"was made in torch\.inference_mode\(\), and .* cannot have a gradient"):
             measure_plasticity(model, LABELED, criterion=criterion)
     found = measure_plasticity(copy.deepcopy(model), LABELED)
     assert [r.mean for r in found.scores] == [r.mean for r in measure_plasticity(tiny_model(), LABELED).scores]

@@ -22,6 +22,9 @@ from tests.support.measures import MEASURES, every_measure
 from tests.support.models import tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
+frozen_in_part = pytest.mark.filterwarnings("ignore:.*(stay frozen|frozen before)")
+"""For models that are `lived_in`, parts of whose heads are frozen; PEFT trains some of these parts, and not others."""
+
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
 PEFT = ("/peft/",)
@@ -257,8 +260,8 @@ def injection_fails_at(
 def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple[str, ...]) -> tuple[int, int]:
     """Returns how many calls there are before and after the tuner's work: what is around it is beyond our reach."""
     original, counted = LoraModel.inject_adapter, []
-    work(family(name).build())
-    model = family(name).build()
+    work(lived_in(family(name).build()))
+    model = lived_in(family(name).build())
     with injected(parts, None) as injection:
 
         def inject(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -274,6 +277,7 @@ def calls_of_injection(name: str, work: Callable[[nn.Module], Any], parts: tuple
     return counted[0] + 1, counted[1]
 
 
+@frozen_in_part
 @pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
 @pytest.mark.parametrize("training", ["lora", "full"])
 @pytest.mark.parametrize("name", LAYOUTS)
@@ -287,6 +291,7 @@ def test_an_injection_that_fails_leaves_the_model_as_found(name: str, training: 
 
 
 @pytest.mark.slow
+@frozen_in_part
 @every_family
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_every_injection_that_fails_leaves_every_model_as_found(name: str, training: str) -> None:
@@ -297,6 +302,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
         injection_fails_at(model, work, parts, (first + number for number in spread(last - first, most, 0)))
 
 
+@frozen_in_part
 @every_family
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
@@ -355,6 +361,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_found(training: st
     assert isinstance(load_adapter(model, tmp_path), PeftModel)
 
 
+@frozen_in_part
 def test_options_that_peft_refuses_leave_the_model_as_found() -> None:
     """Not an exception of ours: PEFT raises after it has begun."""
     model = lived_in(tiny_model())

@@ -99,9 +99,9 @@ PartialState().destroy_process_group()
 """
 ERRORS = {
     "bad": "OSError: the image cannot be read",
-    "nan": r"NonFiniteError: target_data\[.*\] holds NaN",
+    "nan": r"NonFiniteError: target_data\[.*\] contains NaN",
     "uneven": "DataError: The processes must measure the same model on the same data.* They differ in",
-    "no": "ConfigError: criterion='parameter_plasticity' has nothing to rank by",
+    "no": "ConfigError: criterion='parameter_plasticity' needs images to measure on",
 }
 
 

@@ -202,7 +202,7 @@ def test_a_narrow_fc2_is_refused_with_the_other_protocol_named() -> None:
     config = copy.deepcopy(tiny_model().config)
     config.intermediate_size = 12
     model = ViTForImageClassification(config).eval()
-    with pytest.raises(ModelError, match=r'0.FC2 takes 12 features where a token has 16 .* Use inputs="activation"'):
+    with pytest.raises(ModelError, match=r'0.FC2 takes 12 features, and a token has 16 .* Use inputs="activation"'):
         measure(model, IMAGES, max_samples=4)
     assert measure(model, IMAGES, max_samples=4, inputs="activation").samples == 4
 
@@ -214,7 +214,7 @@ def test_overflow_is_an_error_that_names_the_component(vit: PreTrainedModel, inp
     part = next(part for part in find_components(vit) if part.id == name)
     with torch.no_grad():
         vit.get_submodule(part.modules[-1]).weight.fill_(3e38)
-    with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) hold NaN or infinity"):
+    with pytest.raises(NonFiniteError, match=rf"of {name} \(vit.*\) contain NaN or infinity"):
         measure(vit, IMAGES, max_samples=4, inputs=inputs)
 
 

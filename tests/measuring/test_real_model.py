@@ -41,7 +41,7 @@ def test_norms_look_most_plastic_and_asking_for_them_warns(
     report = measure_plasticity(dinov2, images, inputs=inputs, max_samples=12, batch_size=12)
     assert {row.unit for row in report.ranking()[:2]} == {"LN1", "LN2"}
     assert report.select(candidates=("MHA", "FC1", "FC2")).units == ("FC1",)
-    with pytest.warns(UserWarning, match="LN2 ranks high because .* spread of its input, which is 0.1"):
+    with pytest.warns(UserWarning, match="LN2 ranks high because .* standard deviation of its input, which is 0.1"):
         assert report.select().units == ("LN2",)
 
 

@@ -65,7 +65,7 @@ def test_a_tie_goes_to_the_end_and_is_reported(caplog: pytest.LogCaptureFixture)
     assert (found.samples, found.ending.settled, found.ending.units) == (100, False, ("LN1",))
     assert "Not settled: LN1 does not stand out from the rest (95% confidence)." in str(found)
     assert (
-        "Not settled: after 100 pairs, LN1 cannot be separated from the rest at a confidence of 0.95." in caplog.text
+        "Not settled: after 100 pairs, LN1 cannot be separated from the others at a confidence of 0.95." in caplog.text
     )
     both = measure_plasticity(tied_model(), IMAGES, inputs="embedding", max_samples=100, top_k=2)
     assert (both.samples, both.ending.settled) == (32, True)
@@ -136,7 +136,7 @@ def test_a_progress_bar_that_can_be_switched_off(vit: PreTrainedModel, capfd: py
     bar = shown(vit, capfd)
     assert "Measuring plasticity: 100%" in bar
     assert "32/32" in bar
-    assert f"chosen so far: {best}" in bar
+    assert f"selected so far: {best}" in bar
     try:
         transformers_logging.disable_progress_bar()
         assert shown(vit, capfd) == ""
@@ -239,7 +239,7 @@ for one, other in zip(found.scores, expected.scores):
 def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
     result = python("-c", REALLY_SHORT)
     assert result.returncode == 0, result.stderr
-    assert "Out of memory: measuring goes on with 6 pairs in a pass." in result.stderr
+    assert "Out of memory: measuring continues with 6 pairs per pass." in result.stderr
 
 
 # ---- precision

@@ -352,7 +352,7 @@ def test_metrics_that_cannot_be_are_refused(cache: Path, arguments: dict[str, An
 def test_what_is_no_adapter_of_ours_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(ReportError, match=r"No plasticity\.json in .*not trained with plasticity_peft"):
         update_card(tmp_path)
-    with pytest.raises(AdapterError, match=r"There is no folder .*missing"):
+    with pytest.raises(AdapterError, match=r"The folder .*missing does not exist"):
         update_card(tmp_path / "missing")
     report = tmp_path / "plasticity.json"
     adapted(cache, "lora").save_pretrained(tmp_path)

@@ -1,1 +1,1 @@
-"""What components are fed: the tokens that enter block 0, or what they receive in the running network."""
+"""The inputs of components: the tokens that enter block 0, or what a component receives in the running network."""

@@ -9,8 +9,8 @@ All components get the same tokens, so most need not be called. With D = e(x) - 
     norm         ||LN(x) - LN(y)||^2 = sum_j g_j^2 v_j, v_j the sum over tokens of (x^_j - y^_j)^2, x^ = e normalised
     attention    the module itself up to its output projection, which is applied to the difference alone
 
-D^T D and v are computed once per pair, and W^T W once per model. So the cost of a linear layer for a pair depends
-neither on the number of tokens nor on the width of the MLP. Modules that are not plain linear layers or layer norms
+D^T D and v are computed once per pair, and W^T W once per model. So the cost of a linear layer for a pair does not
+depend on the number of tokens or the width of the MLP. Modules that are not plain linear layers or layer norms
 (quantized, adapted, RMSNorm), and distances other than the Euclidean one, are computed from the definition.
 """
 
@@ -153,7 +153,7 @@ class _Linears:
             return together([norm(F.linear(apart, weight.to(apart))) for weight in weights])
 
     def _make_grams(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns (features, features, layers), which is filled in place, and the scale of each.
+        """Returns the Gram matrices, (features, features, layers), and the scale of each.
 
         This layout gives one matrix product per row of D^T D, summed over rows in double precision.
         """
