@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from plasticity_peft import PlasticityConfig
+from tests.support.forking import run_script
 from tests.support.models import logits, saved_base, tiny_model
-from tests.support.processes import launch
 from tests.support.training import IMAGES, trained_weights, trainer_of
 
 
@@ -110,7 +110,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("two")
     script = folder / "distributed.py"
     script.write_text(DISTRIBUTED)
-    (result,) = launch(script, folder)
+    result = run_script(script, folder, cwd=folder, processes=2)
     assert result.returncode == 0, result.stderr
     return folder
 

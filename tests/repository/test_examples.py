@@ -21,8 +21,9 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from plasticity_peft import PlasticityReport
 from plasticity_peft.errors import DataError
+from tests.support.forking import run_script
 from tests.support.models import REPOSITORY
-from tests.support.processes import environment, launch, python
+from tests.support.processes import launch
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 COMPARE = REPOSITORY / "examples" / "compare_components.py"
@@ -32,33 +33,37 @@ SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--max_samples"
 
 def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
     """Returns what the example logged, from a folder that is not the repository."""
-    if processes > 1:
-        (result,) = launch(script, *arguments, processes=processes, cwd=REPOSITORY.parent)
-    else:
-        result = python(script, *arguments, cwd=REPOSITORY.parent, env=environment(ACCELERATE_USE_CPU="1"))
+    result = run_script(script, *arguments, processes=processes, cwd=REPOSITORY.parent)
     assert result.returncode == 0, result.stderr
     return result.stderr + result.stdout
 
 
-def test_without_arguments_it_compares_with_the_head_alone(tmp_path: Path) -> None:
-    log = run(*SHORT, "--output_dir", tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns the folder of a run without arguments, but for those that make it short, and what it logged."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run(*SHORT, "--output_dir", folder)
+
+
+def test_without_arguments_it_compares_with_the_head_alone(demo: tuple[Path, str]) -> None:
+    folder, log = demo
     assert "| rank | kind | parameter plasticity |" in log
     assert "Parameter plasticity of vit" in log
     for name in ("head only", "head + MHA"):
         assert f"{name} " in log
     assert log.count("test accuracy") == 2
-    report = PlasticityReport.load(tmp_path / "plasticity.json")
+    report = PlasticityReport.load(folder / "plasticity.json")
     assert (report.criterion, report.observed, report.samples) == ("parameter_plasticity", "images", 16)
-    written = json.loads((tmp_path / "plasticity.json").read_text())
+    written = json.loads((folder / "plasticity.json").read_text())
     assert list(written["adapter"]["id2label"].values()) == [str(digit) for digit in range(10)]
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)
-    PeftModel.from_pretrained(base, tmp_path)
-    assert AutoImageProcessor.from_pretrained(tmp_path).size == AutoImageProcessor.from_pretrained(MODEL).size
+    PeftModel.from_pretrained(base, folder)
+    assert AutoImageProcessor.from_pretrained(folder).size == AutoImageProcessor.from_pretrained(MODEL).size
 
 
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     short = [*SHORT, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
-    short += ["--load_best_model_at_end", "false", "--save_total_limit", "10"]
+    short += ["--load_best_model_at_end", "false", "--save_total_limit", "10", "--max_train_samples", "48"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
         *short, "--training", "full", "--granularity", "component", "--top_k", "3",
@@ -68,12 +73,11 @@ def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     assert "| rank | kind |" in log
 
 
-def test_chooses_again_from_a_report(tmp_path: Path) -> None:
-    short = [*SHORT, "--head_only", "false", "--max_steps", "1"]
-    first = run(*short, "--output_dir", tmp_path / "first")
+def test_chooses_again_from_a_report(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, first = demo
     log = run(
-        *short, "--output_dir", tmp_path / "second", "--report", tmp_path / "first" / "plasticity.json",
-        "--top_k", "2", "--candidates", "MHA", "FC2",
+        *SHORT, "--head_only", "false", "--max_steps", "1", "--output_dir", tmp_path,
+        "--report", folder / "plasticity.json", "--top_k", "2", "--candidates", "MHA", "FC2",
     )  # fmt: skip
     assert "Selected: MHA (lora)" in first
     assert "Selected: MHA, FC2 (lora)" in log
@@ -100,10 +104,20 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     assert labels["0"] == ("dark" if form == "folder" else "T-shirt/top")
 
 
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    check_trained_by_two(run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, processes=2), tmp_path)
+
+
+@pytest.mark.slow
 def test_launched_by_accelerate(tmp_path: Path) -> None:
-    log = run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, processes=2)
+    (result,) = launch(TRAIN, *SHORT, "--head_only", "false", "--output_dir", tmp_path, cwd=REPOSITORY.parent)
+    assert result.returncode == 0, result.stderr
+    check_trained_by_two(result.stderr + result.stdout, tmp_path)
+
+
+def check_trained_by_two(log: str, folder: Path) -> None:
     assert log.count("test accuracy") == 1
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 def test_help_names_every_option_of_ours() -> None:

@@ -1,7 +1,7 @@
 """Scripts in processes that are forked from one that has imported what they import: each starts at once.
 
 A script that imports torch, transformers and PEFT takes up to ten seconds to start, and the examples more.
-Run as a script, this is the process that they are forked from: it reads a request from each line of its standard input.
+Run as a script, this is the process that they are forked from. It reads requests from its standard input.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def run_script(script: Path, *arguments: object, cwd: Path, processes: int = 1) 
             }
             for rank in range(processes)
         ]
-        server = _server(script.parent)
+        server = _server()
         server.stdin.write(json.dumps(requests) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
@@ -54,12 +54,12 @@ def run_script(script: Path, *arguments: object, cwd: Path, processes: int = 1) 
 
 
 @cache
-def _server(examples: Path) -> subprocess.Popen[str]:
-    """Starts the process that the others are forked from, with the imports of the examples of a folder."""
-    from tests.support.processes import environment
+def _server() -> subprocess.Popen[str]:
+    """Starts the process that the others are forked from."""
+    from tests.support.processes import REPOSITORY, environment
 
     server = subprocess.Popen(
-        [sys.executable, __file__, str(examples)],
+        [sys.executable, __file__, str(REPOSITORY / "examples")],
         env=environment(ACCELERATE_USE_CPU="1"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
