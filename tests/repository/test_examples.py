@@ -29,6 +29,8 @@ TRAIN = REPOSITORY / "examples" / "train.py"
 COMPARE = REPOSITORY / "examples" / "compare_components.py"
 MODEL = REPOSITORY / "examples" / "fashion-mnist-vit"
 SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--max_samples", "16", "--disable_tqdm", "true"]
+DIGITS = [*SHORT, "--test_fraction", "0.05", "--validation_fraction", "0.05"]
+"""The demo, evaluated on few images."""
 
 
 def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
@@ -42,7 +44,7 @@ def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Returns the folder of a run without arguments, but for those that make it short, and what it logged."""
     folder = tmp_path_factory.mktemp("demo")
-    return folder, run(*SHORT, "--output_dir", folder)
+    return folder, run(*DIGITS, "--output_dir", folder)
 
 
 def test_without_arguments_it_compares_with_the_head_alone(demo: tuple[Path, str]) -> None:
@@ -62,7 +64,17 @@ def test_without_arguments_it_compares_with_the_head_alone(demo: tuple[Path, str
 
 
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
-    short = [*SHORT, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
+    short = [
+        *DIGITS,
+        "--head_only",
+        "false",
+        "--output_dir",
+        tmp_path,
+        "--save_strategy",
+        "steps",
+        "--save_steps",
+        "1",
+    ]
     short += ["--load_best_model_at_end", "false", "--save_total_limit", "10", "--max_train_samples", "48"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
@@ -76,7 +88,7 @@ def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
 def test_chooses_again_from_a_report(demo: tuple[Path, str], tmp_path: Path) -> None:
     folder, first = demo
     log = run(
-        *SHORT, "--head_only", "false", "--max_steps", "1", "--output_dir", tmp_path,
+        *DIGITS, "--head_only", "false", "--max_steps", "1", "--output_dir", tmp_path,
         "--report", folder / "plasticity.json", "--top_k", "2", "--candidates", "MHA", "FC2",
     )  # fmt: skip
     assert "Selected: MHA (lora)" in first
@@ -105,12 +117,12 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
 
 
 def test_two_processes_train_together(tmp_path: Path) -> None:
-    check_trained_by_two(run(*SHORT, "--head_only", "false", "--output_dir", tmp_path, processes=2), tmp_path)
+    check_trained_by_two(run(*DIGITS, "--head_only", "false", "--output_dir", tmp_path, processes=2), tmp_path)
 
 
 @pytest.mark.slow
 def test_launched_by_accelerate(tmp_path: Path) -> None:
-    (result,) = launch(TRAIN, *SHORT, "--head_only", "false", "--output_dir", tmp_path, cwd=REPOSITORY.parent)
+    (result,) = launch(TRAIN, *DIGITS, "--head_only", "false", "--output_dir", tmp_path, cwd=REPOSITORY.parent)
     assert result.returncode == 0, result.stderr
     check_trained_by_two(result.stderr + result.stdout, tmp_path)
 

@@ -15,17 +15,49 @@ import subprocess
 import sys
 import tempfile
 import traceback
+import warnings
 from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any
+from typing import Any, NamedTuple
 
 TIMEOUT = 240
 """Seconds after which a process is ended."""
 
 
-def run_script(script: Path, *arguments: object, cwd: Path, processes: int = 1) -> CompletedProcess[str]:
-    """Returns how a script ended, and what it wrote; the first error, where several processes ran it.
+class Parent(NamedTuple):
+    """A process that others are forked from."""
+
+    imports: str
+    """What it does first: Python."""
+    options: tuple[str, ...] = ()
+    """Of Python."""
+    variables: tuple[tuple[str, str], ...] = ()
+    """Of the environment, for what libraries read when they are imported."""
+
+
+EXAMPLES = Parent(
+    """
+import pathlib, runpy, tests
+examples = pathlib.Path(tests.__file__).parents[1] / "examples"
+sys.path.insert(0, str(examples))
+for name in ("train.py", "compare_components.py"):
+    runpy.run_path(str(examples / name), run_name="imported")
+""",
+    variables=(("ACCELERATE_USE_CPU", "1"),),
+)
+"""Has imported what the examples do."""
+PEFT = """
+import peft, safetensors.torch, torch, transformers
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTModel
+"""
+"""What users of stock PEFT import; this package is not among it."""
+
+
+def run_script(
+    script: Path, *arguments: object, cwd: Path, processes: int = 1, parent: Parent = EXAMPLES
+) -> CompletedProcess[str]:
+    """Returns how a script ended, and what it wrote; the first error, if several processes ran it.
 
     They are given the variables by which `torchrun` and `accelerate launch` tell processes of each other.
     """
@@ -44,7 +76,7 @@ def run_script(script: Path, *arguments: object, cwd: Path, processes: int = 1) 
             }
             for rank in range(processes)
         ]
-        server = _server()
+        server = _started(parent)
         server.stdin.write(json.dumps(requests) + "\n")
         server.stdin.flush()
         codes = json.loads(server.stdout.readline())
@@ -53,14 +85,21 @@ def run_script(script: Path, *arguments: object, cwd: Path, processes: int = 1) 
     return CompletedProcess([str(script)], next((code for code in codes if code), 0), out, err)
 
 
+def run_code(code: str, *arguments: object, folder: Path, parent: Parent) -> CompletedProcess[str]:
+    """Returns how Python ended that was given as text, in a folder, and what it wrote."""
+    script = folder / "code.py"
+    script.write_text(code)
+    return run_script(script, *arguments, cwd=folder, parent=parent)
+
+
 @cache
-def _server() -> subprocess.Popen[str]:
-    """Starts the process that the others are forked from."""
-    from tests.support.processes import REPOSITORY, environment
+def _started(parent: Parent) -> subprocess.Popen[str]:
+    """Returns the process that others are forked from, which ends with this one."""
+    from tests.support.processes import environment
 
     server = subprocess.Popen(
-        [sys.executable, __file__, str(REPOSITORY / "examples")],
-        env=environment(ACCELERATE_USE_CPU="1"),
+        [sys.executable, *parent.options, __file__, parent.imports],
+        env=environment(**dict(parent.variables)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -113,17 +152,17 @@ def _wait(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def serve(examples: Path) -> None:
-    """Imports what the examples import, and runs what is asked for until the standard input ends."""
+def serve(imports: str) -> None:
+    """Imports, and runs what is asked for until the standard input ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
-    sys.path[0] = str(examples)
-    for name in ("train.py", "compare_components.py"):
-        runpy.run_path(str(examples / name), run_name="imported")
+    exec(imports, {"sys": sys})
     for line in sys.stdin:
         pids = []
         for request in json.loads(line):
-            pid = os.fork()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # Python warns of threads, and none of these holds a lock
+                pid = os.fork()
             if pid == 0:
                 _child(request)
             pids.append(pid)
@@ -131,4 +170,4 @@ def serve(examples: Path) -> None:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(sys.argv[1])
