@@ -64,17 +64,8 @@ def test_without_arguments_it_compares_with_the_head_alone(demo: tuple[Path, str
 
 
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
-    short = [
-        *DIGITS,
-        "--head_only",
-        "false",
-        "--output_dir",
-        tmp_path,
-        "--save_strategy",
-        "steps",
-        "--save_steps",
-        "1",
-    ]
+    short = [*DIGITS, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps"]
+    short += ["--save_steps", "1"]
     short += ["--load_best_model_at_end", "false", "--save_total_limit", "10", "--max_train_samples", "48"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
