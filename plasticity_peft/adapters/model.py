@@ -89,7 +89,7 @@ def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
                 with restored_on_failure(model):
                     inject(tuner, model, adapter_name, *args, **kwargs)
                     _add_switch(model, adapter_name)
-            _finish(tuner, adapter_name, config)
+                    _finish(tuner, adapter_name, config)
         else:
             inject(tuner, model, adapter_name, *args, **kwargs)
 

@@ -252,7 +252,7 @@ def _fresh(model: nn.Module, architecture: Architecture, training: Training) -> 
 
 
 def _left(model: nn.Module, architecture: Architecture, training: Training) -> Iterator[str]:
-    """Yields warnings about weights in heads and in the user's modules that would train without PEFT, and now do not."""
+    """Yields warnings about weights in heads or modules of the user that would train without PEFT and now do not."""
     modules, parameters = dict(walk(model)), dict(_trainable(model))
     parts = [*architecture.heads]
     for path, owner in _owners(model, architecture):
@@ -265,8 +265,8 @@ def _left(model: nn.Module, architecture: Architecture, training: Training) -> I
     if single:
         yield (
             f"{', '.join(single)}: parameters outside of any layer, which PEFT cannot train or save. They stay "
-            "frozen. Move them to a module of their own, or list in modules_to_save a module that contains them, which "
-            "then trains as a whole."
+            "frozen. Move them to a module of their own, or list in modules_to_save a module that contains them, "
+            "which then trains as a whole."
         )
     if whole:
         found = f"No head was found in {type(model).__name__}. " if not (training.heads or training.named) else ""

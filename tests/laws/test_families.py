@@ -180,7 +180,7 @@ def test_eager_and_sdpa_attention_give_the_same_report(name: str) -> None:
 
 
 UNDEFINED = {
-    "bound": r"takes the tokens that enter the first block .* Use another criterion",
+    "bound": r"uses the tokens that enter the first block .* Use another criterion",
     "token_sensitivity": "not tokens of 16 features",
     "gradient_norm": "has no head|no loss for labels|not for one whole number|Labels must be",
 }
