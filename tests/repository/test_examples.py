@@ -66,7 +66,7 @@ def test_without_arguments_it_compares_with_the_head_alone(demo: tuple[Path, str
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     short = [*DIGITS, "--head_only", "false", "--output_dir", tmp_path, "--save_strategy", "steps"]
     short += ["--save_steps", "1"]
-    short += ["--load_best_model_at_end", "false", "--save_total_limit", "10", "--max_train_samples", "48"]
+    short += ["--load_best_model_at_end", "false", "--save_total_limit", "10"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
         *short, "--training", "full", "--granularity", "component", "--top_k", "3",
@@ -129,7 +129,7 @@ def test_help_names_every_option_of_ours() -> None:
         assert option in text
 
 
-SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "48"]
+SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"]
 SMALL += ["--max_steps", "2", "--test_fraction", "0.1", "--validation_fraction", "0.1", "--max_samples", "16"]
 SMALL += ["--learning_rates", "1e-3", "--criteria", "parameter_plasticity", "condition_number"]
 
