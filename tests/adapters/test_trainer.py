@@ -10,8 +10,8 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from plasticity_peft import PlasticityConfig
+from tests.support.forking import run_script
 from tests.support.models import logits, saved_base, tiny_model
-from tests.support.processes import launch
 from tests.support.training import IMAGES, trained_weights, trainer_of
 
 
@@ -82,32 +82,43 @@ from tests.adapters.test_trainer import CHOICE
 from tests.support.models import saved_base
 from tests.support.training import IMAGES, trained_weights, trainer_of
 
-folder, training, rank = Path(sys.argv[1]), sys.argv[2], os.environ["RANK"]
-base = saved_base(folder / f"base-{rank}")
-torch.manual_seed(0)
-config = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, training=training, **CHOICE[training])
-model = get_peft_model(base, config)
-assert PartialState().num_processes == 2, PartialState()
-config.report.save(folder / f"report-{rank}.json")
+rank = os.environ["RANK"]
+# Once the processes know of each other, transformers saves in the first one alone.
+bases = {training: saved_base(Path(sys.argv[1]) / training / f"base-{rank}") for training in CHOICE}
 names = TrainingArguments.__dataclass_fields__
 name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in names)  # 5.23, before
-options = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if training == "full" else {}
-trainer = trainer_of(model, folder / "out", ddp_find_unused_parameters=False, num_train_epochs=2, **options)
-assert trainer.args.world_size == 2
-trainer.train()
-torch.save(trained_weights(model), folder / f"weights-{rank}.pt")
-PartialState().wait_for_everyone()
+for training, choice in CHOICE.items():
+    folder = Path(sys.argv[1]) / training
+    torch.manual_seed(0)
+    config = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, training=training, **choice)
+    model = get_peft_model(bases[training], config)
+    assert PartialState().num_processes == 2, PartialState()
+    config.report.save(folder / f"report-{rank}.json")
+    options = {name: True, f"{name}_kwargs": {"use_reentrant": False}} if training == "full" else {}
+    trainer = trainer_of(model, folder / "out", ddp_find_unused_parameters=False, num_train_epochs=2, **options)
+    assert trainer.args.world_size == 2
+    trainer.train()
+    torch.save(trained_weights(model), folder / f"weights-{rank}.pt")
+    PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("training", ["lora", "full"])
-def test_two_processes_choose_the_same_and_train_together(training: str, tmp_path: Path) -> None:
-    script = tmp_path / "distributed.py"
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder in which two processes chose and trained, by LoRA and then in full."""
+    folder = tmp_path_factory.mktemp("two")
+    script = folder / "distributed.py"
     script.write_text(DISTRIBUTED)
-    (result,) = launch(script, tmp_path, training)
+    result = run_script(script, folder, cwd=folder, processes=2)
     assert result.returncode == 0, result.stderr
-    first, second = (json.loads((tmp_path / f"report-{rank}.json").read_text()) for rank in range(2))
+    return folder
+
+
+@pytest.mark.parametrize("training", CHOICE)
+def test_two_processes_choose_the_same_and_train_together(training: str, two: Path) -> None:
+    folder = two / training
+    first, second = (json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2))
     assert first == second
     alone = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, **CHOICE[training])
     get_peft_model(tiny_model(), alone)
@@ -115,5 +126,5 @@ def test_two_processes_choose_the_same_and_train_together(training: str, tmp_pat
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):
         assert row["mean"] == pytest.approx(expected.mean, rel=1e-6)
         assert row["std"] == pytest.approx(expected.std, rel=1e-6)
-    trained = [torch.load(tmp_path / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
+    trained = [torch.load(folder / f"weights-{rank}.pt", weights_only=True) for rank in range(2)]
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])

@@ -29,8 +29,10 @@ from plasticity_peft import PlasticityConfig, PlasticityReport, find_components,
 from plasticity_peft.cli import card, compare, measure, select, show
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
+from tests.support.forking import run_code
 from tests.support.models import REPOSITORY, random_images, tiny_model
-from tests.support.processes import STRICT, launch, python
+from tests.support.processes import launch, python
+from tests.support.stock import STOCK
 
 COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
@@ -216,14 +218,14 @@ def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
     assert "--metric must be name=value" in message
 
 
-STOCK = """
-import json, sys
+TRAINED_BY_STOCK = """
+import json, pathlib, sys
 sys.modules["plasticity_peft"] = None
 import yaml
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForImageClassification
 found = {}
-for name, text in json.load(sys.stdin).items():
+for name, text in json.loads(pathlib.Path("texts.json").read_text()).items():
     config = LoraConfig(**(json.loads if name.startswith("json") else yaml.safe_load)(text))
     model = get_peft_model(AutoModelForImageClassification.from_pretrained("model"), config)
     found[name] = {
@@ -259,7 +261,8 @@ def test_stock_peft_trains_what_was_selected() -> None:
             "lora_alpha": 5,
             "parameters": model.get_nb_trainable_parameters()[0],
         }
-    result = python(*STRICT, "-c", STOCK, input=json.dumps(texts))
+    Path("texts.json").write_text(json.dumps(texts))
+    result = run_code(TRAINED_BY_STOCK, folder=Path.cwd(), parent=STOCK)
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout) == expected
     assert any(row["target_modules"] is None for row in expected.values())

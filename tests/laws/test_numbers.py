@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -35,6 +37,17 @@ def in_double(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def known(name: str, measure: str) -> None:
     if measure == "embedding" and not family(name).embedding:
         pytest.skip("the paper's protocol is not defined for it")
+
+
+@cache
+def measured(name: str, measure: str, batch_size: int, dtype: torch.dtype = torch.float32) -> list[float]:
+    """Returns what all of four images give, once for all tests that compare with it."""
+    images = family(name).images(4)
+    data = items(in_double(images) if dtype == torch.float64 else images)
+    model = family(name).build().to(dtype)
+    return means(
+        measure_plasticity(model, data, max_samples=4, batch_size=batch_size, settle=None, **MEASURES[measure])
+    )
 
 
 # ----------------------------------------------------------------------------------- however they are computed
@@ -82,25 +95,16 @@ def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatc
 @every_family
 def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
     known(name, measure)
-    model, data = family(name).build(), items(family(name).images(4))
-    one, three = (
-        measure_plasticity(model, data, max_samples=4, batch_size=size, settle=None, **MEASURES[measure])
-        for size in (1, 3)
-    )
-    assert means(three) == pytest.approx(means(one), rel=SINGLE)
+    three = measured(name, measure, batch_size=3)
+    assert three == pytest.approx(measured(name, measure, batch_size=1), rel=SINGLE)
 
 
 @every_measure
 @every_family
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
     known(name, measure)
-    single = measure_plasticity(
-        family(name).build(), items(family(name).images(4)), max_samples=3, **MEASURES[measure]
-    )
-    double = measure_plasticity(
-        family(name).build().double(), items(in_double(family(name).images(4))), max_samples=3, **MEASURES[measure]
-    )
-    assert means(single) == pytest.approx(means(double), rel=SINGLE)
+    double = measured(name, measure, batch_size=1, dtype=torch.float64)
+    assert measured(name, measure, batch_size=1) == pytest.approx(double, rel=SINGLE)
 
 
 @every_measure
@@ -226,13 +230,28 @@ def scores(model: nn.Module, name: str, inputs: str) -> dict[str, float]:
     return dict(zip([part.id for part in find_components(model)], found, strict=True))
 
 
-def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Module, Any, dict[str, float]]]:
-    """Yields (model, component, scores before) for some components of a kind, with a fresh model each time."""
+@cache
+def model_in_double(name: str) -> nn.Module:
+    """Returns a model of a family, which is copied before it is changed."""
+    return family(name).build().double()
+
+
+@cache
+def scores_before(name: str, inputs: str) -> dict[str, float]:
+    return scores(model_in_double(name), name, inputs)
+
+
+def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Module, list[Any], dict[str, float]]]:
+    """Yields (model, components, scores before): the first and the last of a kind, each with a model of its own.
+
+    If all get the embedding, the inputs of one do not depend on the other, and both are there to be changed at once.
+    """
     known(name, inputs)
-    before = scores(family(name).build().double(), name, inputs)
-    parts = [part for part in find_components(family(name).build()) if part.kind == kind]
-    for part in (parts[0], parts[-1]):
-        yield family(name).build().double(), part, before
+    model, before = model_in_double(name), scores_before(name, inputs)
+    parts = [part for part in find_components(model) if part.kind == kind]
+    ends = list(dict.fromkeys((parts[0], parts[-1])))
+    for chosen in [ends] if inputs == "embedding" else [[part] for part in ends]:
+        yield copy.deepcopy(model), chosen, before
 
 
 @every_family
@@ -240,12 +259,14 @@ def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Modul
 @pytest.mark.parametrize("kind", ["LN1", "LN2", "FC1", "FC2"])
 def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> None:
     """Of a linear layer, and of the gains of a norm; the biases of a norm do not matter."""
-    for model, part, before in each_component(name, inputs, kind):
-        scaled(model, part.modules, 3.0)
+    for model, parts, before in each_component(name, inputs, kind):
+        for part in parts:
+            scaled(model, part.modules, 3.0)
         after = scores(model, name, inputs)
-        assert after[part.id] == pytest.approx(3.0 * before[part.id], rel=DOUBLE)
+        changed = {part.id for part in parts}
+        assert all(after[one] == pytest.approx(3.0 * before[one], rel=DOUBLE) for one in changed)
         if inputs == "embedding":
-            assert all(after[other] == pytest.approx(before[other], rel=DOUBLE) for other in after if other != part.id)
+            assert all(after[other] == pytest.approx(before[other], rel=DOUBLE) for other in after.keys() - changed)
 
 
 @every_family
@@ -253,20 +274,23 @@ def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> N
 @pytest.mark.parametrize("projection", ["value", "output"])
 def test_attention_scales_with_its_value_and_output_projections(name: str, inputs: str, projection: str) -> None:
     """Rows of attention sum to 1, so that the bias of the values cancels, and that of the outputs does too."""
-    for model, part, before in each_component(name, inputs, "MHA"):
+    for model, parts, before in each_component(name, inputs, "MHA"):
+        for part in parts:
+            scale_projection(model, part, projection)
+        after = scores(model, name, inputs)
+        for part in parts:
+            assert after[part.id] == pytest.approx(3.0 * before[part.id], rel=SOFTMAX)
+
+
+def scale_projection(model: nn.Module, part: Any, projection: str) -> None:
+    if projection == "output":
+        scaled(model, part.modules[-1:], 3.0)
+    elif len(part.modules) == 2:  # query, key and value in one
+        weight = model.get_submodule(part.modules[0]).weight
         with torch.no_grad():
-            if projection == "output":
-                scaled(model, part.modules[-1:], 3.0)
-            elif len(part.modules) == 2:  # query, key and value in one
-                weight = model.get_submodule(part.modules[0]).weight
-                weight[_rows_of_values(name, weight)] *= 3.0
-            else:
-                scaled(model, part.modules[2:3], 3.0)
-        assert scores(model, name, inputs)[part.id] == pytest.approx(3.0 * before[part.id], rel=SOFTMAX)
-
-
-def _rows_of_values(name: str, weight: torch.Tensor) -> slice:
-    return slice(2 * len(weight) // 3, None)
+            weight[slice(2 * len(weight) // 3, None)] *= 3.0
+    else:
+        scaled(model, part.modules[2:3], 3.0)
 
 
 @every_family
@@ -274,16 +298,21 @@ def _rows_of_values(name: str, weight: torch.Tensor) -> slice:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bias_changes_nothing(name: str, inputs: str, kind: str) -> None:
     """Of a norm, of the linear layers of an MLP, and of the values and outputs of attention."""
-    for model, part, before in each_component(name, inputs, kind):
-        chosen = part.modules[2:] if kind == "MHA" and len(part.modules) == 4 else part.modules[-1:]
-        biases = [
-            getattr(model.get_submodule(path), "bias", None) for path in (chosen if kind == "MHA" else part.modules)
-        ]
-        with torch.no_grad():
-            for bias in biases:
-                if bias is not None:
-                    bias.add_(torch.linspace(-1, 2, len(bias), dtype=bias.dtype))
-        assert scores(model, name, inputs)[part.id] == pytest.approx(before[part.id], rel=SOFTMAX)
+    for model, parts, before in each_component(name, inputs, kind):
+        for part in parts:
+            chosen = part.modules[2:] if kind == "MHA" and len(part.modules) == 4 else part.modules[-1:]
+            move_biases(model, chosen if kind == "MHA" else part.modules)
+        after = scores(model, name, inputs)
+        for part in parts:
+            assert after[part.id] == pytest.approx(before[part.id], rel=SOFTMAX)
+
+
+def move_biases(model: nn.Module, paths: tuple[str, ...]) -> None:
+    with torch.no_grad():
+        for path in paths:
+            bias = getattr(model.get_submodule(path), "bias", None)
+            if bias is not None:
+                bias.add_(torch.linspace(-1, 2, len(bias), dtype=bias.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------- merging

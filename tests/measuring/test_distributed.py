@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -61,7 +63,8 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from plasticity_peft import measure_plasticity
+from peft import get_peft_model
+from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.measuring.processes import this_process
 from tests.support.models import tiny_model
 from tests.measuring.test_distributed import CASES, IMAGES, measured
@@ -89,58 +92,87 @@ for name, data in (("bad", Bad()), ("nan", nan), ("uneven", IMAGES[: 40 - rank])
     except Exception as error:
         (folder / f"{name}-{rank}").write_text(f"{type(error).__name__}: {error}")
 PartialState().wait_for_everyone()
+(folder / f"caught-{rank}").touch()
+if sys.argv[3:] == ["and end with an error"]:
+    get_peft_model(tiny_model(), PlasticityConfig(target_data=nan))
 PartialState().destroy_process_group()
 """
-UNCAUGHT = """
-import sys
-from plasticity_peft import PlasticityConfig
-from plasticity_peft.measuring.processes import this_process
-from peft import get_peft_model
-from tests.support.models import tiny_model
-from tests.measuring.test_distributed import IMAGES
-
-rank, found = this_process()
-assert found == 2
-get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES * (float("nan") if rank == 1 else 1)))
-"""
+ERRORS = {
+    "bad": "OSError: the image cannot be read",
+    "nan": r"NonFiniteError: target_data\[.*\] contains NaN",
+    "uneven": "DataError: The processes must measure the same model on the same data.* They differ in",
+    "no": "ConfigError: criterion='parameter_plasticity' needs images to measure on",
+}
 
 
-@pytest.mark.parametrize(("processes", "machines"), [(2, 1), (3, 1), (2, 2)])
-def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
+def run(folder: Path, processes: int, machines: int, *end: str) -> list[CompletedProcess[str]]:
+    script = folder / "script.py"
     script.write_text(SCRIPT)
-    for result in launch(script, tmp_path, processes, processes=processes, machines=machines):
-        assert result.returncode == 0, result.stderr
-
-    for number, case in enumerate(CASES):
-        texts = [(tmp_path / f"{number}-{rank}.json").read_text() for rank in range(processes)]
-        assert len(set(texts)) == 1, case
-        found, alone = PlasticityReport.from_dict(json.loads(texts[0])), measured(case)
-        assert (found.samples, found.skipped, found.ending) == (alone.samples, alone.skipped, alone.ending), case
-        for row, expected in zip([*found.scores, *found.kinds], [*alone.scores, *alone.kinds], strict=True):
-            assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
-            assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case
-            assert row.standard_error == pytest.approx(expected.standard_error, rel=1e-6, abs=1e-12), case
-        for own, expected in zip(found.separation.components, alone.separation.components, strict=True):
-            assert own == pytest.approx(expected, rel=1e-6, abs=2e-6), case
-
-    errors = {
-        "bad": "OSError: the image cannot be read",
-        "nan": r"NonFiniteError: target_data\[.*\] contains NaN",
-        "uneven": "DataError: The processes must measure the same model on the same data.* They differ in",
-        "no": "ConfigError: criterion='parameter_plasticity' needs images to measure on",
-    }
-    for name, own in errors.items():
-        for rank in range(processes):
-            message = (tmp_path / f"{name}-{rank}").read_text()
-            told = own if rank == 1 or name in ("uneven", "no") else f"PlasticityError: .*process 1 of .: {own}"
-            assert re.search(told, message), (name, rank, message)
+    return launch(script, folder, processes, *end, processes=processes, machines=machines)
 
 
-def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(UNCAUGHT)
-    (result,) = launch(script, processes=2)
+@cache
+def alone(case: str) -> PlasticityReport:
+    """Returns the report of a case that one process measured: this one."""
+    return measured(case)
+
+
+def check_reports(folder: Path, processes: int, case: str) -> None:
+    """Fails unless all processes have one report, and it is that of one process alone."""
+    number = list(CASES).index(case)
+    texts = [(folder / f"{number}-{rank}.json").read_text() for rank in range(processes)]
+    assert len(set(texts)) == 1, case
+    found, own = PlasticityReport.from_dict(json.loads(texts[0])), alone(case)
+    assert (found.samples, found.skipped, found.ending) == (own.samples, own.skipped, own.ending), case
+    for row, expected in zip([*found.scores, *found.kinds], [*own.scores, *own.kinds], strict=True):
+        assert row.mean == pytest.approx(expected.mean, rel=1e-6), case
+        assert row.std == pytest.approx(expected.std, rel=1e-4, abs=1e-9), case
+        assert row.standard_error == pytest.approx(expected.standard_error, rel=1e-6, abs=1e-12), case
+    for value, expected in zip(found.separation.components, own.separation.components, strict=True):
+        assert value == pytest.approx(expected, rel=1e-6, abs=2e-6), case
+
+
+def check_errors(folder: Path, processes: int, name: str) -> None:
+    """Fails unless all processes raised: the one with its own error, the others with what happened there."""
+    own = ERRORS[name]
+    for rank in range(processes):
+        message = (folder / f"{name}-{rank}").read_text()
+        told = own if rank == 1 or name in ("uneven", "no") else f"PlasticityError: .*process 1 of .: {own}"
+        assert re.search(told, message), (name, rank, message)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompletedProcess[str]]:
+    """Returns what two processes wrote, and how they ended: by an error that nobody caught, after all the rest."""
+    folder = tmp_path_factory.mktemp("two")
+    (result,) = run(folder, 2, 1, "and end with an error")
+    assert all((folder / f"caught-{rank}").exists() for rank in range(2)), result.stderr
+    return folder, result
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_have_the_report_of_one(case: str, two: tuple[Path, CompletedProcess[str]]) -> None:
+    check_reports(two[0], 2, case)
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_all_processes_raise_what_one_does(name: str, two: tuple[Path, CompletedProcess[str]]) -> None:
+    check_errors(two[0], 2, name)
+
+
+def test_an_error_in_one_process_ends_all(two: tuple[Path, CompletedProcess[str]]) -> None:
+    _, result = two
     assert result.returncode != 0
     assert "NonFiniteError: target_data[" in result.stderr
     assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target_data[" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "machines"), [(3, 1), (2, 2)])
+def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp_path: Path) -> None:
+    for result in run(tmp_path, processes, machines):
+        assert result.returncode == 0, result.stderr
+    for case in CASES:
+        check_reports(tmp_path, processes, case)
+    for name in ERRORS:
+        check_errors(tmp_path, processes, name)

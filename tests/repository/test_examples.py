@@ -22,27 +22,34 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from plasticity_peft import PlasticityReport
 from plasticity_peft.errors import DataError
+from tests.support.forking import run_script
 from tests.support.models import REPOSITORY
-from tests.support.processes import environment, launch, python
+from tests.support.processes import launch
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 COMPARE = REPOSITORY / "examples" / "compare_components.py"
 MODEL = REPOSITORY / "examples" / "fashion-mnist-vit"
 SHORT = ["--num_train_epochs", "1", "--max_train_samples", "96", "--max_samples", "16", "--disable_tqdm", "true"]
+DIGITS = [*SHORT, "--test_fraction", "0.05", "--validation_fraction", "0.05"]
+"""The demo, evaluated on few images."""
 
 
 def run(*arguments: object, script: Path = TRAIN, processes: int = 1) -> str:
     """Returns what the example logged, from a folder that is not the repository."""
-    if processes > 1:
-        (result,) = launch(script, *arguments, processes=processes, cwd=REPOSITORY.parent)
-    else:
-        result = python(script, *arguments, cwd=REPOSITORY.parent, env=environment(ACCELERATE_USE_CPU="1"))
+    result = run_script(script, *arguments, processes=processes, cwd=REPOSITORY.parent)
     assert result.returncode == 0, result.stderr
     return result.stderr + result.stdout
 
 
-def test_without_arguments_it_compares_with_stock_peft_and_with_everything(tmp_path: Path) -> None:
-    log = run(*SHORT, "--compare_seeds", "2", "--output_dir", tmp_path)
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Returns the folder of a run without arguments, but for those that make it short, and what it logged."""
+    folder = tmp_path_factory.mktemp("demo")
+    return folder, run(*DIGITS, "--compare_seeds", "2", "--output_dir", folder)
+
+
+def test_without_arguments_it_compares_with_stock_peft_and_with_everything(demo: tuple[Path, str]) -> None:
+    folder, log = demo
     assert "| rank | kind | parameter plasticity |" in log
     assert "Parameter plasticity of vit" in log
     assert log.count("head + MHA trains") == 1
@@ -61,17 +68,18 @@ def test_without_arguments_it_compares_with_stock_peft_and_with_everything(tmp_p
     assert float(first.group(1)) > 0.5
     assert "LOAD REPORT" not in log
     assert "Warning" not in log
-    report = PlasticityReport.load(tmp_path / "plasticity.json")
+    report = PlasticityReport.load(folder / "plasticity.json")
     assert (report.criterion, report.observed, report.samples) == ("parameter_plasticity", "images", 16)
-    written = json.loads((tmp_path / "plasticity.json").read_text())
+    written = json.loads((folder / "plasticity.json").read_text())
     assert list(written["adapter"]["id2label"].values()) == [str(digit) for digit in range(10)]
     base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)
-    PeftModel.from_pretrained(base, tmp_path)
-    assert AutoImageProcessor.from_pretrained(tmp_path).size == AutoImageProcessor.from_pretrained(MODEL).size
+    PeftModel.from_pretrained(base, folder)
+    assert AutoImageProcessor.from_pretrained(folder).size == AutoImageProcessor.from_pretrained(MODEL).size
 
 
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
-    short = [*SHORT, "--compare", "false", "--output_dir", tmp_path, "--save_strategy", "steps", "--save_steps", "1"]
+    short = [*DIGITS, "--compare", "false", "--output_dir", tmp_path, "--save_strategy", "steps"]
+    short += ["--save_steps", "1"]
     short += ["--load_best_model_at_end", "false", "--save_total_limit", "10"]
     run(*short, "--training", "full", "--granularity", "component", "--top_k", "3")
     log = run(
@@ -82,12 +90,11 @@ def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     assert "| rank | kind |" in log
 
 
-def test_chooses_again_from_a_report(tmp_path: Path) -> None:
-    short = [*SHORT, "--compare", "false", "--max_steps", "1"]
-    first = run(*short, "--output_dir", tmp_path / "first")
+def test_chooses_again_from_a_report(demo: tuple[Path, str], tmp_path: Path) -> None:
+    folder, first = demo
     log = run(
-        *short, "--output_dir", tmp_path / "second", "--report", tmp_path / "first" / "plasticity.json",
-        "--top_k", "2", "--candidates", "MHA", "FC2",
+        *DIGITS, "--compare", "false", "--max_steps", "1", "--output_dir", tmp_path,
+        "--report", folder / "plasticity.json", "--top_k", "2", "--candidates", "MHA", "FC2",
     )  # fmt: skip
     assert "Selected: MHA (lora)" in first
     assert "Selected: MHA, FC2 (lora)" in log
@@ -114,10 +121,20 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     assert labels["0"] == ("dark" if form == "folder" else "T-shirt/top")
 
 
+def test_two_processes_train_together(tmp_path: Path) -> None:
+    check_trained_by_two(run(*DIGITS, "--compare", "false", "--output_dir", tmp_path, processes=2), tmp_path)
+
+
+@pytest.mark.slow
 def test_launched_by_accelerate(tmp_path: Path) -> None:
-    log = run(*SHORT, "--compare", "false", "--output_dir", tmp_path, processes=2)
+    (result,) = launch(TRAIN, *DIGITS, "--compare", "false", "--output_dir", tmp_path, cwd=REPOSITORY.parent)
+    assert result.returncode == 0, result.stderr
+    check_trained_by_two(result.stderr + result.stdout, tmp_path)
+
+
+def check_trained_by_two(log: str, folder: Path) -> None:
     assert log.count("test accuracy") == 1
-    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (folder / "adapter_model.safetensors").is_file()
 
 
 def test_help_names_every_option_of_ours() -> None:
@@ -126,7 +143,7 @@ def test_help_names_every_option_of_ours() -> None:
         assert option in text
 
 
-SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "48"]
+SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"]
 SMALL += ["--max_steps", "2", "--test_fraction", "0.1", "--validation_fraction", "0.1", "--max_samples", "16"]
 SMALL += ["--learning_rates", "1e-3", "--criteria", "parameter_plasticity", "condition_number"]
 

@@ -116,9 +116,10 @@ def providers() -> dict[str, set[str]]:
     """Returns which distributions hold a module; scikit-learn tells so by its files alone, to Python 3.10."""
     found: dict[str, set[str]] = {}
     for one in distributions():
+        name = canonicalize_name(one.metadata["Name"])  # reading it takes longer than the files do
         for file in one.files or ():
             if file.suffix == ".py":
-                found.setdefault(file.parts[0].removesuffix(".py"), set()).add(canonicalize_name(one.metadata["Name"]))
+                found.setdefault(file.parts[0].removesuffix(".py"), set()).add(name)
     return found
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.processes import STRICT, python
+from tests.support.forking import PEFT, Parent, run_code
+from tests.support.processes import STRICT
+
+STOCK = Parent(PEFT, STRICT)
+"""A process that has imported PEFT, and not this package; warnings are errors."""
 
 SCRIPT = """
 import pathlib, sys, torch
@@ -48,7 +52,7 @@ def run_stock(folder: Path, cases: dict[str, int | None], images: torch.Tensor) 
     """
     save_file({"images": images}, folder / "images.safetensors")
     names = [f"{name}:{num_labels or ''}" for name, num_labels in cases.items()]
-    result = python(*STRICT, "-c", SCRIPT, folder, *names, cwd=folder)
+    result = run_code(SCRIPT, folder, *names, folder=folder, parent=STOCK)
     assert result.returncode == 0, result.stderr
     for word in ("unexpected", "ignor", "not used"):
         assert word not in result.stderr.lower(), result.stderr
