@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, create_plasticity_optimizer, find_components, fit_head
+from plasticity_peft.components.architecture import find_architecture
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Row(NamedTuple):
 def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[str], training: str) -> list[Method]:
     """Returns the methods of the table: stock PEFT's LoRA, the selected units in both modes, and everything."""
     parts, units = find_components(model), tuple(units)
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    heads = list(find_architecture(model).heads)
     linears = [path for part in parts if part.features for path in part.modules]
     query_and_value = [path for part in parts if part.kind == "MHA" for path in part.modules[0:3:2]]
 
@@ -108,7 +109,8 @@ def compare(
     model = load()
     fit_head(model, splits["target"])
     head = _quiet_trainer(copy.deepcopy(model), arguments, splits)
-    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(model.base_model_prefix))
+    heads = find_architecture(model).heads
+    trained = sum(p.numel() for path in heads for p in model.get_submodule(path).parameters())
     rows = [Row("fitted head alone", trained, (accuracy(head),), 0.0, 0)]
     for method in wanted:
         logger.info("Training %s, with %d seeds", method.name, seeds)

@@ -341,7 +341,8 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     finally:
         transformers_logging.set_verbosity(verbosity)
     rows = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
-    missing = sorted(name for name in rows if name.startswith(model.base_model_prefix))
+    heads = find_architecture(model).heads
+    missing = sorted(name for name in rows if not name.startswith(heads))
     if missing:
         logger.warning("%s has no weights for %s, which are random.", arguments.model_name_or_path, ", ".join(missing))
     return model

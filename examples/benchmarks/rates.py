@@ -36,6 +36,7 @@ from plasticity_peft import (
     fit_head,
     measure_plasticity,
 )
+from plasticity_peft.components.architecture import find_architecture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from train import DataArguments, ModelArguments, Transform, load_images, load_model, load_processor, split
@@ -58,7 +59,7 @@ def methods(model: PreTrainedModel, images: torch.Tensor) -> dict[str, Callable[
     """Returns what turns a model with a fitted head into one in which a part of it trains, by name."""
     report = measure_plasticity(model, images, criterion="bound")  # any: the candidates decide
     parts = find_components(model)
-    heads = [name for name, _ in model.named_children() if name != model.base_model_prefix]
+    heads = list(find_architecture(model).heads)
 
     def chosen(training: str, *kinds: str) -> Callable[[PreTrainedModel], nn.Module]:
         options = {"candidates": kinds, "top_k": len(kinds), "training": training, "r": 8, "lora_alpha": 16}

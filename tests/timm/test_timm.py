@@ -221,13 +221,14 @@ def test_a_folder_of_timm_is_loaded_with_its_image_processor_and_labels(
 @both_modes
 def test_the_example_trains_a_folder_of_timm(folder: Path, training: str, tmp_path: Path) -> None:
     options = {
-        "model_name_or_path": folder, "output_dir": tmp_path, "training": training, "head_only": "true",
+        "model_name_or_path": folder, "output_dir": tmp_path, "training": training,
+        "compare": "true", "compare_seeds": 1,
         "max_steps": 2, "max_samples": 8, "max_train_samples": 32, "use_cpu": "true",
     }  # fmt: skip
     command = ["train.py", *(word for name, value in options.items() for word in (f"--{name}", value))]
     result = python(*command, cwd=REPOSITORY / "examples")
     assert result.returncode == 0, result.stderr
-    assert "head only" in result.stderr
+    assert "| fitted head alone |" in result.stderr
     names = {path.name for path in tmp_path.iterdir()}
     assert {"README.md", "plasticity.json", "plasticity.png", "adapter_model.safetensors"} <= names
     assert any(".head." in name for name in load_file(tmp_path / "adapter_model.safetensors"))
