@@ -1,10 +1,12 @@
 """Publishes the results of train.py: the adapter with its report, card and picture, and optionally the merged model.
 
-Each is one commit at the end, so a push that fails leaves the repository unchanged.
+The merged model can also be saved without the Hub. Each publication is one commit at the end, so a push that fails
+leaves the repository unchanged.
 """
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Iterator
@@ -13,6 +15,8 @@ from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, create_repo, upload_folder
 from transformers import Trainer, TrainingArguments
+
+from plasticity_peft.files import replaced_when_whole
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +78,17 @@ def publish_merged(
         create_repo(name, private=trainer.args.hub_private_repo, exist_ok=True)
         upload_folder(repo_id=name, folder_path=folder, commit_message="Merged model")
     logger.info("Published https://huggingface.co/%s", name)
+
+
+def save_merged(trainer: Trainer) -> None:
+    """Saves a merged copy of the model and its image processor in the folder `merged`; the adapter stays as it is."""
+    if not trainer.is_world_process_zero():
+        return
+    model = copy.deepcopy(trainer.accelerator.unwrap_model(trainer.model)).merge_and_unload()
+    with replaced_when_whole(Path(trainer.args.output_dir, "merged"), last="config.json") as folder:
+        model.save_pretrained(folder)
+        trainer.processing_class.save_pretrained(folder)
+    logger.info("The merged model is in %s", Path(trainer.args.output_dir, "merged"))
 
 
 def merged_card(

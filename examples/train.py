@@ -9,6 +9,7 @@ finetuning everything.
     python examples/train.py --model_name_or_path google/vit-base-patch16-224-in21k --dataset_name beans \
         --training lora --top_k 2 --output_dir outputs/beans
     accelerate launch examples/train.py --dataset_name path/to/image/folder --budget 0.01
+    python examples/train.py arguments.yaml
 
 `--help` lists the arguments, including those of transformers' TrainingArguments.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
@@ -31,7 +33,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
 from PIL import ImageOps
-from publishing import claim_repository, publish, publish_merged
+from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from sklearn.metrics import accuracy_score
@@ -50,6 +52,7 @@ from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
+    PlasticityCallback,
     PlasticityConfig,
     PlasticityError,
     PlasticityReport,
@@ -170,6 +173,10 @@ class PlasticityArguments:
         metadata={"help": "Train stock PEFT's LoRA and everything in full as well, and print a table (default: in the "
                   "demo)."},
     )  # fmt: skip
+    measure_every: int | None = field(
+        default=None,
+        metadata={"help": "Measure again after this many epochs each, and log the scores."},
+    )
     compare_seeds: int = field(default=3, metadata={"help": "Seeds of the runs of this table."})
 
 
@@ -201,6 +208,9 @@ class FinetuningArguments(TrainingArguments):
     ddp_find_unused_parameters: bool | None = field(default=False, metadata={"help": "All that trains is used."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Pin the memory of images, for a GPU."})
     hub_strategy: str = field(default="end", metadata={"help": "When to publish: end, or with every checkpoint too."})
+    save_merged: bool = field(
+        default=False, metadata={"help": "Also save the merged model, which needs no PEFT, in <output_dir>/merged."}
+    )
     push_merged: bool = field(
         default=False,
         metadata={"help": "With --push_to_hub, also publish the merged model, as <hub_model_id>-merged."},
@@ -381,6 +391,7 @@ def finetune(
     processor: BaseImageProcessor,
     splits: dict[str, Dataset],
     checkpoint: str | None,
+    measure_every: int | None = None,
 ) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after training, and its metrics on the test images."""
     optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -404,6 +415,8 @@ def finetune(
         compute_metrics=compute_metrics,
         optimizers=(optimizer, None),
     )
+    if measure_every is not None:
+        trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
         logger.info("%s is the end of training: nothing is left to train.", checkpoint)
@@ -463,7 +476,7 @@ def load_splits(
 def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: dict[str, Dataset]) -> PlasticityConfig:
     """Returns the PlasticityConfig. A resumed run selects from the report of its checkpoint."""
     options = asdict(plasticity)
-    for name in ("compare", "compare_seeds"):
+    for name in ("compare", "compare_seeds", "measure_every"):
         del options[name]
     pairs = options.pop("pairs")
     if pairs is not None:
@@ -513,10 +526,28 @@ def is_demo(model: ModelArguments, data: DataArguments) -> bool:
     return data.dataset_name is None and model.model_name_or_path == str(DEMO_MODEL)
 
 
+def config_file() -> Path | None:
+    """Returns the file of arguments, if the command line consists of one."""
+    name = sys.argv[1] if len(sys.argv) == 2 else ""
+    return Path(name) if name.endswith((".json", ".yaml", ".yml")) else None
+
+
+def parse_file(parser: HfArgumentParser, path: Path) -> tuple:
+    """Returns the arguments in a JSON or YAML file.
+
+    Raises:
+        SystemExit: there is no such file, or it names an argument that does not exist.
+    """
+    try:
+        return parser.parse_json_file(path) if path.suffix == ".json" else parser.parse_yaml_file(path)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"Cannot read the arguments in {path}: {error}") from None
+
+
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
-    parsed = parser.parse_args_into_dataclasses()
+    parsed = parser.parse_args_into_dataclasses() if config_file() is None else parse_file(parser, config_file())
     model_arguments, data, _, arguments = parsed
     demo = is_demo(model_arguments, data)
     if arguments.num_train_epochs is None:
@@ -560,7 +591,7 @@ def main() -> None:
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
     log_size(model, splits, arguments)
-    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint)
+    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint, plasticity.measure_every)
     selected = " + ".join(("head", *units))
 
     about = {
@@ -569,12 +600,14 @@ def main() -> None:
         "finetuned_from": base_model,  # or Trainer's card says "trained from scratch"
     }
     save(trainer, metrics, splits["test"], about)
-    trainable, total = model.get_nb_trainable_parameters()
+    trainable, total = model.get_nb_trainable_parameters()[0], config.report.model_parameters
     logger.info(
         "%s trains %d of %d parameters (%.2f %%), test accuracy %.2f %%",
         selected, trainable, total, 100 * trainable / total, 100 * metrics["test_accuracy"],
     )  # fmt: skip
     logger.info("The adapter and plasticity.json are in %s", arguments.output_dir)
+    if arguments.save_merged:
+        save_merged(trainer)
     if repository is not None:
         publish(trainer, repository, **about)
     if arguments.push_merged:

@@ -13,12 +13,13 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from datasets import ClassLabel, Dataset, DatasetDict
 from peft import PeftModel
 from PIL import Image
 from pyarrow import parquet
 from safetensors import safe_open
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from plasticity_peft import PlasticityReport
 from plasticity_peft.errors import DataError
@@ -99,6 +100,25 @@ def test_chooses_again_from_a_report(demo: tuple[Path, str], tmp_path: Path) -> 
     assert "Selected: MHA (lora)" in first
     assert "Selected: MHA, FC2 (lora)" in log
     assert "Measuring plasticity" not in log
+
+
+def test_the_arguments_may_be_in_a_file(tmp_path: Path) -> None:
+    options = dict(zip((name.removeprefix("--") for name in DIGITS[::2]), DIGITS[1::2], strict=True))
+    options |= {"output_dir": str(tmp_path / "out"), "compare": "false", "save_merged": "true", "measure_every": 1}
+    path = tmp_path / "arguments.yaml"
+    path.write_text("\n".join(f"{name}: {value}" for name, value in options.items()))
+    log = run(path)
+    assert "plasticity/MHA" in log
+    merged = pipeline("image-classification", str(tmp_path / "out" / "merged"))
+    assert len(merged(Image.new("L", (8, 8)))) == 5
+    base = AutoModelForImageClassification.from_pretrained(MODEL, num_labels=10)
+    adapted = PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    images = torch.rand(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(merged.model(images).logits, adapted(images).logits, rtol=1e-4, atol=1e-4)
+    path.write_text("output_dirr: x")
+    with pytest.raises(AssertionError, match=r"Cannot read the arguments in .*output_dirr"):
+        run(path)
 
 
 @pytest.mark.parametrize("form", ["folder", "parquet"])
