@@ -48,7 +48,7 @@ def examined(settling: Settling, observed: Observed) -> tuple[list[str], float]:
     return ranking, settling.reached(ranking, units, distances(means, Spread.of(observed)).tolist())
 
 
-def rates(means: list[float], choice: TopK, repetitions: int = 400, **options: Any) -> tuple[float, float]:
+def rates(means: list[float], choice: TopK, repetitions: int = 200, **options: Any) -> tuple[float, float]:
     """Returns how often it settled, and how often on units that are not the best."""
     best = {choice.units[i] for i in np.argsort(-np.array(means))[: choice.top_k]}
     generator = np.random.default_rng(5)
@@ -57,14 +57,19 @@ def rates(means: list[float], choice: TopK, repetitions: int = 400, **options: A
     return len(settled) / repetitions, sum(chosen != best for chosen in settled) / repetitions
 
 
-def at_most(level: float, repetitions: int = 400) -> float:
+def at_most(level: float, repetitions: int = 200) -> float:
     """Returns what a rate of `level` is exceeded by in one of 10,000 simulations."""
     return float(stats.binom.ppf(1 - 1e-4, repetitions, level) / repetitions)
 
 
+def slow(*values: Any) -> Any:
+    """Returns a case that only the slow tests run."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize("noise", NOISES)
-@pytest.mark.parametrize("top_k", [1, 2, 4])
-@pytest.mark.parametrize("gap", [0.0, 0.01, 0.03, 0.1])
+@pytest.mark.parametrize("top_k", [1, 2, slow(4)])
+@pytest.mark.parametrize("gap", [0.0, slow(0.01), 0.03, slow(0.1)])
 def test_a_wrong_choice_is_settled_no_more_often_than_promised(noise: str, top_k: int, gap: float) -> None:
     means = [gap * number for number in range(5)]
     settled, wrong = rates(means, TopK(UNITS, top_k), noise=noise)
@@ -139,19 +144,19 @@ def pairs_of_images(generator: np.random.Generator, means: np.ndarray, source: i
 
 
 @pytest.mark.parametrize("source", [None, IMAGES])
-@pytest.mark.parametrize("means", [[0, 1, 1, 0, 0], [0, 0, 0, 0, 0], [0, 0.1, 0, 0, 0]])
+@pytest.mark.parametrize("means", [[0, 1, 1, 0, 0], slow([0, 0, 0, 0, 0]), slow([0, 0.1, 0, 0, 0])])
 def test_pairs_that_share_images_keep_the_promise(means: list[float], source: int | None) -> None:
     generator, settling = np.random.default_rng(3), Settling(TopK(UNITS, 1), confidence=0.95, looks=1)
     settled, ignored = 0, 0
-    for _ in range(300):
+    for _ in range(100):
         observed = pairs_of_images(generator, np.array(means), source)
         ranking, reached = examined(settling, observed)
         tied = means[UNITS.index(ranking[0])] < max(means) or sorted(means)[-2] == max(means)
         settled += tied and reached >= 0.95
         without = replace(observed, keys=np.empty((observed.moments.count, 0), dtype=np.int64))
         ignored += tied and examined(settling, without)[1] >= 0.95
-    assert settled / 300 <= at_most(0.05, 300)
-    assert ignored / 300 > at_most(0.05, 300), "the simulation must fail if images are taken for independent"
+    assert settled / 100 <= at_most(0.05, 100)
+    assert ignored / 100 > at_most(0.05, 100), "the simulation must fail if images are taken for independent"
 
 
 @pytest.mark.parametrize("source", [None, IMAGES])
@@ -189,7 +194,7 @@ def test_whatever_is_left_open_does_not_change_the_choice(seed: int) -> None:
     for choice in choices:
         ranking = list(generator.permutation(units))
         orders, chosen = choice.orders(ranking), choice.chosen(ranking)
-        for _ in range(300):
+        for _ in range(100):
             other = list(generator.permutation(units))
             if all(other.index(better) < other.index(worse) for better, worse in orders):
                 assert set(choice.chosen(other)) == set(chosen)
