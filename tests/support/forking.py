@@ -21,7 +21,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
-TIMEOUT = 240
+TIMEOUT = 480
 """Seconds after which a process is ended."""
 
 
