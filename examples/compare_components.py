@@ -104,6 +104,7 @@ class ComparisonTrainingArguments(FinetuningArguments):
     num_train_epochs: float = field(default=4, metadata={"help": "Passes over the training images."})
     eval_strategy: str = field(default="no", metadata={"help": "Evaluation happens once, after training."})
     save_strategy: str = field(default="no", metadata={"help": "When to save; a run that saves can be resumed."})
+    eval_on_start: bool = field(default=False, metadata={"help": "Evaluation is once, after training."})
     load_best_model_at_end: bool = field(default=False, metadata={"help": "The last weights are the result."})
     max_grad_norm: float = field(default=0.0, metadata={"help": "Limit of the gradient norm; 0: no clipping."})
     disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar for each of many runs."})

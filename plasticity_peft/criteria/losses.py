@@ -36,7 +36,7 @@ def own_loss(model: nn.Module, architecture: Architecture, sampler: Batches, bat
     output = _output(model, architecture, batch.images, labels)
     loss = _loss_in(output)
     if loss is None:
-        raise ModelError(f"{type(model).__name__} returns no loss for {_shown(labels) or 'images'}.")
+        raise ModelError(f"{type(model).__name__} returns no loss for {_shown(labels).rstrip(',') or 'images'}.")
     if not loss.requires_grad:
         raise ModelError(
             f"{type(model).__name__}: its loss has no gradient. A hook or its forward pass detaches the tokens, or "
@@ -49,7 +49,8 @@ def refused(model: nn.Module, labels: Mapping[str, Any], error: Exception) -> Da
     """Returns the error for labels that the loss of a model refuses, with the reason."""
     cause = error.__cause__ or error
     return DataError(
-        f"The loss of {type(model).__name__} refuses {_shown(labels) or 'the images'}: {type(cause).__name__}: "
+        f"The loss of {type(model).__name__} refuses {_shown(labels).rstrip(',') or 'the images'}: "
+        f"{type(cause).__name__}: "
         f"{cause} Give labels as the model takes them in training, or use a criterion without labels."
     )
 

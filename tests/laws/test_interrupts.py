@@ -352,7 +352,7 @@ def test_a_model_made_in_inference_mode_is_an_error_where_gradients_are_needed()
     with torch.inference_mode():
         model = tiny_model()
     for criterion in ("parameter_plasticity", "gradient_norm"):
-        with pytest.raises(ModelError, match=r"was made in torch\.inference_mode\(\), and .* cannot have a gradient"):
+        with pytest.raises(ModelError, match=r"was made in torch\.inference_mode\(\), so .* cannot have a gradient"):
             measure_plasticity(model, LABELED, criterion=criterion)
     found = measure_plasticity(copy.deepcopy(model), LABELED)
     assert [r.mean for r in found.scores] == [r.mean for r in measure_plasticity(tiny_model(), LABELED).scores]

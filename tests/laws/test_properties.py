@@ -212,7 +212,7 @@ def test_what_is_promised_is_understood() -> None:
 
 def test_every_field_is_looked_at() -> None:
     own = {field.name for field in dataclasses.fields(PlasticityConfig) if field.init and not _of_lora(field.name)}
-    assert own == {*OWN, "target_data", "source_data", "report", "chosen", "forward_kwargs"}
+    assert own == {*OWN, "target_data", "source_data", "report", "chosen", "forward_kwargs", "fit_head"}
 
 
 def _of_lora(name: str) -> bool:
