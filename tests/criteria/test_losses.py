@@ -237,7 +237,7 @@ def test_a_loss_for_each_image_is_meaned() -> None:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], Any, str]] = {
     "too few columns": (
         lambda: vit(num_labels=3), VECTORS[:, :2],
-        r"loss of ViTForImageClassification refuses labels, a tensor of shape \(4, 2\) \X",
+        r"loss of ViTForImageClassification refuses labels, a tensor of shape \(4, 2\) \(torch\.float32\): Value",
     ),
     "a class too many": (lambda: vit(num_labels=3), [3] * COUNT, "Labels must be from 0 to 2, .* Got 3 to 3"),
     "words": (lambda: vit(num_labels=3), ["cat"] * COUNT, r"its label must be a whole number\. Got 'cat'"),

@@ -60,9 +60,10 @@ KILLS = [("weights", 0), ("optimizer", 1), ("state", 0), ("deleting", 0), ("conf
 
 
 def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    arguments = [*SHORT, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
-    arguments += ["--save_total_limit", "1"]
-    plan = [{"arguments": [*SHORT, "--save_total_limit", "1", "--output_dir", tmp_path / "whole"]}]
+    # With the best model at the end, the Trainer would delete a last checkpoint that is not the best.
+    common = [*SHORT, "--save_total_limit", "1", "--load_best_model_at_end", "false"]
+    arguments = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
+    plan = [{"arguments": [*common, "--output_dir", tmp_path / "whole"]}]
     plan += [{"arguments": arguments, "at": kill} for kill in KILLS]
     plan += [{"arguments": arguments}] * 2
     ends, logs = run_and_kill(tmp_path, [dict(step) for step in plan])
