@@ -60,8 +60,8 @@ KILLS = [("weights", 0), ("optimizer", 1), ("state", 0), ("deleting", 0), ("conf
 
 
 def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    # With the best model at the end, the Trainer would delete a last checkpoint that is not the best.
-    common = [*SHORT, "--save_total_limit", "1", "--load_best_model_at_end", "false"]
+    # With evaluation, the Trainer would delete a last checkpoint that is not the best.
+    common = [*SHORT, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
     arguments = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
     plan = [{"arguments": [*common, "--output_dir", tmp_path / "whole"]}]
     plan += [{"arguments": arguments, "at": kill} for kill in KILLS]
