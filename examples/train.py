@@ -195,7 +195,7 @@ class FinetuningArguments(TrainingArguments):
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps of warm-up (default: a tenth of all steps)."})
     eval_on_start: bool = field(default=True, metadata={"help": "Evaluate the fitted head before training."})
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
@@ -499,13 +499,22 @@ def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: Finetuning
     with torch.no_grad():
         model(pixel_values=image[None].to(model.device))
     hook.remove()
-    batch = arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-    steps = arguments.max_steps
-    if steps <= 0:
-        steps = int(np.ceil(len(splits["train"]) / batch) * arguments.num_train_epochs)
+    steps, batch = number_of_steps(arguments, splits["train"]), batch_size(arguments)
     logger.info(
         "Images of %d x %d pixels, %d tokens each; %d steps of %d images", *image.shape[1:], tokens[0], steps, batch
     )
+
+
+def batch_size(arguments: FinetuningArguments) -> int:
+    """Returns the number of images per step, on all devices together."""
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
+def number_of_steps(arguments: FinetuningArguments, images: Dataset) -> int:
+    """Returns the number of training steps."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
 
 
 def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
@@ -591,6 +600,7 @@ def main() -> None:
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
     log_size(model, splits, arguments)
+    arguments.warmup_steps = arguments.warmup_steps or round(0.1 * number_of_steps(arguments, splits["train"]))
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint, plasticity.measure_every)
     selected = " + ".join(("head", *units))
 

@@ -188,7 +188,9 @@ def seeded(items: Iterator[Any], seeds: Sequence[int]) -> Iterator[Any]:
 
 def _bytes(item: Any) -> int:
     """Returns about how much memory an item takes."""
-    if isinstance(item, (torch.Tensor, np.ndarray)):
+    if isinstance(item, torch.Tensor):
+        return item.numel() * item.element_size()  # nbytes is not defined for sparse tensors
+    if isinstance(item, np.ndarray):
         return int(item.nbytes)
     if isinstance(item, dict):
         return sum(map(_bytes, item.values()))

@@ -21,7 +21,7 @@ def test_a_few_damaged_files() -> None:
 def test_the_fuzzer_sees_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that forgets a kind of damage is found out."""
     monkeypatch.setattr("plasticity_peft.report.report.PlasticityReport.check", lambda self: None)
-    assert fuzz(150, seed=2)["failures"]
+    assert fuzz(400, seed=2)["failures"]
 
 
 @pytest.mark.slow

@@ -274,6 +274,8 @@ def test_lora_that_peft_would_not_find_again_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", STOCK_REFUSES)
 def test_what_stock_peft_refuses_is_refused_in_the_same_words(name: str) -> None:
+    if not FIVE:
+        pytest.skip("transformers 4 knows the embeddings of these classes")
     task = TASKS[name]
     layer = next(path for path, module in task.build().named_modules() if isinstance(module, nn.Linear))
     with pytest.raises(NotImplementedError, match=r"get_input_embeddings"):

@@ -19,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from transformers import DeiTForImageClassificationWithTeacher, ViTConfig, ViTForImageClassification
 
-from plasticity_peft import PlasticityConfig, fit_head, measure_plasticity
+from plasticity_peft import PlasticityConfig, find_components, fit_head, measure_plasticity
 from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.report.head import HeadFit
@@ -27,6 +27,7 @@ from plasticity_peft.saved.record import AdapterRecord
 from tests.support.models import backbone, tiny_model
 from tests.support.processes import launch
 
+QUERY = find_components(tiny_model())[1].modules[0]
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
 
 
@@ -255,7 +256,7 @@ def test_a_head_that_was_fitted_in_vain_is_as_it_was() -> None:
 
 def test_a_further_adapter_leaves_the_head_of_the_first_alone() -> None:
     items = labeled(20, [number % 3 for number in range(20)])
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=[QUERY], modules_to_save=["classifier"]))
     first = logits(model, items)
     config = PlasticityConfig(target_data=items, fit_head=True, criterion="bound", candidates="FC1")
     model.add_adapter("fitted", config)
@@ -269,7 +270,7 @@ def test_a_further_adapter_leaves_the_head_of_the_first_alone() -> None:
 def test_an_adapter_that_is_trained_has_its_own_head_fitted() -> None:
     """`fit_head` sets the head that the model uses: that of the active adapter."""
     items = labeled(20, [number % 3 for number in range(20)])
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"], modules_to_save=["classifier"]))
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=[QUERY], modules_to_save=["classifier"]))
     with model.disable_adapter():
         before = logits(model, items)
     fit_head(model, items)

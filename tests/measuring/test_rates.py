@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from plasticity_peft import PlasticityConfig, create_plasticity_optimizer
+from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components
 from plasticity_peft.errors import ConfigError, DataError
 from plasticity_peft.measuring.rates import FALL, MOST_OVER_MATRICES, TO_FIT, USUAL_SHARE, trained_groups
 from tests.support.models import tiny_model
@@ -102,7 +102,8 @@ def test_the_head_does_not_matter_for_the_rates_of_what_trains_in_full() -> None
 
 def test_lora_has_a_rate_that_follows_from_its_sizes() -> None:
     def of(**options: Any) -> float:
-        model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "v_proj"], **options))
+        layers = find_components(tiny_model())[1].modules[:2]
+        model = get_peft_model(tiny_model(), LoraConfig(target_modules=list(layers), **options))
         return rates(create_plasticity_optimizer(model, torch.optim.AdamW))["lora_B"]
 
     one = of(r=4, lora_alpha=8)
