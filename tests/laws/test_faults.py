@@ -33,7 +33,7 @@ SHORT = [
 ]  # fmt: skip
 
 
-def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: float = 240) -> tuple[list[int], list[str]]:
+def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: float = 480) -> tuple[list[int], list[str]]:
     """Returns how the runs of examples/train.py ended, one after the other, and what each logged."""
     for number, step in enumerate(plan):
         step["arguments"] = [str(part) for part in step["arguments"]]

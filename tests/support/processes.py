@@ -33,7 +33,7 @@ def environment(**options: str) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **options}
 
 
-def python(*arguments: object, timeout: float = 240, **options: Any) -> subprocess.CompletedProcess[str]:
+def python(*arguments: object, timeout: float = 480, **options: Any) -> subprocess.CompletedProcess[str]:
     """Returns a process of this Python that has ended, and what it wrote; `options` are those of subprocess.run."""
     defaults = {"capture_output": True, "text": True, "check": False, "env": environment()}
     return subprocess.run([sys.executable, *map(str, arguments)], timeout=timeout, **{**defaults, **options})
@@ -71,7 +71,7 @@ def launch(
             )
         )
     try:
-        outputs = [process.communicate(timeout=240) for process in running]
+        outputs = [process.communicate(timeout=480) for process in running]
     finally:
         for process in running:
             process.kill()
