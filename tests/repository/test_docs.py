@@ -39,6 +39,7 @@ from plasticity_peft import PlasticityConfig, PlasticityReport
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.layouts import LAYOUTS
 from plasticity_peft.criteria.registry import CRITERIA
+from tests.support.families import FIVE
 from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
 
@@ -206,6 +207,8 @@ def is_ours(words: list[str]) -> bool:
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if name == "docs/large-models.md" and not FIVE:
+        pytest.skip("transformers 4 loads 4-bit models in float16, which torch does not autocast to bfloat16 on a CPU")
     page = REPOSITORY / name
     wanted = [block for block in blocks(page) if block.language in ("python", "bash")]
     assert [block.reason for block in wanted if block.reason] == NOT_RUN.get(name, [])
