@@ -19,17 +19,13 @@ from plasticity_peft import PlasticityConfig, load_adapter
 from tests.support.models import moved
 from tests.support.outputs import answers, difference
 from tests.support.processes import python
+from tests.support.stock import WITHOUT_US
 from tests.support.tasks import Batch, Task
 
-STOCK = """
-import pathlib, sys, warnings
-sys.modules["plasticity_peft"] = None
-try:
-    import plasticity_peft
-except ImportError:
-    pass
-else:
-    raise SystemExit("plasticity_peft could be imported")
+STOCK = (
+    WITHOUT_US
+    + """
+import pathlib, warnings
 import torch, transformers
 from peft import PeftModel
 from tests.support.outputs import answers, difference
@@ -47,6 +43,7 @@ for folder in map(pathlib.Path, sys.argv[1:]):
         found = f"{type(error).__name__}: {error}".replace("\\n", " ")
     print(folder.name, found or "equal", sep="\\t", flush=True)
 """
+)
 
 
 def adapt(task: Task, model: PreTrainedModel, training: str, **options: Any) -> PeftModel:

@@ -13,8 +13,8 @@ from tests.support.processes import STRICT
 STOCK = Parent(PEFT, STRICT)
 """A process that has imported PEFT, and not this package; warnings are errors."""
 
-SCRIPT = """
-import pathlib, sys, torch
+WITHOUT_US = """
+import sys
 sys.modules["plasticity_peft"] = None
 try:
     import plasticity_peft
@@ -22,6 +22,13 @@ except ImportError:
     pass
 else:
     raise SystemExit("plasticity_peft could be imported")
+"""
+"""Code that makes this package impossible to import, and fails if it can be imported all the same."""
+
+SCRIPT = (
+    WITHOUT_US
+    + """
+import pathlib, torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageClassification
@@ -42,6 +49,7 @@ for case in sys.argv[2:]:
             logits[f"{name}/{how}"] = model.eval()(pixel_values=images).logits
 save_file(logits, folder / "logits.safetensors")
 """
+)
 
 
 def run_stock(folder: Path, cases: dict[str, int | None], images: torch.Tensor) -> dict[str, torch.Tensor]:
