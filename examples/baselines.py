@@ -85,6 +85,21 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
     ]
 
 
+def recommended_optimizer(model: nn.Module, arguments: TrainingArguments, images: Dataset) -> torch.optim.Optimizer:
+    """Returns the optimizer that the arguments name, at recommended rates unless they give one."""
+    optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+    learning_rate = options.pop("lr")
+    return create_plasticity_optimizer(
+        model,
+        optimizer_cls,
+        train_dataset=images,
+        lr=learning_rate,
+        weight_decay=arguments.weight_decay,
+        batch_size=arguments.per_device_train_batch_size,
+        **options,
+    )
+
+
 def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
     """Returns the recipe for one run of many: only the last weights count, and nothing is written or logged."""
     arguments = copy.copy(arguments)
@@ -97,16 +112,15 @@ def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
 
 
 def compare(
-    load: Callable[[], PreTrainedModel],
+    model: PreTrainedModel,
     wanted: Iterable[Method],
     arguments: TrainingArguments,
     splits: Mapping[str, Dataset],
     seeds: int,
     accuracy: Callable[[Trainer], float],
 ) -> list[Row]:
-    """Returns a row for the fitted head alone and for each method."""
+    """Returns a row for the fitted head alone and for each method. The head of `model` is fitted."""
     disable_progress_bars()
-    model = load()
     fit_head(model, splits["target"])
     head = _quiet_trainer(copy.deepcopy(model), arguments, splits)
     heads = find_architecture(model).heads
@@ -134,11 +148,7 @@ def _run(
     arguments = copy.copy(arguments)
     arguments.seed = seed
     model = method.adapt(model)
-    cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    options.pop("lr")
-    optimizer = create_plasticity_optimizer(
-        model, cls, train_dataset=splits["target"], lr=arguments.learning_rate, **options
-    )
+    optimizer = recommended_optimizer(model, arguments, splits["target"])
     trainer = _quiet_trainer(model, arguments, splits, optimizers=(optimizer, None))
     memory = step_memory(trainer)
     start = time.perf_counter()

@@ -27,7 +27,7 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
-from baselines import compare, methods, quiet, table
+from baselines import compare, methods, quiet, recommended_optimizer, table
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -56,7 +56,6 @@ from plasticity_peft import (
     PlasticityConfig,
     PlasticityError,
     PlasticityReport,
-    create_plasticity_optimizer,
     find_components,
 )
 from plasticity_peft.arguments import ARGUMENTS
@@ -394,17 +393,7 @@ def finetune(
     measure_every: int | None = None,
 ) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after training, and its metrics on the test images."""
-    optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    learning_rate = options.pop("lr")
-    optimizer = create_plasticity_optimizer(
-        model,
-        optimizer_cls,
-        train_dataset=splits["target"],
-        lr=learning_rate,
-        weight_decay=arguments.weight_decay,
-        batch_size=arguments.per_device_train_batch_size,
-        **options,
-    )
+    optimizer = recommended_optimizer(model, arguments, splits["target"])
     trainer = ResumableTrainer(
         model=model,
         args=arguments,
@@ -645,18 +634,16 @@ def print_table(
 ) -> None:
     """Trains what the selection is compared with, each at its recommended rates, and logs a table."""
 
-    def load() -> PreTrainedModel:
-        set_seed(arguments.seed)
-        return on_device(load_model(model_arguments, labels), arguments)
-
     def accuracy(trainer: Trainer) -> float:
         trainer.compute_metrics = compute_metrics
         return trainer.evaluate(splits["test"], metric_key_prefix="test")["test_accuracy"]
 
-    wanted = methods(load(), config.report, config.selection.units, config.training)
+    set_seed(arguments.seed)
+    model = on_device(load_model(model_arguments, labels), arguments)
+    wanted = methods(model, config.report, config.selection.units, config.training)
     with tempfile.TemporaryDirectory() as folder:
-        rows = compare(load, wanted, quiet(arguments, folder), splits, seeds, accuracy)
-    parameters = sum(parameter.numel() for parameter in load().parameters())
+        rows = compare(model, wanted, quiet(arguments, folder), splits, seeds, accuracy)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     logger.info("\n%s", table(rows, parameters, len(splits["test"])))
 
 
