@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from plasticity_peft.checks import check_number, shown
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.measuring.rates import GROUPS, Group, recommended_rates, trained_groups
+from plasticity_peft.measuring.rates import Group, recommended_rates, trained_groups
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -84,8 +84,8 @@ def create_plasticity_optimizer(
     """
     groups = trained_groups(model)
     own = {"head": head_lr, "vector": vector_lr, "matrix": matrix_lr, "lora_A": lora_A_lr, "lora_B": lora_B_lr}
-    given = {name: rate for name, rate in ((name, lr if rate is None else rate) for name, rate in own.items())
-             if rate is not None}  # fmt: skip
+    or_lr = {name: lr if rate is None else rate for name, rate in own.items()}
+    given = {name: rate for name, rate in or_lr.items() if rate is not None}
     for name, rate in given.items():
         check_number("lr" if own[name] is None else f"{name}_lr", rate)
     open_groups = [group for group in groups if group.name not in given]
@@ -129,6 +129,3 @@ def _shown(groups: list[Group], rates: Mapping[str, float], given: Mapping[str, 
         f"{group.count:,} parameters)"
         for group in groups
     )
-
-
-__all__ = ["GROUPS", "create_plasticity_optimizer"]

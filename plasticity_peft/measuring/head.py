@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from plasticity_peft.components.quantized import holds_plain_weights, trainable_
 from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
-from plasticity_peft.images.sampler import SingleImages
+from plasticity_peft.images.sampler import Sampler, SingleImages
 from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
@@ -36,6 +36,9 @@ from plasticity_peft.report.head import HeadFit
 
 MOST_HELD = 2**17
 """Largest number of images whose features are kept in memory for leave-one-out errors: the first ones drawn."""
+
+
+AnySampler = TypeVar("AnySampler", bound=Sampler)
 
 
 def fit_head(
@@ -264,9 +267,16 @@ def _sampler(
         raise ConfigError("dataset must be labeled images to fit the head on. Got None.")
     names = input_names(model, architecture)
     images = Images(dataset, "dataset", read_at_most=max_samples, names=names, seed=seed)
+    return sampler_of(SingleImages, images, model, max_samples, batch_size, seed)
+
+
+def sampler_of(
+    kind: type[AnySampler], images: Images, model: nn.Module, max_samples: int, batch_size: int, seed: int
+) -> AnySampler:
+    """Returns a sampler of images for a model. Raises DataError if there are fewer than 2."""
     if not images.has(1):
-        raise DataError(f"dataset must contain at least 2 images. Got {len(images)}.")
-    return SingleImages(
+        raise DataError(f"{images.name} must contain at least 2 images. Got {len(images)}.")
+    return kind(
         target=images,
         max_samples=max_samples,
         batch_size=batch_size,

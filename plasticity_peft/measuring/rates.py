@@ -20,14 +20,13 @@ from transformers.utils import logging
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import input_names, label_names, with_forward_kwargs
 from plasticity_peft.components.heads import within
-from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.wrappers import bare
 from plasticity_peft.criteria.losses import own_loss
-from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches
-from plasticity_peft.measuring.head import FittedHead, fitted_head, is_fitted
+from plasticity_peft.measuring.head import FittedHead, fitted_head, is_fitted, sampler_of
 from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
 
 # Below the logger of transformers, so that its verbosity holds here too.
@@ -117,8 +116,9 @@ def recommended_rates(
     rates = {}
     if "head" in by_name:
         rates["head"] = (OF_FITTED_HEAD if is_fitted(bare(model)) else OF_FRESH_HEAD) / _features(by_name["head"])
-    lora = [by_name[name] for name in ("lora_A", "lora_B") if name in by_name]
-    rates |= dict.fromkeys((group.name for group in lora), _rate_of_lora(bare(model))) if lora else {}
+    lora = [name for name in ("lora_A", "lora_B") if name in by_name]
+    if lora:
+        rates |= dict.fromkeys(lora, _rate_of_lora(bare(model)))
     in_full = [by_name[name] for name in IN_FULL if name in by_name]
     if not in_full:
         return rates
@@ -232,13 +232,4 @@ class _Gradient:
             label_names=label_names(model, architecture) or LABELS,
             whole_batches=True,
         )
-        if not images.has(1):
-            raise DataError(f"train_dataset must hold at least 2 images. Got {len(images)}.")
-        return Batches(
-            target=images,
-            max_samples=IMAGES,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            device=execution_device(model),
-            dtype=next(p.dtype for p in model.parameters() if p.is_floating_point()),
-        )
+        return sampler_of(Batches, images, model, IMAGES, self.batch_size, self.seed)
