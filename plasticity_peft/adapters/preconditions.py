@@ -19,7 +19,7 @@ from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.images.blank import blank_image
-from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
+from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.saved.layers import PREFIX
 
 
@@ -118,15 +118,12 @@ def _uncalled(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:
     """Returns the projections that a pass with a blank image does not call; those that look so if none is possible."""
     if any(parameter.is_meta for parameter in model.parameters()):
         return _with_biases_apart(model, architecture)
-    with ONE_AT_A_TIME:
-        found = left_as_found(model, seed=0)
-        try:
-            with found:
-                return uncalled_projections(model, architecture, blank_image(model, architecture, None))
-        except Exception:  # it may be unknown which size or which other inputs a model takes
-            return _with_biases_apart(model, architecture)
-        finally:
-            found.put_back()
+    try:
+        return run_left_as_found(
+            lambda: uncalled_projections(model, architecture, blank_image(model, architecture, None)), model, seed=0
+        )
+    except Exception:  # it may be unknown which size or which other inputs a model takes
+        return _with_biases_apart(model, architecture)
 
 
 def _with_biases_apart(model: nn.Module, architecture: Architecture) -> tuple[str, ...]:

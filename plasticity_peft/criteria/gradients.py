@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ _DETACHED = (
     "has no gradient with respect to the tokens that enter the first block. A hook or a forward pass detaches them "
     "or runs under torch.no_grad(). Remove that, or use a criterion without gradients, such as 'rate_of_change'."
 )
+
+_WHOLE: dict[str, Any] = {"early_stop": False} if "early_stop" in signature(checkpoint).parameters else {}
+"""Options of `checkpoint` to recompute the whole block. Older releases of torch have only a setting of all threads."""
 
 MOST_ELEMENTS = 2**24
 """Largest number of elements of the gradients of one layer, image by image, that are held at a time."""
@@ -153,6 +157,7 @@ class GradientsByImage:
             taps.settle()
         if not reached:
             raise ModelError(f"{type(self._model).__name__}: its output {_DETACHED}")
+        taps.check_complete()
         # For a layer that the scalar does not depend on.
         none = torch.zeros(images, dtype=torch.float64, device="cpu")
         columns = [
@@ -228,6 +233,14 @@ class _Taps:
                 tokens, gradients = (self._rows(path, held.pop(path)) for held in (self._given, self._back))
                 self.squares[path] = _squares(unwrap(self._layers[path]), tokens, gradients)
 
+    def check_complete(self) -> None:
+        """Raises ModelError if there is a layer whose gradient came, and whose input did not."""
+        for path in self._back.keys() - self._given.keys():
+            raise ModelError(
+                f"{path}: its block was not recomputed as far as this layer. Another thread, or the code around this "
+                "call, uses torch.utils.checkpoint.set_checkpoint_early_stop. Measure outside of it."
+            )
+
 
 def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
     """Returns the squared norm of the gradient of a layer's parameters, image by image: float64 of shape (images,).
@@ -292,10 +305,14 @@ def recomputed(blocks: Iterable[nn.Module]) -> Iterator[None]:
     is called again, including its last layer, whose output torch would not need.
     """
     with ExitStack() as stack:
-        stack.enter_context(set_checkpoint_early_stop(False))
+        stack.enter_context(_recomputed_whole())
         for block in blocks:
             stack.enter_context(_recomputed(block))
         yield
+
+
+def _recomputed_whole() -> AbstractContextManager[Any]:
+    return nullcontext() if _WHOLE else set_checkpoint_early_stop(False)
 
 
 class Recomputed(ReplacedForward):
@@ -305,7 +322,7 @@ class Recomputed(ReplacedForward):
         """Computes the block, and recomputes it for its gradient. Calls from other threads are unchanged."""
         if threading.get_ident() != self._thread:
             return self._forward(*args, **kwargs)
-        return checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        return checkpoint(self._compute, *args, use_reentrant=False, preserve_rng_state=False, **_WHOLE, **kwargs)
 
     def _compute(self, *args: Any, **kwargs: Any) -> Any:
         with working_for(self._thread):  # a backward pass on a GPU runs in its own thread

@@ -28,7 +28,7 @@ from plasticity_peft.components.wrappers import bare, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
-from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
+from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
@@ -184,20 +184,20 @@ def fitted_head(
     model = bare(model)
     architecture = with_forward_kwargs(model, find_architecture(model, backbone), options["forward_kwargs"])
     share = this_process()
-    with ONE_AT_A_TIME:
-        found = left_as_found(model, seed, options["dtype"], dataset)
-        try:
-            with found, trainable_after(model):
-                with failing_together(share):
-                    sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
-                    path = final_layer(model, architecture, sampler.example())
-                    layer = _linear(model, path)
-                    count = sampler.available(max_samples)
-                    problem = _problem_type(model, sampler)
-                same(share, "number of images", count)
-                sums, features, targets = _collect(model, architecture, path, sampler, share, problem)
-        finally:
-            found.put_back()  # an interrupt may have cut short what the context does at its end
+
+    def collected() -> tuple[nn.Linear, str, tuple[Any, Any, Any]]:
+        with trainable_after(model):
+            with failing_together(share):
+                sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
+                path = final_layer(model, architecture, sampler.example())
+                layer = _linear(model, path)
+                count = sampler.available(max_samples)
+                problem = _problem_type(model, sampler)
+            same(share, "number of images", count)
+            return layer, problem, _collect(model, architecture, path, sampler, share, problem)
+
+    layer, problem, seen = run_left_as_found(collected, model, seed, options["dtype"], dataset)
+    sums, features, targets = seen
     fit = _solve(sums, features, targets, wanted, share, problem)
     weights, biases = Ridge(sums).weights(fit.penalty)
     return FittedHead(layer, weights * fit.temperature, biases * fit.temperature, fit)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,15 +24,16 @@ from plasticity_peft.errors import ModelError
 from plasticity_peft.images.loaders import state_of
 from plasticity_peft.images.seeding import seed_cpu
 
-ONE_AT_A_TIME = threading.RLock()
-"""Lock that is held while a model is measured, because all threads share random states and the mode of a model."""
+T = TypeVar("T")
+
+_ONE_AT_A_TIME = threading.RLock()
 
 
 class LeftAsFound:
     """Inside: evaluation mode, no gradients, random numbers from a seed, autocast to `dtype` or to nothing.
 
     Afterwards everything is as before. Code compiled by torch.compile is not used inside, because it ignores the hooks
-    that are set here.
+    that are set here. One thread is inside at a time, because all threads share random states and the mode of a model.
 
     On success and on failure, these are restored: the mode of every module, `requires_grad` of the parameters, the
     problem type that a loss sets in a config, and the random states of torch (CPU and the model's devices), numpy,
@@ -40,18 +41,11 @@ class LeftAsFound:
     devices are not touched. Other threads may run the model meanwhile, in evaluation mode. If they change its weights,
     an error is raised.
 
-    An interrupt may cut `__exit__` short. `put_back` in a `finally` around it does the rest:
-
-        found = LeftAsFound(model, seed)
-        try:
-            with found:
-                ...
-        finally:
-            found.put_back()
+    An interrupt may cut `__exit__` short. `run_left_as_found` does the rest.
     """
 
     def __init__(self, model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> None:
-        """Records the state, and changes nothing.
+        """Notes what to leave as found, and changes nothing.
 
         Args:
             model: the model to restore.
@@ -59,37 +53,43 @@ class LeftAsFound:
             dtype: "bfloat16" or "float16" for autocast to it.
             data: datasets and DataLoaders whose random generators are restored.
         """
-        self._model, self._seed, self._dtype = model, seed, dtype
-        devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
-        self._device_types = sorted({"cpu", *(device.type for device in devices if device.type != "meta")})
-        self._accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        self._model, self._seed, self._dtype, self._data = model, seed, dtype, data
         self._contexts = ExitStack()
-        self._modes = [(module, module.training) for module in model.modules()]
-        self._flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-        self._versions = [(name, p, p._version) for name, p in _plain_parameters(model)]
-        self._undo: list[Callable[[], None]] = [
-            *_random_states(self._accelerators),
-            *map(state_of, data),
-            *_problem_types(model),
-            *_packings(model),
-            *_settings_of_torch(self._device_types),
-        ]
+        self._undo: list[Callable[[], None]] = []
+        self._versions: list[tuple[str, nn.Parameter, int]] = []
+        self._locked = False
 
     def __enter__(self) -> None:
-        """Changes the model and the process."""
+        """Waits for other threads, records the state, and then changes the model and the process."""
+        self._locked = True  # before it is: an interrupt in between must not leave a lock that nobody releases
+        _ONE_AT_A_TIME.acquire()
+        model = self._model
+        devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
+        kinds = sorted({"cpu", *(device.type for device in devices if device.type != "meta")})
+        accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
+        self._versions = [(name, p, p._version) for name, p in _plain_parameters(model)]
+        self._undo = [
+            _modes(model),
+            self._contexts.close,
+            *_random_states(accelerators),
+            *map(state_of, self._data),
+            *_problem_types(model),
+            *_packings(model),
+            *_settings_of_torch(kinds),
+        ]
         lower = None if self._dtype is None else getattr(torch, self._dtype)
         enter = self._contexts.enter_context
         enter(torch.inference_mode(False))
         enter(torch.no_grad())
         enter(torch.compiler.set_stance("force_eager"))
-        for kind in self._device_types:
+        for kind in kinds:
             enter(torch.autocast(kind, dtype=lower, enabled=lower is not None))
         if torch.get_default_device().type != "cpu":
-            enter(execution_device(self._model))
+            enter(execution_device(model))
         seed_cpu(self._seed)
-        for index in self._accelerators:
+        for index in accelerators:
             torch.cuda.default_generators[index].manual_seed(self._seed)
-        self._model.eval()
+        model.eval()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Restores everything. Raises ModelError if the weights have changed meanwhile."""
@@ -99,16 +99,12 @@ class LeftAsFound:
 
     def put_back(self) -> None:
         """Restores everything. A second call has no effect."""
-        remove_own_hooks(self._model)
-        for module, training in self._modes:
-            module.training = training
-            put_back_forward(module)
-        for parameter, required in self._flags:
-            if parameter.requires_grad != required:
-                parameter.requires_grad_(required)
-        self._contexts.close()
         for undo in self._undo:
             undo()
+        if self._locked:
+            with suppress(RuntimeError):  # it was never acquired, or is already released
+                _ONE_AT_A_TIME.release()
+            self._locked = False
 
     def _check_weights(self) -> None:
         for name, parameter, version in self._versions:
@@ -119,9 +115,30 @@ class LeftAsFound:
                 )
 
 
-def left_as_found(model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> LeftAsFound:
-    """Returns the context in which a model is measured; see `LeftAsFound`."""
-    return LeftAsFound(model, seed, dtype, *data)
+def run_left_as_found(work: Callable[[], T], model: nn.Module, seed: int, dtype: str | None = None, *data: Any) -> T:
+    """Returns what `work` returns inside of `LeftAsFound`, and restores everything also after an interrupt."""
+    found = LeftAsFound(model, seed, dtype, *data)
+    try:
+        with found:
+            return work()
+    finally:
+        found.put_back()
+
+
+def _modes(model: nn.Module) -> Callable[[], None]:
+    modes = [(module, module.training) for module in model.modules()]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+
+    def put_back() -> None:
+        remove_own_hooks(model)
+        for module, training in modes:
+            module.training = training
+            put_back_forward(module)
+        for parameter, required in flags:
+            if parameter.requires_grad != required:
+                parameter.requires_grad_(required)
+
+    return put_back
 
 
 def _plain_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

@@ -38,7 +38,7 @@ from plasticity_peft.images.blank import blank_image
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches, Pairs, Sampler
-from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
+from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
 from plasticity_peft.measuring.settling import Settling, error_factor, looks
@@ -210,16 +210,14 @@ def measure_by(
     _check_device(model)
     choice = rule.choice(architecture.components, architecture.parameters)
     measuring = _Measuring(model, architecture, settings, target_data, source_data)
-    with ONE_AT_A_TIME:
-        found = left_as_found(model, settings.seed, settings.dtype, target_data, source_data)
-        try:
-            with found, trainable_after(model), measuring.contexts:
-                if isinstance(criterion, WeightCriterion):
-                    columns = Columns(architecture, criterion, Settling(choice, 0.0, looks=1))
-                    return measuring.weights(criterion, columns)
-                return measuring.images(criterion, choice, rule.granularity)
-        finally:
-            found.put_back()  # an interrupt may have cut the end of the context short
+
+    def measured() -> PlasticityReport:
+        with trainable_after(model), measuring.contexts:
+            if isinstance(criterion, WeightCriterion):
+                return measuring.weights(criterion, Columns(architecture, criterion, Settling(choice, 0.0, looks=1)))
+            return measuring.images(criterion, choice, rule.granularity)
+
+    return run_left_as_found(measured, model, settings.seed, settings.dtype, target_data, source_data)
 
 
 @dataclass(frozen=True)

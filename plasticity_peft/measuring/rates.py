@@ -27,7 +27,7 @@ from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches
 from plasticity_peft.measuring.head import FittedHead, fitted_head, is_fitted, sampler_of
-from plasticity_peft.measuring.left_as_found import ONE_AT_A_TIME, left_as_found
+from plasticity_peft.measuring.left_as_found import run_left_as_found
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -193,15 +193,15 @@ class _Gradient:
         architecture = find_architecture(model, self.backbone)
         architecture = with_forward_kwargs(model, architecture, self.forward_kwargs)
         parameters = [parameter for group in groups for _, parameter in group.parameters]
-        with ONE_AT_A_TIME:
-            found = left_as_found(model, self.seed, None, self.dataset)
-            try:
-                with found, torch.enable_grad():
-                    mean, loss = self._mean(model, architecture, parameters)
-                    gradients = iter(mean)
-                    sums = {g.name: sum(float(next(gradients).abs().sum()) for _ in g.parameters) for g in groups}
-            finally:
-                found.put_back()
+
+        def measured() -> tuple[dict[str, float], float]:
+            with torch.enable_grad():
+                mean, loss = self._mean(model, architecture, parameters)
+                gradients = iter(mean)
+                sums = {g.name: sum(float(next(gradients).abs().sum()) for _ in g.parameters) for g in groups}
+            return sums, loss
+
+        sums, loss = run_left_as_found(measured, model, self.seed, None, self.dataset)
         for name, total in sums.items():
             if not math.isfinite(total):
                 raise NonFiniteError(f"The gradient of the {name} group is NaN or infinite. Train in float32.")

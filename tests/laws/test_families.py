@@ -24,7 +24,7 @@ from plasticity_peft.criteria.gradients import GradientsByImage, differentiable,
 from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError, PlasticityError
-from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.left_as_found import LeftAsFound
 from tests.support import oracles
 from tests.support.families import FAMILIES, FIVE, LABELS, PLAIN, every_family, family, items
 from tests.support.measures import MEASURES, PROTOCOLS, rates
@@ -209,7 +209,7 @@ def test_gradients_by_image_are_those_of_each_image(name: str) -> None:
     images = {key: value.double() if value.is_floating_point() else value for key, value in found.images(3).items()}
     single = [{key: value[number : number + 1] for key, value in images.items()} for number in range(3)]
     expected = []
-    with left_as_found(model, 0):
+    with LeftAsFound(model, 0):
         size = features(model, architecture, single[0]).shape[1]
         directions = torch.randn(3, size, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
         for number, direction in enumerate(directions):

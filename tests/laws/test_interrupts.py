@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 import time
 import warnings
@@ -18,9 +19,10 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
 from plasticity_peft import find_components, measure_plasticity
+from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.hooks import OwnHook
 from plasticity_peft.errors import ModelError
-from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.left_as_found import _ONE_AT_A_TIME, LeftAsFound
 from tests.support.interrupts import interrupted, moments
 from tests.support.models import random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
@@ -76,10 +78,26 @@ def interrupts_at(model: nn.Module, work: Callable[[], Any], numbers: list[int],
                 raise AssertionError(f"moment {number} was passed over: {interrupter.place}")
         try:
             assert_same(before, snapshot(model))
+            assert not is_measured()
             assert not [hook for m in model.modules() for hook in m._forward_hooks.values() if type(hook) is OwnHook]
         except AssertionError as error:
             raise AssertionError(f"after an interrupt at {interrupter.place}: {error}") from None
         yield interrupter.place
+
+
+def is_measured() -> bool:
+    """Returns whether another thread would wait until a measurement of this one ends."""
+    free: list[bool] = []
+
+    def acquire() -> None:
+        free.append(_ONE_AT_A_TIME.acquire(blocking=False))
+        if free[0]:
+            _ONE_AT_A_TIME.release()
+
+    thread = threading.Thread(target=acquire)
+    thread.start()
+    thread.join()
+    return not free[0]
 
 
 @pytest.mark.parametrize("measure", MEASURES)
@@ -221,7 +239,7 @@ def test_hooks_are_of_the_thread_that_sets_them(vit: PreTrainedModel) -> None:
 
 def test_an_error_inside_is_not_replaced_by_one_about_weights(vit: PreTrainedModel) -> None:
     def change(error: bool) -> None:
-        with left_as_found(vit, 0):
+        with LeftAsFound(vit, 0):
             vit.classifier.weight.add_(1)
             if error:
                 raise ZeroDivisionError
@@ -235,12 +253,16 @@ def test_an_error_inside_is_not_replaced_by_one_about_weights(vit: PreTrainedMod
 # --------------------------------------------------------------------------------------------- layers and surroundings
 
 
+FC1 = [part.modules[0] for part in find_components(tiny_model()) if part.kind == "FC1"]
+"""Paths of layers, which depend on the release of transformers."""
+
+
 def each_fc1(change: Callable[[nn.Module], Any]) -> nn.Module:
     model = tiny_model()
-    for layer in model.vit.layers:
+    for path in FC1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            change(layer.mlp.fc1)
+            change(model.get_submodule(path))
     return model
 
 
@@ -259,7 +281,7 @@ def by_hand(layer: nn.Module) -> None:
 COMPUTED: dict[str, tuple[Callable[[nn.Module], Any], str, Callable[[nn.Module], Any] | None]] = {
     "pruned": (
         lambda layer: prune.l1_unstructured(layer, "weight", 0.3),
-        r"is pruned: .*prune\.remove\(model\.get_submodule\('vit\.layers\.0\.mlp\.fc1'\), 'weight'\)",
+        rf"is pruned: .*prune\.remove\(model\.get_submodule\('{re.escape(FC1[0])}'\), 'weight'\)",
         lambda layer: prune.remove(layer, "weight"),
     ),
     "pruned in turns": (
@@ -300,13 +322,13 @@ def test_layers_whose_weights_are_computed_are_refused_by_name(name: str) -> Non
     change, text, remedy = COMPUTED[name]
     model = each_fc1(change)
     for options in ({}, {"inputs": "embedding"}, {"inputs": "activation"}, {"criterion": "condition_number"}):
-        with pytest.raises(ModelError, match=rf"vit\.layers\.0\.mlp\.fc1 {text}"):
+        with pytest.raises(ModelError, match=f"{re.escape(FC1[0])} {text}"):
             measure_plasticity(model, IMAGES, max_samples=4, **options)
     with pytest.raises(ModelError, match=text):
         find_components(model)
     if remedy:
-        for layer in model.vit.layers:
-            remedy(layer.mlp.fc1)
+        for path in FC1:
+            remedy(model.get_submodule(path))
         assert measure_plasticity(model, IMAGES, max_samples=4).samples == 4
 
 
@@ -316,11 +338,13 @@ def test_a_head_whose_weights_are_computed_is_measured_with(vit: PreTrainedModel
     assert [row.mean for row in measure_plasticity(vit, IMAGES).scores] == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("where", ["layers.0", "layers.1", "layernorm"])
+@pytest.mark.parametrize("where", [0, 1, "layernorm"])
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_hook_that_detaches_is_an_error_where_gradients_are_needed(where: str, frozen: bool) -> None:
+def test_a_hook_that_detaches_is_an_error_where_gradients_are_needed(where: int | str, frozen: bool) -> None:
     model = tiny_model().requires_grad_(not frozen)
-    model.vit.get_submodule(where).register_forward_hook(lambda module, args, output: output.detach())
+    blocks = find_architecture(model).blocks
+    module = model.get_submodule(blocks[where] if isinstance(where, int) else f"vit.{where}")
+    module.register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(
         ModelError, match=r"has no gradient with respect to the tokens .* A hook or a forward pass detaches"
     ):

@@ -12,7 +12,7 @@ import torch
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.criteria.parameter_plasticity import features
-from plasticity_peft.measuring.left_as_found import left_as_found
+from plasticity_peft.measuring.left_as_found import LeftAsFound
 from tests.support.families import every_family, family
 from tests.support.measures import MEASURES
 from tests.support.processes import python
@@ -86,7 +86,7 @@ def test_blocks_that_are_computed_again_give_the_same_numbers(name: str) -> None
     model, images = found.build(), found.images(2)
     architecture = find_architecture(model)
     blocks = [model.get_submodule(path) for path in architecture.blocks]
-    with left_as_found(model, 0):
+    with LeftAsFound(model, 0):
         gradients = GradientsByImage(model, architecture, {key: value[:1] for key, value in images.items()})
         found = [
             gradients(2, lambda: features(model, architecture, images).sum(), recompute=recompute)

@@ -10,9 +10,9 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -110,7 +110,7 @@ def in_threads(world_size: int, work: Callable[[int], T]) -> list[T]:
         patch.setattr("accelerate.PartialState", State)
         patch.setattr("accelerate.utils.gather_object", gather)
         # Processes do not wait for one another to measure; threads do.
-        patch.setattr("plasticity_peft.measuring.measure.ONE_AT_A_TIME", nullcontext())
+        patch.setattr("plasticity_peft.measuring.left_as_found._ONE_AT_A_TIME", Mock())
         found = list(pool.map(one, range(world_size)))
     torch.set_rng_state(random_state[0])
     np.random.set_state(random_state[1])
