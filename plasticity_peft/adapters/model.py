@@ -34,6 +34,7 @@ from transformers.utils import logging
 
 from plasticity_peft.adapters.chosen import labels_of
 from plasticity_peft.adapters.config import CHOOSERS, PlasticityConfig
+from plasticity_peft.adapters.originals import keep_originals_away
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.adapters.preconditions import (
     check_labels,
@@ -57,6 +58,7 @@ from plasticity_peft.adapters.what_trains import (
 )
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
+from plasticity_peft.components.wrappers import originals_in_place
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.measuring.head import fitted_head
 from plasticity_peft.measuring.measure import measure_by
@@ -90,7 +92,7 @@ def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
     def inject_adapter(tuner: BaseTuner, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = tuner.peft_config[adapter_name]
         if isinstance(config, PlasticityConfig):
-            with _unmarked_on_failure(model):
+            with _unmarked_on_failure(model), originals_in_place(model):
                 choose_components(tuner.model, config)
                 if getattr(model, "_hf_peft_config_loaded", False):
                     check_switchable(model, config.modules_to_save or ())
@@ -98,6 +100,7 @@ def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
                     inject(tuner, model, adapter_name, *args, **kwargs)
                     _add_switch(model, adapter_name)
                     _finish(tuner, adapter_name, config)
+            keep_originals_away(model)
         else:
             inject(tuner, model, adapter_name, *args, **kwargs)
 
@@ -305,10 +308,11 @@ def _adapters_hidden(model: nn.Module) -> Iterator[None]:
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in layers):
         raise ModelError("An adapter is merged into the model. Call unmerge_adapter() before adding another.")
     before = [layer._disable_adapters for layer in layers]
-    try:
-        for layer in layers:
-            layer._disable_adapters = True
-        yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer._disable_adapters = disabled
+    with originals_in_place(model):
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, disabled in zip(layers, before, strict=True):
+                layer._disable_adapters = disabled

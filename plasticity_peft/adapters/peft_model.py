@@ -24,6 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from transformers.utils import logging
 
 from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.originals import keep_originals_away
 from plasticity_peft.card import complete_card
 from plasticity_peft.errors import PlasticityError
 from plasticity_peft.hub import PROCESSOR_NAME
@@ -48,6 +49,12 @@ class PlasticityPeftModel(PeftModel):
             if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
                 module.eval()
         return self
+
+    def load_adapter(self, *args: Any, **kwargs: Any) -> Any:
+        """Loads a saved adapter, as PEFT does. Originals of what it trains in full wait in CPU memory."""
+        loaded = super().load_adapter(*args, **kwargs)
+        keep_originals_away(self)
+        return loaded
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Deletes an adapter. Other active adapters stay active, also if they have no LoRA layers.

@@ -30,7 +30,7 @@ from plasticity_peft.components.heads import (
     within,
 )
 from plasticity_peft.components.quantized import holds_plain_weights, parameter_count
-from plasticity_peft.components.wrappers import walk
+from plasticity_peft.components.wrappers import original_of, walk
 from plasticity_peft.errors import ConfigError, ModelError
 
 # A child of the logger of transformers, so that its verbosity applies here too.
@@ -70,7 +70,7 @@ def heads_that_train(model: nn.Module, heads: Iterable[str]) -> tuple[str, ...]:
     In these cases, the heads are those that another adapter trains, or all heads if there are none.
     """
     heads = tuple(heads)
-    inside = [path for path, module in model.named_modules() if "original_module" in module._modules]
+    inside = [path for path, module in model.named_modules() if original_of(module)]
     trained = outermost(path for path in inside if any(within(path, head) for head in heads))
     if _adapted(model) or not any(parameter.requires_grad for parameter in model.parameters()):
         return tuple(trained) or heads
@@ -79,7 +79,7 @@ def heads_that_train(model: nn.Module, heads: Iterable[str]) -> tuple[str, ...]:
 
 
 def _adapted(model: nn.Module) -> bool:
-    return any({"original_module", "base_layer"} & set(module._modules) for module in model.modules())
+    return any(original_of(module) or "base_layer" in module._modules for module in model.modules())
 
 
 def _unfrozen(modules: dict[str, nn.Module], path: str) -> Iterator[str]:

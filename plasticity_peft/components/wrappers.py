@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -15,6 +15,8 @@ PIXELS = "pixel_values"
 IMAGE_ARGUMENTS = ("x", "image", "images", "img", "imgs", "pixels", "video", "videos")
 """Names of the one argument of a user's forward pass that stands for `pixel_values`."""
 PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
+ORIGINAL = "original_module"
+"""Name under which PEFT keeps the original of a module that trains in full."""
 COMPILED = "_orig_mod"
 """Name under which `torch.compile` keeps the module that it compiled."""
 
@@ -68,11 +70,28 @@ def check_not_sharded(model: nn.Module) -> None:
             )
 
 
+def original_of(module: nn.Module) -> nn.Module | None:
+    """Returns what PEFT keeps of a module that trains in full; None if `module` is not such a wrapper."""
+    waiting = vars(module).get(ORIGINAL)  # in CPU memory, where it is no child of its wrapper
+    return waiting if isinstance(waiting, nn.Module) else module._modules.get(ORIGINAL)
+
+
+@contextmanager
+def originals_in_place(model: nn.Module) -> Iterator[None]:
+    """Inside, originals that wait in CPU memory are on the device of the model, and children of their wrappers."""
+    with ExitStack() as stack:
+        for module in list(model.modules()):
+            in_place = getattr(type(module), "original_in_place", None)
+            if in_place is not None:
+                stack.enter_context(in_place(module))
+        yield
+
+
 def unwrap(module: nn.Module) -> nn.Module:
     """Returns the module of the base model behind `module`, which PEFT or torch.compile may have wrapped."""
     while True:
         children = dict(module.named_children())
-        inner = children.get("base_layer", children.get("original_module", children.get(COMPILED)))
+        inner = children.get("base_layer", original_of(module) or children.get(COMPILED))
         if inner is None:
             return module
         module = inner

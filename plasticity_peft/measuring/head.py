@@ -24,7 +24,7 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run, with_forward_kwargs
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
-from plasticity_peft.components.wrappers import bare, walk
+from plasticity_peft.components.wrappers import bare, original_of, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
@@ -251,7 +251,7 @@ def _linear(model: nn.Module, path: str) -> nn.Linear:
 
 def _active(module: nn.Module) -> nn.Module:
     """Returns the module itself, or what PEFT calls in its place: the copy of the active adapter, or the original."""
-    original = module._modules.get("original_module")
+    original = original_of(module)
     if original is None:
         return module
     wrapper: Any = module

@@ -20,6 +20,7 @@ from torch import nn
 
 from plasticity_peft.components.hooks import put_back_forward, remove_own_hooks
 from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.components.wrappers import originals_in_place
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images.loaders import state_of
 from plasticity_peft.images.seeding import seed_cpu
@@ -64,8 +65,10 @@ class LeftAsFound:
         self._locked = True  # before it is: an interrupt in between must not leave a lock that nobody releases
         _ONE_AT_A_TIME.acquire()
         model = self._model
+        self._undo = [self._contexts.close]
+        self._contexts.enter_context(originals_in_place(model))
         devices = {parameter.device for parameter in model.parameters()} | {execution_device(model)}
-        kinds = sorted({"cpu", *(device.type for device in devices if device.type != "meta")})
+        kinds = sorted({"cpu", *filter(torch.amp.is_autocast_available, {device.type for device in devices})})
         accelerators = sorted({device.index or 0 for device in devices if device.type == "cuda"})
         self._versions = [(name, p, p._version) for name, p in _plain_parameters(model)]
         self._undo = [
