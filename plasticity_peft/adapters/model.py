@@ -1,6 +1,6 @@
 """The connection with PEFT: registration, and the step from scores to adapted modules.
 
-Only this file and `peft_model.py` use internals of PEFT. This file relies on the following:
+Only this file, `peft_model.py` and `originals.py` use internals of PEFT. This file relies on the following:
 
 - the table of configs, which maps a `peft_type` to its class, takes a new key (`register_peft_method` takes only
   members of the closed enum `PeftType`);
@@ -100,7 +100,7 @@ def choosing_first(inject: Callable[..., None]) -> Callable[..., None]:
                     inject(tuner, model, adapter_name, *args, **kwargs)
                     _add_switch(model, adapter_name)
                     _finish(tuner, adapter_name, config)
-            keep_originals_away(model)
+                    keep_originals_away(model)
         else:
             inject(tuner, model, adapter_name, *args, **kwargs)
 

@@ -35,6 +35,9 @@ class TrainedInFull(ModulesToSaveWrapper):
     _device = torch.device("cpu")
     """The device from which an original that waits was sent away."""
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # what PEFT's status of layers shows
+
     def settle(self) -> None:
         """Puts the original on the device if it computes, and into CPU memory if an adapter does."""
         if self._original_computes():

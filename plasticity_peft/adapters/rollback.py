@@ -16,24 +16,25 @@ from torch import nn
 def restored_on_failure(model: nn.Module) -> Iterator[None]:
     """Inside, an exception restores the modules of `model`.
 
-    Children, parameters, hooks, modes, `requires_grad` and all other attributes are restored, and so are the random
-    states. The values of parameters are not.
+    Children, parameters, hooks, modes, `requires_grad`, classes and all other attributes are restored, and so are the
+    random states. The values of parameters are not.
     """
     restore_random_state = _random_state(model)
     flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     before = []
     for module in model.modules():
         held = [value for value in vars(module).values() if type(value) in (dict, OrderedDict, list, set)]
-        before.append((vars(module), vars(module).copy(), [(value, value.copy()) for value in held]))
+        before.append((module, type(module), vars(module).copy(), [(value, value.copy()) for value in held]))
     try:
         yield
     except BaseException:
-        for attributes, old, containers in before:
+        for module, kind, old, containers in before:
             for container, content in containers:
                 container.clear()
                 (container.extend if isinstance(container, list) else container.update)(content)
-            attributes.clear()
-            attributes.update(old)
+            vars(module).clear()
+            vars(module).update(old)
+            module.__class__ = kind
         for parameter, required in flags:
             parameter.requires_grad_(required)
         restore_random_state()

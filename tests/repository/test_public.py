@@ -143,7 +143,7 @@ def test_the_files_that_touch_private_modules_of_peft() -> None:
         for source in House(PACKAGE).sources
         if any(name.startswith(private) for name in imported(source.tree, source.module))
     }
-    assert found == {"model.py", "peft_model.py", "preconditions.py"}
+    assert found == {"model.py", "originals.py", "peft_model.py", "preconditions.py"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-LEFT_EARLY = ("<genexpr>", "walk", "_deal")
+LEFT_EARLY = ("<genexpr>", "walk", "_deal", "_matching")
 """Generators that are left early, and then resumed to be closed: no exception can leave them then."""
 
 
