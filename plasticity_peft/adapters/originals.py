@@ -76,10 +76,9 @@ class TrainedInFull(ModulesToSaveWrapper):
 
     def _send_original_away(self) -> None:
         here, copies = _device_of(self.original_module), _device_of(self.modules_to_save)
-        if here is None or copies is None or {here.type, copies.type} & set(SAME_MEMORY):
-            return
-        _convert(self.original_module, lambda tensor: tensor.to("cpu"))
-        self._disown_original(copies)
+        if here is not None and copies is not None and copies.type not in SAME_MEMORY and here.type != "meta":
+            _convert(self.original_module, lambda tensor: tensor.to("cpu"))
+            self._disown_original(copies)
 
     def _adopt_original(self) -> None:
         """Makes the original the first child, as in PEFT, so that state dicts keep their order."""

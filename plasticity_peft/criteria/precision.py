@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -14,4 +14,5 @@ def precise(dtype: torch.dtype) -> torch.dtype:
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager[object]:
     """Inside, autocast does not lower the precision of computations on the device of `tensor`."""
-    return torch.autocast(tensor.device.type, enabled=False)
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
