@@ -28,7 +28,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
@@ -333,6 +333,63 @@ def test_every_module_that_trains_in_full_is_an_auxiliary_wrapper() -> None:
         assert wrapper._disable_adapters
         wrapper.enable_adapters(True)
         assert not wrapper._disable_adapters
+
+
+def test_a_wrapper_has_the_seams_that_let_its_original_wait() -> None:
+    with reliance(
+        "ModulesToSaveWrapper computes with the original if adapters are disabled, or an active name is not in "
+        "_adapters, by _forward_wrapped_passthrough; mixes by _mixed_batch_forward; and copies in update()",
+        "adapters/originals.py: _original_computes, _forward_wrapped_passthrough, _mixed_batch_forward, update",
+        "which brings the original to the device before it computes or is copied",
+    ):
+        (wrapper,) = (m for m in both(tiny_model()).modules() if type(m) is ModulesToSaveWrapper)
+        called = []
+        wrapper._forward_wrapped_passthrough = lambda *_: called.append("original")
+        wrapper._mixed_batch_forward = lambda *_, adapter_names: called.append(adapter_names)
+        states = torch.rand(2, 3, 16)
+        wrapper(states)
+        assert not called
+        wrapper(states, adapter_names=["__base__", "default"])
+        wrapper.enable_adapters(False)
+        wrapper(states)
+        wrapper.enable_adapters(True)
+        wrapper._adapters.clear()
+        wrapper(states)
+        assert called == [["__base__", "default"], "original", "original"]
+        wrapper.update("two")
+        assert wrapper._get_available_adapters() == {"default", "two"}
+    with reliance(
+        "a module moves by _apply, and is saved and loaded by _save_to_state_dict and _load_from_state_dict, after "
+        "which its children follow, and then its post hooks",
+        "adapters/originals.py: _apply, _save_to_state_dict, _load_from_state_dict, _settle_after_loading",
+        "which handle an original that is no child of its wrapper",
+    ):
+        order = []
+
+        class Watched(nn.Module):
+            def __init__(self, name: str, *children: nn.Module) -> None:
+                super().__init__()
+                self.name, self.inner = name, nn.ModuleList(children)
+                self.register_load_state_dict_post_hook(lambda *_: order.append(f"loaded {name}"))
+
+            def _apply(self, *args: Any) -> nn.Module:
+                order.append(f"moved {self.name}")
+                return super()._apply(*args)
+
+            def _save_to_state_dict(self, *args: Any) -> None:
+                order.append(f"saved {self.name}")
+                super()._save_to_state_dict(*args)
+
+            def _load_from_state_dict(self, *args: Any) -> None:
+                order.append(f"loading {self.name}")
+                super()._load_from_state_dict(*args)
+
+        model = Watched("outer", Watched("inner"))
+        model.load_state_dict(model.to("cpu").state_dict())
+        assert order == [
+            *("moved outer", "moved inner", "saved outer", "saved inner"),
+            *("loading outer", "loading inner", "loaded inner", "loaded outer"),
+        ]
 
 
 def test_an_adapter_layer_needs_no_more_than_our_switch_has() -> None:
