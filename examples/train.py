@@ -138,7 +138,10 @@ class PlasticityArguments:
         default=True, metadata={"help": "Fit the head to frozen features in closed form before training."}
     )
     top_k: int | None = field(default=None, metadata={"help": "Number of the best units to train (default: 1)."})
-    budget: float | None = field(default=None, metadata={"help": "Share of the parameters to train, not top_k."})
+    budget: str | None = field(
+        default=None,
+        metadata={"help": "How much to train, not top_k: a share of the parameters, or '0.6 time', '0.5 memory'."},
+    )
     report: str | None = field(default=None, metadata={"help": "Select from this saved report instead of measuring."})
     criterion: str | None = field(
         default=None,
