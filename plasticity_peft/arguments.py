@@ -6,8 +6,10 @@ command line starts quickly.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
 from itertools import islice
@@ -84,13 +86,40 @@ def _check_candidates(name: str, value: Any) -> tuple[str, ...]:
     return check_candidates(value)
 
 
-def _check_budget(name: str, value: Any) -> float:
-    if not is_number(value) or not 0 < value <= 1:
+UNITS = ("parameters", "time", "memory")
+"""What a budget may limit."""
+
+
+def parse_budget(name: str, value: Any) -> tuple[float, str]:
+    """Returns the share of a budget, and of what it is one: of `UNITS`.
+
+    Raises:
+        ConfigError: the budget has another form, or the share is not above 0 and at most 1.
+
+    Examples:
+        >>> parse_budget("budget", 0.01)
+        (0.01, 'parameters')
+        >>> parse_budget("budget", "60% time")
+        (0.6, 'time')
+    """
+    match = re.fullmatch(r"\s*([0-9.eE+-]+)\s*(%?)\s*([a-z]*)\s*", value) if isinstance(value, str) else None
+    share, unit = value, "parameters"
+    if match:
+        unit = match[3] or unit
+        with suppress(ValueError):
+            share = float(match[1]) / (100 if match[2] else 1)
+    if not is_number(share) or not 0 < share <= 1 or unit not in UNITS:
         raise ConfigError(
-            f"{name} must be a share of the model's parameters, above 0 and at most 1 (0.01 is one percent). "
+            f"{name} must be a share of the model's parameters, above 0 and at most 1 (0.01 is one percent), or a "
+            "share of the time or memory of a training step, as a text such as '0.6 time' or '50% memory'. "
             f"Got {shown(value)}."
         )
-    return value  # type: ignore[no-any-return]
+    return share, unit
+
+
+def _check_budget(name: str, value: Any) -> float | str:
+    share, unit = parse_budget(name, value)
+    return share if unit == "parameters" else f"{share:g} {unit}"
 
 
 def _check_settle(name: str, value: Any) -> float:
@@ -178,8 +207,10 @@ ARGUMENTS: Mapping[str, Argument] = {
         _or_none(partial(check_count, lowest=1)),
     ),
     "budget": Argument(
-        "Share of the model's parameters to train, such as 0.01, instead of top_k. The best units are taken in order "
-        "while they fit. Parameters are counted as they train; the head is not counted.",
+        "How much to train, instead of top_k. A number is a share of the model's parameters, such as 0.01: the best "
+        "units are taken in order while they fit. A text is a share of what a training step takes if everything is "
+        "finetuned, '0.6 time' or '0.5 memory': units that do not fit are passed over, and those of late blocks cost "
+        "less, because the backward pass ends there. Parameters are counted as they train; the head is not counted.",
         _or_none(_check_budget),
     ),
     "training": Argument(

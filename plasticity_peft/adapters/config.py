@@ -99,7 +99,7 @@ class PlasticityConfig(LoraConfig):
     granularity: str = field(default="kind", metadata=_described("granularity"))
     candidates: tuple[str, ...] = field(default=KINDS, metadata=_described("candidates"))
     top_k: int | None = field(default=None, metadata=_described("top_k"))
-    budget: float | None = field(default=None, metadata=_described("budget"))
+    budget: float | str | None = field(default=None, metadata=_described("budget"))
     training: str = field(default="lora", metadata=_described("training"))
     max_samples: int = field(default=1024, metadata=_described("max_samples"))
     batch_size: int = field(default=32, metadata=_described("batch_size"))

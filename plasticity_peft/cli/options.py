@@ -98,7 +98,7 @@ Plugin = Annotated[
     ),
 ]
 TopK = Annotated[int | None, typer.Option("--top_k", help=HELP["top_k"])]
-Budget = Annotated[float | None, typer.Option("--budget", help=HELP["budget"])]
+Budget = Annotated[str | None, typer.Option("--budget", help=HELP["budget"])]
 FORMER_GRANULARITIES = {"block": "component"}
 Granularity = Annotated[str, one_of("--granularity", GRANULARITIES, HELP["granularity"], FORMER_GRANULARITIES)]
 Candidates = Annotated[str, typer.Option("--candidates", help=f"{HELP['candidates']} Separated by commas.")]

@@ -104,6 +104,7 @@ class LeftAsFound:
         """Restores everything. A second call has no effect."""
         for undo in self._undo:
             undo()
+        self._undo = []  # before the lock is released: another thread may measure the model then
         if self._locked:
             with suppress(RuntimeError):  # it was never acquired, or is already released
                 _ONE_AT_A_TIME.release()

@@ -38,12 +38,14 @@ from plasticity_peft.images.blank import blank_image
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches, Pairs, Sampler
+from plasticity_peft.measuring.costs import costs_of
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
 from plasticity_peft.measuring.settling import Settling, error_factor, looks
 from plasticity_peft.measuring.sharing import Observed
 from plasticity_peft.report.confidence import tied
+from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport, warn_if_not_settled
 from plasticity_peft.report.scores import Ending, KindScore, Score
@@ -69,7 +71,7 @@ def measure_plasticity(
     seed: int = 0,
     settle: float | None = 0.95,
     top_k: int | None = None,
-    budget: float | None = None,
+    budget: float | str | None = None,
     granularity: str = "kind",
     candidates: Iterable[str] = KINDS,
     training: str = "lora",
@@ -109,25 +111,32 @@ def measure_plasticity(
 
             The others are "relative_rate_of_change", "token_sensitivity", "bound", "gradient_norm",
             "relative_gradient_norm", "condition_number", "feature_norm", "inverse", "random" and those of
-            `register_criterion`. The files in `plasticity_peft/criteria` give formulas and sources. inputs: what
-            "rate_of_change" and its relatives feed to the components: "embedding", the paper's protocol, feeds every
-            component the tokens that enter block 0; "activation" feeds each component what it receives in the running
-            network. If `criterion` is not given, `inputs` selects "rate_of_change". max_samples: largest number of
-            samples, at least 2. A sample is a pair of images, an image or a batch of images, depending on the
-            criterion. There are fewer if the images make fewer different samples. batch_size: number of pairs or
-            images in one pass on each process. It is halved if memory runs out. seed: seed of the drawing of images,
-            of the criterion's random numbers and of the dataset's own transforms. settle: confidence for early
-            stopping. Measuring stops once the units that would be selected are statistically separated from the
-            others. None uses all samples. `report.ending` contains the outcome. top_k: number of units you plan to
-            select, as in `PlasticityReport.select`. This and the next arguments only affect when measuring stops; you
-            can select differently later. Without `top_k` and `budget` it is 1. budget: see `top_k`. granularity: see
-            `top_k`. candidates: see `top_k`. training: see `top_k`. r: rank of LoRA, as in `peft.LoraConfig`. This and
-            the next three arguments affect how a `budget` is counted. rank_pattern: see `r`. use_dora: see `r`.
-            lora_bias: see `r`. dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs
-            it in its own. Differences, norms and scores always have at least float32. backbone: path of the vision
-            transformer in a model that contains several, such as "model.vision_tower". forward_kwargs: further
-            arguments of each forward pass, such as {"interpolate_pos_encoding": True} for images of another size than
-            the model was made for. Values are numbers, strings, True, False, None, or lists and dictionaries of them.
+            `register_criterion`. The files in `plasticity_peft/criteria` give formulas and sources.
+        inputs: what "rate_of_change" and its relatives feed to the components: "embedding", the paper's protocol,
+            feeds every component the tokens that enter block 0; "activation" feeds each component what it receives in
+            the running network. If `criterion` is not given, `inputs` selects "rate_of_change".
+        max_samples: largest number of samples, at least 2. A sample is a pair of images, an image or a batch of
+            images, depending on the criterion. There are fewer if the images make fewer different samples.
+        batch_size: number of pairs or images in one pass on each process. It is halved if memory runs out.
+        seed: seed of the drawing of images, of the criterion's random numbers and of the dataset's own transforms.
+        settle: confidence for early stopping. Measuring stops once the units that would be selected are statistically
+            separated from the others. None uses all samples. `report.ending` contains the outcome.
+        top_k: number of units you plan to select, as in `PlasticityReport.select`. This and the next arguments only
+            affect when measuring stops; you can select differently later. Without `top_k` and `budget` it is 1.
+        budget: see `top_k`.
+        granularity: see `top_k`.
+        candidates: see `top_k`.
+        training: see `top_k`.
+        r: rank of LoRA, as in `peft.LoraConfig`. This and the next three arguments affect how a `budget` is counted.
+        rank_pattern: see `r`.
+        use_dora: see `r`.
+        lora_bias: see `r`.
+        dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
+            Differences, norms and scores always have at least float32.
+        backbone: path of the vision transformer in a model that contains several, such as "model.vision_tower".
+        forward_kwargs: further arguments of each forward pass, such as {"interpolate_pos_encoding": True} for images
+            of another size than the model was made for. Values are numbers, strings, True, False, None, or lists and
+            dictionaries of them.
 
     Note: Only one model is measured at a time: another thread that measures waits. Other threads may run the model
     meanwhile, and may have hooks on it. They do not affect the scores, and their results change only in that the model
@@ -208,14 +217,14 @@ def measure_by(
     architecture = find_architecture(model, settings.backbone)
     architecture = with_forward_kwargs(model, architecture, settings.forward_kwargs)
     _check_device(model)
-    choice = rule.choice(architecture.components, architecture.parameters)
-    measuring = _Measuring(model, architecture, settings, target_data, source_data)
+    rule.units(architecture.components)
+    measuring = _Measuring(model, architecture, rule, settings, target_data, source_data)
 
     def measured() -> PlasticityReport:
         with trainable_after(model), measuring.contexts:
-            if isinstance(criterion, WeightCriterion):
-                return measuring.weights(criterion, Columns(architecture, criterion, Settling(choice, 0.0, looks=1)))
-            return measuring.images(criterion, choice, rule.granularity)
+            return (
+                measuring.weights(criterion) if isinstance(criterion, WeightCriterion) else measuring.images(criterion)
+            )
 
     return run_left_as_found(measured, model, settings.seed, settings.dtype, target_data, source_data)
 
@@ -226,24 +235,30 @@ class _Measuring:
 
     model: nn.Module
     architecture: Architecture
+    rule: SelectionRule
     settings: Settings
     target_data: Any
     source_data: Any
     contexts: ExitStack = field(default_factory=ExitStack)
     """Ends with the measurement."""
 
-    def weights(self, criterion: WeightCriterion, columns: Columns) -> PlasticityReport:
+    def weights(self, criterion: WeightCriterion) -> PlasticityReport:
         """Returns the scores of a criterion that reads only weights, without samples."""
         _check_weights(self.model)
         target = None if self.target_data is None else self._images(self.target_data, "target_data", 1)
         image = blank_image(self.model, self.architecture, target)
         self._check_calls(image)
+        costs = costs_of(self.model, self.architecture, image)
+        columns = Columns(self.architecture, criterion, Settling(self._choice(costs), 0.0, looks=1))
         values = criterion.score(self.model, self.architecture, image=image, seed=self.settings.seed)[None]
         columns.check_finite(values)
         observed = columns.observed(values, np.empty((1, 0), dtype=np.int64))
-        return self._report(columns, Seen(observed, skipped=0), observed="weights")
+        return self._report(columns, Seen(observed, skipped=0), costs, observed="weights")
 
-    def images(self, criterion: Criterion, choice: Choice, granularity: str) -> PlasticityReport:
+    def _choice(self, costs: Costs | None) -> Choice:
+        return self.rule.choice(self.architecture.components, self.architecture.parameters, lambda: costs)
+
+    def images(self, criterion: Criterion) -> PlasticityReport:
         """Returns the scores of a criterion that looks at images, spread over all processes."""
         share = this_process()
         with failing_together(share):
@@ -254,6 +269,8 @@ class _Measuring:
             self._check_calls(example)
             if self.settings.inputs == "embedding":
                 _check_alike(self.model, self.architecture, example)
+            costs = costs_of(self.model, self.architecture, example)
+            choice = self._choice(costs)
             spread = _spread(self.model, self.architecture, example) if criterion.protocols else None
             observe = criterion.prepare(self.model, self.architecture, sampler)
             planned = sampler.planned()
@@ -268,8 +285,8 @@ class _Measuring:
         ending = None
         if confidence is not None:
             chosen = choice.chosen(columns.ranking(seen.observed))
-            ending = Ending(seen.settled, chosen, granularity, confidence, planned)
-        report = self._report(columns, seen, observed=sampler.plural, ending=ending, input_std=spread)
+            ending = Ending(seen.settled, chosen, self.rule.granularity, confidence, planned)
+        report = self._report(columns, seen, costs, observed=sampler.plural, ending=ending, input_std=spread)
         if share.rank == 0:
             _log(report, choice)
         return replace(
@@ -315,6 +332,7 @@ class _Measuring:
         self,
         columns: Columns,
         seen: Seen,
+        costs: Costs | None,
         *,
         observed: str,
         ending: Ending | None = None,
@@ -343,6 +361,7 @@ class _Measuring:
             target_provenance=None if exact else provenance_of(self.target_data),
             source_provenance=provenance_of(self.source_data) if paired else None,
             separation=columns.separation(seen.observed, selecting=ending is not None),
+            costs=costs,
         )
 
 

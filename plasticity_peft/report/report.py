@@ -66,12 +66,14 @@ class PlasticityReport(BaseReport):
             depend on it: compare them only between reports of one batch size.
         separation: how far apart the units are, from which `select` computes `Selection.confidence`; None in reports
             of older releases.
+        costs: work and memory of a training step, from which `select` computes `Selection.cost`; None in reports of
+            older releases, and if they could not be counted.
     """
 
     def select(
         self,
         top_k: int | None = None,
-        budget: float | None = None,
+        budget: float | str | None = None,
         *,
         granularity: str = "kind",
         candidates: Iterable[str] = KINDS,
@@ -90,6 +92,9 @@ class PlasticityReport(BaseReport):
             top_k: number of units.
             budget: share of the model's parameters, above 0 and at most 1. The best units are selected in order while
                 their parameters fit. Parameters count as they train in the mode `training`; the head is not counted.
+                "0.6 time" or "0.5 memory" is a share of what a training step takes if everything is finetuned. Units
+                that do not fit are then passed over. Those of late blocks cost less, because the backward pass ends
+                there; `granularity="component"` can select them.
             granularity: "kind" or "component", as in `ranking`.
             candidates: kinds that may be selected; all five by default.
             training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it.
@@ -100,8 +105,8 @@ class PlasticityReport(BaseReport):
             lora_bias: see `r`.
 
         Raises:
-            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or not even the best
-                unit fits into the budget.
+            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, no unit fits into the
+                budget, or the report does not contain the costs that it needs.
         """
         rule = SelectionRule(
             top_k=top_k,
@@ -118,7 +123,7 @@ class PlasticityReport(BaseReport):
 
     def select_by(self, rule: SelectionRule) -> Selection:
         """Returns the selection that `rule` makes; see `select`."""
-        choice = rule.choice(self.scores, self.model_parameters)
+        choice = rule.choice(self.scores, self.model_parameters, lambda: self.costs)
         ranking = self.ranking(rule.granularity, rule.candidates)
         names = [row.unit for row in ranking]
         choice.check_possible(names)
@@ -137,6 +142,7 @@ class PlasticityReport(BaseReport):
             model_parameters=self.model_parameters,
             confidence=confidence_of(self, choice, ranking),
             tied=tied(choice, ranking),
+            cost=None if self.costs is None else rule.cost(self.scores, units, self.costs),
         )
         warn_if_not_settled(self, units, selection.confidence, selection.tied)
         return selection

@@ -16,6 +16,7 @@ from plasticity_peft.constraints import STRICT, Confidence, Count, NonNegative, 
 from plasticity_peft.deprecation import renamed_attribute
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.confidence import Separation
+from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.selection import RankedUnit
 
@@ -103,6 +104,7 @@ class BaseReport:
     source_provenance: Provenance | None = None
     batch_size: PositiveCount | None = None
     separation: Separation | None = None
+    costs: Costs | None = None
 
     pairs = renamed_attribute("PlasticityReport", "pairs", "samples")
     source = renamed_attribute("PlasticityReport", "source", "uses_source")
@@ -157,6 +159,8 @@ class BaseReport:
             self._check_ending(self.ending)
         if self.separation:
             self._check_separation(self.separation)
+        if self.costs:
+            self._check_costs(self.costs)
 
     def _check_rows(self) -> None:
         blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
@@ -190,6 +194,17 @@ class BaseReport:
                 raise ReportError(
                     f"separation.{name} must have {pairs} entries, one per pair of {name}, got {len(found)}"
                 )
+
+    def _check_costs(self, costs: Costs) -> None:
+        blocks = len(self.scores) // len(KINDS)
+        if len(costs.blocks) != blocks or len(costs.components) != len(self.scores):
+            raise ReportError(
+                f"costs must have {blocks} blocks and {len(self.scores)} components, got {len(costs.blocks)} and "
+                f"{len(costs.components)}"
+            )
+        for number, row in enumerate(costs.components):
+            if row.block != number // len(KINDS):
+                raise ReportError(f"costs.components.{number}.block must be {number // len(KINDS)}, got {row.block}")
 
 
 def _consecutive(blocks: list[tuple[int | None, int]]) -> bool:

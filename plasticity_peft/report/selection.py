@@ -1,21 +1,22 @@
-"""From a ranking to a selection: the best units, by number or by a budget of parameters."""
+"""From a ranking to a selection: the best units, by number or by a budget of parameters, time or memory."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Annotated, NamedTuple
 
 from annotated_types import Len
 
-from plasticity_peft.arguments import check_arguments
+from plasticity_peft.arguments import check_arguments, parse_budget
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import Chance, Count, PositiveCount, Text, allowed, one_of
 from plasticity_peft.errors import ConfigError
+from plasticity_peft.report.cost import Cost, Costs, Trained, check_known
 
 BY_MODE = allowed(
     f"must have the keys {' and '.join(map(repr, TRAINING_MODES))}", lambda values: set(values) == set(TRAINING_MODES)
@@ -51,6 +52,8 @@ class Selection:
     one, see `plasticity_peft.report.confidence`. None if the report does not contain it."""
     tied: tuple[Text, ...] = ()
     """Units of equal score, selected and others, whose order decided the selection: that of the blocks, best first."""
+    cost: Cost | None = None
+    """What a training step costs. None if the report does not contain what follows from it."""
 
 
 def lora_parameters(
@@ -71,11 +74,20 @@ def lora_parameters(
         >>> lora_parameters(["mlp.fc1"], [(64, 256)], r=8)
         2560
     """
-    total = 0
-    for path, (inputs, outputs) in zip(modules, features, strict=True):
-        ranks = (rank for key, rank in (rank_pattern or {}).items() if re.match(rf"(.*\.)?({key})$", path))
-        total += next(ranks, r) * (inputs + outputs) + outputs * (use_dora + lora_bias)
-    return total
+    ranks = _ranks(modules, r, rank_pattern or {})
+    extra = use_dora + lora_bias
+    return sum(
+        rank * (inputs + outputs) + outputs * extra for rank, (inputs, outputs) in zip(ranks, features, strict=True)
+    )
+
+
+def _ranks(modules: Sequence[str], r: int, rank_pattern: Mapping[str, int]) -> list[int]:
+    """Returns the rank of LoRA in each of the layers."""
+    found = []
+    for path in modules:
+        ranks = (rank for key, rank in rank_pattern.items() if re.match(rf"(.*\.)?({key})$", path))
+        found.append(next(ranks, r))
+    return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,8 +102,8 @@ class SelectionRule:
 
     top_k: int | None = None
     """Number of units. Without `top_k` and `budget` it is 1."""
-    budget: float | None = None
-    """Largest share of the model's parameters that the units may have together."""
+    budget: float | str | None = None
+    """Largest share of the model's parameters that the units may have together; or "0.6 time", "0.5 memory"."""
     granularity: str = "kind"
     """"kind" or "component"."""
     candidates: tuple[str, ...] = KINDS
@@ -128,24 +140,62 @@ class SelectionRule:
         )
         return {"lora": lora, "full": component.parameters}
 
-    def choice(self, components: Iterable[Component], model_parameters: int) -> Choice:
-        """Returns the choice that this rule makes among the components of a model.
+    def units(self, components: Iterable[Component]) -> tuple[str, ...]:
+        """Returns the units to choose from, in the order of the blocks.
 
         Raises:
             ConfigError: there are fewer than `top_k` units.
         """
-        sizes: dict[str, int] = {}
-        for component in components:
-            if component.kind in self.candidates:
-                unit = self.unit_of(component)
-                sizes[unit] = sizes.get(unit, 0) + self.parameters_of(component)[self.training]
-        units = tuple(sizes)
-        if self.budget is not None:
-            return Budget(units, self.budget, sizes, model_parameters)
-        top_k = 1 if self.top_k is None else self.top_k
-        listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
-        check_count("top_k", top_k, 1, len(units), f", the number of units to choose from ({listing})")
-        return TopK(units, top_k)
+        units = tuple(dict.fromkeys(self.unit_of(each) for each in components if each.kind in self.candidates))
+        if self.budget is None:
+            listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
+            reason = f", the number of units to choose from ({listing})"
+            check_count("top_k", self.top_k or 1, 1, len(units), reason)
+        return units
+
+    def choice(
+        self, components: Sequence[Component], model_parameters: int, costs: Callable[[], Costs | None]
+    ) -> Choice:
+        """Returns the choice that this rule makes among the components of a model.
+
+        Args:
+            components: all components of the model.
+            model_parameters: number of parameters of the model.
+            costs: returns what training costs, if the budget is one of time or memory.
+
+        Raises:
+            ConfigError: there are fewer than `top_k` units, or the costs are unknown.
+        """
+        units = self.units(components)
+        if self.budget is None:
+            return TopK(units, self.top_k or 1)
+        limit, unit = parse_budget("budget", self.budget)
+        if unit == "parameters":
+            sizes = dict.fromkeys(units, 0)
+            for component in components:
+                if component.kind in self.candidates:
+                    sizes[self.unit_of(component)] += self.parameters_of(component)[self.training]
+            return Budget(units, limit, sizes, model_parameters)
+        known = check_known(costs(), self.budget)
+        return CostBudget(units, limit, unit, lambda chosen: self.cost(components, chosen, known))
+
+    def cost(self, components: Sequence[Component], units: Collection[str], costs: Costs) -> Cost:
+        """Returns what training some units costs."""
+        chosen = [
+            (row, part)
+            for row, part in enumerate(components)
+            if part.kind in self.candidates and self.unit_of(part) in units
+        ]
+        return costs.of(
+            [Trained(row, self.parameters_of(part)[self.training], self._lora(part)) for row, part in chosen]
+        )
+
+    def _lora(self, component: Component) -> tuple[tuple[int, int, int], ...]:
+        """Returns (rank, inputs, outputs) of each layer that LoRA trains."""
+        if self.training != "lora":
+            return ()
+        ranks = _ranks(component.modules, self.r, self.rank_pattern or {}) if component.features else []
+        return tuple((rank, *sizes) for rank, sizes in zip(ranks, component.features, strict=True))
 
 
 class Choice(ABC):
@@ -223,3 +273,55 @@ class Budget(Choice):
                 f"{size:,} of the best unit, {best}. Give a budget above {size / self.model_parameters:.4f}, a "
                 'smaller r, or granularity="component".'
             )
+
+
+@dataclass(frozen=True)
+class CostBudget(Choice):
+    """The units of a ranking that fit into a budget of time or memory.
+
+    The units are tried in order, and those that do not fit are passed over. A backward pass ends at the first block
+    that trains. So units of early blocks cost more, and a small budget selects units of late blocks.
+    """
+
+    units: tuple[str, ...]
+    limit: float
+    """Largest ratio to the cost of finetuning everything."""
+    unit: str
+    """"time" or "memory"."""
+    cost: Callable[[Collection[str]], Cost]
+    """Returns the cost of training some units."""
+
+    def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
+        """Returns the units that fit, best first."""
+        found: list[str] = []
+        for unit in ranking:
+            if self._ratio([*found, unit]) <= self.limit:
+                found.append(unit)
+        return tuple(found)
+
+    def orders(self, ranking: Sequence[str]) -> list[tuple[str, str]]:
+        """Returns the pairs (better, worse) of units whose order decides what is selected."""
+        # A unit that was passed over would not fit behind a worse one either: the cost only grows.
+        chosen = set(self.chosen(ranking))
+        return [
+            (better, worse)
+            for place, better in enumerate(ranking)
+            if better in chosen
+            for worse in ranking[place + 1 :]
+            if worse not in chosen
+        ]
+
+    def check_possible(self, ranking: Sequence[str]) -> None:
+        """Raises ConfigError if no unit fits."""
+        if not self.chosen(ranking):
+            ratios = {unit: self._ratio([unit]) for unit in ranking}
+            cheapest = min(ranking, key=ratios.__getitem__)
+            advice = "" if "." in cheapest else ', or give granularity="component"'
+            raise ConfigError(
+                f"The {self.unit} of a training step may be at most {self.limit:g} of that of finetuning everything, "
+                f"and no unit fits: the cheapest, {cheapest}, takes {ratios[cheapest]:.4f}. Give a larger "
+                f"budget{advice}."
+            )
+
+    def _ratio(self, units: Collection[str]) -> float:
+        return float(getattr(self.cost(units), self.unit))

@@ -7,8 +7,9 @@ from html import escape
 
 from plasticity_peft.components.component import MATRIX_KINDS
 from plasticity_peft.report.confidence import confidence, in_words, tied
+from plasticity_peft.report.cost import Cost
 from plasticity_peft.report.scores import BaseReport, Score
-from plasticity_peft.report.selection import Choice, RankedUnit, TopK
+from plasticity_peft.report.selection import Choice, RankedUnit, SelectionRule, TopK
 
 
 def heading(report: BaseReport) -> str:
@@ -25,7 +26,8 @@ def observed(report: BaseReport) -> str:
 
 def as_text(report: BaseReport) -> str:
     """Returns the ranking of the kinds as a table of text, and how the measurement ended."""
-    notes = [how_it_ended(report), how_sure(report), why_norms_lead(report, report.ranking()[:1])]
+    notes = [how_it_ended(report), how_sure(report), what_costs_mean(report)]
+    notes.append(why_norms_lead(report, report.ranking()[:1]))
     return "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
 
 
@@ -33,7 +35,8 @@ def as_html(report: BaseReport) -> str:
     """Returns the same table as HTML, without scripts and style sheets. All text is escaped."""
     names = "".join(f"<th>{escape(name)}</th>" for name in _columns(report))
     rows = "".join(f"<tr>{''.join(f'<td>{escape(value)}</td>' for value in values)}</tr>" for values in _rows(report))
-    notes = [where_from(report), how_it_ended(report), how_sure(report), why_norms_lead(report, report.ranking()[:1])]
+    notes = [where_from(report), how_it_ended(report), how_sure(report), what_costs_mean(report)]
+    notes.append(why_norms_lead(report, report.ranking()[:1]))
     paragraphs = "".join(f"<p>{escape(note)}</p>" for note in notes if note)
     return (
         f"<table><caption>{escape(_title(report))}</caption><thead><tr>{names}</tr></thead>"
@@ -73,6 +76,19 @@ def how_sure(report: BaseReport) -> str:
     return f"Confidence of top_k={', '.join(str(choice.top_k) for choice in choices)}: {', '.join(found)}."
 
 
+def what_costs_mean(report: BaseReport) -> str:
+    """Returns what the columns of costs are; "" if the report does not contain costs."""
+    if report.costs is None:
+        return ""
+    return "Time and memory: of a training step if the kind trains in full, as shares of finetuning everything."
+
+
+def costs_of_kind(report: BaseReport, kind: str) -> Cost | None:
+    """Returns what it costs to train a kind in full; None if the report does not contain costs."""
+    rule = SelectionRule(training="full", candidates=(kind,))
+    return None if report.costs is None else rule.cost(report.scores, (kind,), report.costs)
+
+
 def confidence_of(report: BaseReport, choice: Choice, ranking: Sequence[RankedUnit]) -> float | None:
     """Returns the confidence of what `choice` selects from `ranking`; None if the report does not contain it."""
     names = [row.unit for row in ranking]
@@ -107,7 +123,8 @@ def _title(report: BaseReport) -> str:
 
 
 def _columns(report: BaseReport) -> tuple[str, ...]:
-    return ("rank", "kind", report.title, "std. error", "lowest block", "highest block", "parameters")
+    columns = ("rank", "kind", report.title, "std. error", "lowest block", "highest block", "parameters")
+    return columns if report.costs is None else (*columns, "time", "memory")
 
 
 def _rows(report: BaseReport) -> list[tuple[str, ...]]:
@@ -117,7 +134,8 @@ def _rows(report: BaseReport) -> list[tuple[str, ...]]:
         lowest, highest = blocks[0], max(blocks, key=lambda row: row.mean)  # the first one of equals
         parameters = sum(row.parameters for row in blocks)
         numbers = (f"{score:.4f}", f"{error:.4f}", _with_block(lowest), _with_block(highest), f"{parameters:,}")
-        rows.append((str(rank), kind, *numbers))
+        cost = costs_of_kind(report, kind)
+        rows.append((str(rank), kind, *numbers, *(() if cost is None else (f"{cost.time:.2f}", f"{cost.memory:.2f}"))))
     return rows
 
 

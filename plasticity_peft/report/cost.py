@@ -1,0 +1,184 @@
+"""What a training step costs, by formula: time, memory and parameters of a choice, against finetuning everything.
+
+`plasticity_peft.measuring.costs` counts operations and bytes in one forward and backward pass of one image. From these
+counts follows the cost of any choice:
+
+- Gradients flow back from the head to the first block that contains a trained component. The blocks before it need no
+  backward pass, and keep no activations.
+- In full mode, a component adds the gradient of its weights, and the inputs that this gradient needs. LoRA adds its
+  own products, and keeps the same inputs.
+- Trained parameters add their gradients and the two moments of Adam.
+
+Time is proportional to the counted operations: two for a product of two numbers that is added to a sum, and
+`WORK_PER_ELEMENT` for every number that an elementwise operation writes, because such operations wait for memory. So
+times are comparable as ratios on one model, and `examples/benchmarks/costs.py` compares them with measured ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, NamedTuple
+
+from annotated_types import Len
+
+from plasticity_peft.constraints import STRICT, Count, NonNegative, PositiveCount
+from plasticity_peft.errors import ConfigError
+
+WORK_PER_ELEMENT = 100
+"""Operations that take as long as writing one number of an elementwise operation."""
+UPDATE_WORK = 10 * WORK_PER_ELEMENT
+"""Operations of Adam for one parameter."""
+STEP_IMAGES = 32
+"""Number of images in the training step whose cost is given."""
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """One block, for one image, if nothing in it trains."""
+
+    forward: Count
+    """Operations of the forward pass."""
+    backward: Count
+    """Operations of the gradient of its input."""
+    saved: Count
+    """Bytes that the forward pass keeps for this gradient."""
+
+
+@dataclass(frozen=True)
+class ComponentCost:
+    """What one component adds, for one image, if it trains."""
+
+    block: Count
+    """Number of its block, from 0 in the order in which the blocks run."""
+    weights: Count
+    """Operations of the gradient of its weights."""
+    saved: Count
+    """Bytes that the forward pass keeps for this gradient."""
+    tokens: tuple[Count, ...]
+    """Number of tokens that pass each of its layers."""
+
+
+class Trained(NamedTuple):
+    """One trained component: its row in `Costs.components`, and how it trains."""
+
+    row: int
+    parameters: int
+    lora: tuple[tuple[int, int, int], ...] = ()
+    """(rank, inputs, outputs) of each of its layers; empty if its own weights train."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a training step costs with a choice of components. The head is not counted as trained.
+
+    The ratios are to finetuning everything.
+    """
+
+    time: NonNegative
+    """Time of a step, as a ratio."""
+    memory: NonNegative
+    """Memory of weights, gradients, the moments of Adam and kept activations, as a ratio."""
+    activations: NonNegative
+    """Memory of kept activations, as a ratio."""
+    activation_bytes: Count
+    """Bytes of kept activations, for one image."""
+    optimizer_bytes: Count
+    """Bytes of gradients and moments of Adam, the head not counted."""
+    file_bytes: Count
+    """Bytes of the adapter in a file, the head not counted."""
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
+
+    def __str__(self) -> str:
+        size = (
+            f"{self.file_bytes / 2**20:.1f} MiB" if self.file_bytes >= 2**19 else f"{self.file_bytes / 1024:.0f} KiB"
+        )
+        return (
+            f"{self.time:.2f} of the time and {self.memory:.2f} of the memory of a training step that finetunes "
+            f"everything; {size} in a file"
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What was counted in a model, from which the cost of every choice follows."""
+
+    image: Annotated[tuple[PositiveCount, ...], Len(1)]
+    """Shape of the image: usually (channels, height, width)."""
+    number_bytes: PositiveCount
+    """Bytes of one number of a weight."""
+    weight_bytes: PositiveCount
+    """Bytes of the weights of the whole model."""
+    weights: PositiveCount
+    """Number of weights of the whole model."""
+    blocks: Annotated[tuple[BlockCost, ...], Len(1)]
+    """In the order in which they run."""
+    components: Annotated[tuple[ComponentCost, ...], Len(1)]
+    """In the order of the scores."""
+    outside_forward: Count
+    """Operations of the forward pass outside of the blocks."""
+    outside_saved: Count
+    """Bytes that are kept outside of the blocks if everything trains."""
+
+    def of(self, trained: Sequence[Trained]) -> Cost:
+        """Returns the cost of training some components.
+
+        The gradient of what lies outside of the blocks is taken to be as much work as its forward pass.
+        """
+        forward = self.outside_forward + sum(block.forward for block in self.blocks)
+        every = [Trained(row, 0) for row in range(len(self.components))]
+        work, saved = self._of_images(trained)
+        all_work, all_saved = self._of_images(every)
+        parameters = sum(part.parameters for part in trained)
+        added = sum(part.parameters for part in trained if part.lora)
+        all_saved += self.outside_saved
+        time = STEP_IMAGES * (forward + work) + UPDATE_WORK * parameters
+        all_time = STEP_IMAGES * (forward + all_work + self.outside_forward) + UPDATE_WORK * self.weights
+        state = 3 * self.number_bytes  # of one parameter: its gradient and two moments
+        memory = self.weight_bytes + self.number_bytes * added + state * parameters + STEP_IMAGES * saved
+        all_memory = self.weight_bytes + state * self.weights + STEP_IMAGES * all_saved
+        return Cost(
+            time=round(time / all_time, 4),
+            memory=round(memory / all_memory, 4),
+            activations=round(saved / all_saved, 4) if all_saved else 0.0,
+            activation_bytes=saved,
+            optimizer_bytes=state * parameters,
+            file_bytes=self.number_bytes * parameters,
+        )
+
+    def _of_images(self, trained: Sequence[Trained]) -> tuple[int, int]:
+        """Returns the operations of the backward pass of one image, and of LoRA's forward pass, and the kept bytes."""
+        if not trained:
+            return 0, 0
+        first = min(self.components[part.row].block for part in trained)
+        work = sum(block.backward for block in self.blocks[first:])
+        saved = sum(block.saved for block in self.blocks[first:])
+        for part in trained:
+            component = self.components[part.row]
+            saved += component.saved
+            if not part.lora:
+                work += component.weights
+            for tokens, (rank, inputs, outputs) in zip(component.tokens, part.lora, strict=False):
+                work += tokens * _lora_work(rank, inputs, outputs)
+                saved += tokens * rank * self.number_bytes
+        return work, saved
+
+
+def _lora_work(rank: int, inputs: int, outputs: int) -> int:
+    """Returns the operations of LoRA for one token: its forward pass, and the gradients of A, B and its input."""
+    products = 3 * 2 * rank * (inputs + outputs)
+    # The output of A, that of B, which is scaled and added; backward the scaled gradient, and the sum at the input.
+    elements = 2 * rank + 4 * outputs + inputs
+    return products + WORK_PER_ELEMENT * elements
+
+
+def check_known(costs: Costs | None, budget: object) -> Costs:
+    """Returns the costs. Raises ConfigError if they are unknown."""
+    if costs is None:
+        raise ConfigError(
+            f"budget={budget!r} needs the costs of training, which the report does not contain: it is of an older "
+            "release, or they could not be counted when the model was measured. Measure again, or give a share of the "
+            "parameters."
+        )
+    return costs
