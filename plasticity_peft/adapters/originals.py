@@ -49,10 +49,8 @@ class TrainedInFull(ModulesToSaveWrapper):
         """Puts the original on the device of the model. No effect if it is there."""
         if not self._original_waits:
             return
-        original = self.original_module
-        device = _device_of(self.modules_to_save)
-        device = self._device if device is None or device.type == "meta" else device
-        _convert(original, lambda tensor: tensor.to(device))
+        device = self._device_of_copies()
+        _convert(self.original_module, lambda tensor: tensor.to(device))
         self._adopt_original()
 
     @contextmanager
@@ -68,17 +66,22 @@ class TrainedInFull(ModulesToSaveWrapper):
 
     @property
     def _original_waits(self) -> bool:
-        return ORIGINAL in vars(self)
+        return ORIGINAL not in self._modules
 
     def _original_computes(self) -> bool:
         active = self.active_adapters
         return self.disable_adapters or not active or any(name not in self._adapters for name in active)
 
     def _send_original_away(self) -> None:
-        here, copies = _device_of(self.original_module), _device_of(self.modules_to_save)
-        if here is not None and copies is not None and copies.type not in SAME_MEMORY and here.type != "meta":
+        here, copies = _device_of(self.original_module), self._device_of_copies()
+        if here is not None and here.type != "meta" and copies.type not in SAME_MEMORY:
             _convert(self.original_module, lambda tensor: tensor.to("cpu"))
             self._disown_original(copies)
+
+    def _device_of_copies(self) -> torch.device:
+        """Returns the device of the copies; if they are now sharded or offloaded, the one that they had before."""
+        device = _device_of(self.modules_to_save)
+        return self._device if device is None or device.type == "meta" else device
 
     def _adopt_original(self) -> None:
         """Makes the original the first child, as in PEFT, so that state dicts keep their order."""

@@ -16,10 +16,10 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.hooks import attach_execution_device_hook
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_base_model_state_dict, get_peft_model, set_base_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments, ViTForImageClassification
 
 from plasticity_peft import PlasticityConfig, fit_head, load_adapter, measure_plasticity
 from plasticity_peft.adapters.model import merged_copy
@@ -30,7 +30,14 @@ from tests.support.models import moved, random_images, saved_base, tiny_model
 from tests.support.training import trainer_of
 
 IMAGES = random_images(4)
-REPORT = measure_plasticity(tiny_model(), criterion="bound")
+
+
+def small_model() -> PreTrainedModel:
+    """Returns a model of one block, because the lazy device compiles slowly."""
+    return tiny_model(num_hidden_layers=1)
+
+
+REPORT = measure_plasticity(small_model(), criterion="bound")
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Adapter .* was active which is now deleted", "ignore::UserWarning:peft", "ignore:Already found a `peft_con"
 )
@@ -42,12 +49,12 @@ def config(**options: Any) -> PlasticityConfig:
 
 def adapted(**options: Any) -> PeftModel:
     """Returns a model with a trained adapter, on the second device."""
-    return moved(get_peft_model(tiny_model(), config(**options))).eval().to(second_device())
+    return moved(get_peft_model(small_model(), config(**options))).eval().to(second_device())
 
 
 def twin(model: PeftModel) -> PeftModel:
     """Returns a model of stock PEFT with the adapter of `model`, on the second device."""
-    return moved(get_peft_model(tiny_model(), model.peft_config["default"].to_lora())).eval().to(second_device())
+    return moved(get_peft_model(small_model(), model.peft_config["default"].to_lora())).eval().to(second_device())
 
 
 def outputs(model: nn.Module, **options: Any) -> torch.Tensor:
@@ -79,7 +86,8 @@ def check_waiting(model: nn.Module) -> None:
 def trained_step(model: nn.Module) -> Any:
     """Trains a model for a step on the second device, and returns the optimizer."""
     model.train().to(second_device())
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.SGD(trained, lr=1e-3, momentum=0.9)
     labels = torch.arange(len(IMAGES)) % 3
     model(pixel_values=IMAGES.to(second_device()), labels=labels.to(second_device())).loss.backward()
     optimizer.step()
@@ -96,7 +104,7 @@ def bytes_of_training(build: Callable[[], nn.Module]) -> int:
 
 
 def without_peft() -> nn.Module:
-    model = tiny_model().requires_grad_(False)
+    model = small_model().requires_grad_(False)
     for name, module in model.named_modules():
         if name.endswith(("mlp.fc1", "intermediate.dense", "classifier")):
             module.requires_grad_(True)
@@ -105,14 +113,14 @@ def without_peft() -> nn.Module:
 
 def stock() -> PeftModel:
     chosen = config()
-    get_peft_model(tiny_model(), chosen)
-    return get_peft_model(tiny_model(), chosen.to_lora())
+    get_peft_model(small_model(), chosen)
+    return get_peft_model(small_model(), chosen.to_lora())
 
 
 def test_training_in_full_holds_on_the_device_what_training_without_peft_does() -> None:
     plain = bytes_of_training(without_peft)
-    assert bytes_of_training(lambda: get_peft_model(tiny_model(), config())) == plain
-    assert bytes_of_training(lambda: get_peft_model(tiny_model().to(second_device()), config())) == plain
+    assert bytes_of_training(lambda: get_peft_model(small_model(), config())) == plain
+    assert bytes_of_training(lambda: get_peft_model(small_model().to(second_device()), config())) == plain
     originals = sum(p.numel() * p.element_size() for p in without_peft().parameters() if p.requires_grad)
     assert bytes_of_training(stock) == plain + originals
 
@@ -163,6 +171,12 @@ def loaded_state(model: PeftModel) -> Any:
 def assigned_state(model: PeftModel) -> Any:
     model.load_state_dict({name: value * 2 for name, value in model.state_dict().items()}, assign=True)
     return disabled(model)
+
+
+def base_state(model: PeftModel) -> Any:
+    state = {name: value.cpu() * 2 for name, value in get_base_model_state_dict(model).items()}
+    set_base_model_state_dict(model, state)
+    return list(state.values())
 
 
 def modes(model: PeftModel) -> Any:
@@ -217,6 +231,7 @@ VERBS: dict[str, Callable[[PeftModel], Any]] = {
     "to(cpu), and back": there_and_back,
     "load_state_dict": loaded_state,
     "load_state_dict(assign)": assigned_state,
+    "set_base_model_state_dict": base_state,
     "modes": modes,
     "merge_and_unload": lambda model: outputs(copy.deepcopy(model).merge_and_unload()),
     "deepcopy": lambda model: disabled(copy.deepcopy(model)),
@@ -254,7 +269,7 @@ def test_a_model_on_a_device_does_what_stock_peft_does(verb: str) -> None:
 
 
 def test_disabled_the_model_is_the_base_bit_for_bit_and_the_originals_wait_again_afterwards() -> None:
-    base = tiny_model().to(second_device())
+    base = small_model().to(second_device())
     expected = outputs(base)
     model = get_peft_model(base, config())
     check_waiting(model)
@@ -272,14 +287,14 @@ def test_the_original_is_on_the_device_while_no_adapter_replaces_it() -> None:
     model.set_adapter("default")
     check_waiting(model)
     model.delete_adapter("default")
-    assert torch.equal(outputs(model), outputs(tiny_model().to(second_device())))
+    assert torch.equal(outputs(model), outputs(small_model().to(second_device())))
 
 
 def test_unloaded_the_base_model_is_on_its_device() -> None:
     base = adapted().unload()
     assert devices(base) == {"lazy"}
     assert not wrappers(base)
-    expected = tiny_model().to(second_device()).state_dict()
+    expected = small_model().to(second_device()).state_dict()
     for name, value in base.state_dict().items():
         if not name.startswith("classifier"):  # the head keeps its trained weights
             assert torch.equal(value.cpu(), expected[name].cpu())
@@ -287,7 +302,7 @@ def test_unloaded_the_base_model_is_on_its_device() -> None:
 
 def test_batches_that_mix_adapters_with_the_base_model() -> None:
     model = adapted()
-    base = tiny_model().to(second_device())
+    base = small_model().to(second_device())
     mixed = outputs(model, adapter_names=["default", "__base__", "default", "__base__"])
     alone, of_base = outputs(model), outputs(base)
     torch.testing.assert_close(mixed, torch.stack([alone[0], of_base[1], alone[2], of_base[3]]))
@@ -303,7 +318,11 @@ def test_meta_and_back_is_as_with_stock_peft() -> None:
 
 @pytest.mark.parametrize("training", ["lora", "full"])
 def test_the_saved_adapter_is_that_of_a_model_on_the_cpu_to_the_byte(training: str, tmp_path: Path) -> None:
-    model = moved(get_peft_model(saved_base(tmp_path / "base"), config(training=training, candidates=("FC1", "LN1"))))
+    model = moved(
+        get_peft_model(
+            saved_base(tmp_path / "base", small_model()), config(training=training, candidates=("FC1", "LN1"))
+        )
+    )
     for where in ("cpu", "lazy"):
         model.to(where)
         model.save_pretrained(tmp_path / where, state_dict=on_cpu(model))
@@ -319,19 +338,19 @@ def test_loaded_adapters_wait_as_well(tmp_path: Path) -> None:
     model = adapted()
     model.save_pretrained(tmp_path, state_dict=on_cpu(model))
     for trainable in (False, True):
-        loaded = load_adapter(tiny_model().to(second_device()), tmp_path, is_trainable=trainable)
+        loaded = load_adapter(small_model().to(second_device()), tmp_path, is_trainable=trainable)
         check_waiting(loaded)
         assert plain(disabled(loaded)) == plain(disabled(model))
     loaded.load_adapter(tmp_path, "two")
     loaded.set_adapter("two")
     assert torch.equal(outputs(loaded), outputs(model))
     check_waiting(loaded)
-    stock = PeftModel.from_pretrained(tiny_model().to(second_device()), tmp_path)
+    stock = PeftModel.from_pretrained(small_model().to(second_device()), tmp_path)
     assert {type(wrapper) for wrapper in wrappers(stock)} == {ModulesToSaveWrapper}
 
 
 def test_transformers_own_adapter_methods() -> None:
-    model = tiny_model().to(second_device())
+    model = small_model().to(second_device())
     expected = outputs(model)
     model.add_adapter(config())
     check_waiting(model)
@@ -354,21 +373,21 @@ def test_the_trainer_ends_with_the_best_checkpoint(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(
         Trainer, "_save", lambda self, folder, state_dict=None: save(self, folder, state_dict=on_cpu(self.model))
     )
-    model = get_peft_model(saved_base(tmp_path / "base"), config())
+    model = get_peft_model(saved_base(tmp_path / "base", small_model()), config())
     options = {"num_train_epochs": 2, "per_device_train_batch_size": 24, "save_only_model": True}
     trainer = trainer_of(model, tmp_path / "out", optim="adamw_torch", **options)
     trainer.train()
     check_waiting(model)
     best = PeftModel.from_pretrained(
-        type(tiny_model()).from_pretrained(tmp_path / "base"), trainer.state.best_model_checkpoint
+        ViTForImageClassification.from_pretrained(tmp_path / "base"), trainer.state.best_model_checkpoint
     )
     torch.testing.assert_close(outputs(model.eval()), outputs(best.eval()))
-    expected = outputs(type(tiny_model()).from_pretrained(tmp_path / "base").to(device))
+    expected = outputs(ViTForImageClassification.from_pretrained(tmp_path / "base").to(device))
     assert torch.equal(disabled(model)[0], expected)
 
 
 def test_hooks_of_accelerate_stay() -> None:
-    model = tiny_model().to(second_device())
+    model = small_model().to(second_device())
     attach_execution_device_hook(model, second_device())
     expected = outputs(model)
     model = get_peft_model(model, config())
@@ -404,7 +423,7 @@ def test_an_adapted_model_is_measured_and_fitted_as_on_the_cpu() -> None:
     fit_head(on_the_cpu, labeled)
     torch.testing.assert_close(outputs(model), outputs(on_the_cpu), rtol=1e-3, atol=1e-3)
     check_waiting(model)
-    assert find_components(model) == find_components(tiny_model())
+    assert find_components(model) == find_components(small_model())
 
 
 def failing(*_: object) -> None:
@@ -425,7 +444,7 @@ def test_a_further_adapter_is_measured_on_the_base_model_and_a_failure_leaves_th
     assert everything(model) == before
     model.add_adapter("two", config(report=None, target_data=data, max_samples=4))
     check_waiting(model)
-    expected = config(report=None, target_data=data, max_samples=4).choose(tiny_model()).report.scores
+    expected = config(report=None, target_data=data, max_samples=4).choose(small_model()).report.scores
     for here, there in zip(model.peft_config["two"].report.scores, expected, strict=True):
         assert here.mean == pytest.approx(there.mean, rel=1e-4)
 
@@ -461,3 +480,12 @@ def test_a_batch_norm_that_waits_keeps_its_statistics() -> None:
     assert wrapper.modules_to_save["default"].training
     assert not wrapper.original_module.training
     assert other.original_module.training
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:torch")
+def test_both_compile_as_one_graph() -> None:
+    model = moved(get_peft_model(small_model(), config())).eval()
+    compiled = torch.compile(model.get_base_model(), backend="eager", fullgraph=True)
+    torch.testing.assert_close(outputs(compiled), outputs(model))
+    with model.disable_adapter():
+        torch.testing.assert_close(outputs(compiled), outputs(model))
