@@ -25,7 +25,7 @@ from plasticity_peft import PlasticityConfig, fit_head, load_adapter, measure_pl
 from plasticity_peft.adapters.model import merged_copy
 from plasticity_peft.adapters.originals import TrainedInFull, keep_originals_away
 from plasticity_peft.components.architecture import find_components
-from tests.support.devices import bytes_on, on_cpu, second_device
+from tests.support.devices import bytes_held, on_cpu, second_device
 from tests.support.models import moved, random_images, saved_base, tiny_model
 from tests.support.training import trainer_of
 
@@ -95,12 +95,13 @@ def trained_step(model: nn.Module) -> Any:
 
 
 def bytes_of_training(build: Callable[[], nn.Module]) -> int:
-    before = bytes_on(second_device())
-    model = build()
-    optimizer = trained_step(model)
-    after = bytes_on(second_device())
-    assert optimizer.state
-    return after - before
+    """Returns the bytes on the device after a step: weights, gradients and the state of the optimizer."""
+
+    def trained() -> object:
+        model = build()
+        return model, trained_step(model)
+
+    return bytes_held(second_device(), trained)
 
 
 def without_peft() -> nn.Module:

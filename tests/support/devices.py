@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -26,10 +27,20 @@ def on_cpu(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.cpu() for name, value in model.state_dict().items()}
 
 
-def bytes_on(device: torch.device) -> int:
-    """Returns the size of all tensors on a device that something in this process still holds, and their gradients."""
+def bytes_held(device: torch.device, make: Callable[[], object]) -> int:
+    """Returns the size of all tensors on a device, and their gradients, that are held because of what `make` returns.
+
+    Whatever holds them counts, also a reference that was forgotten.
+    """
     gc.collect()
-    found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
-    found += [each.grad for each in found if each.is_leaf and each.grad is not None]
-    held = {id(each): each for each in found if each.device.type == device.type}
-    return sum(each.numel() * each.element_size() for each in held.values())
+    gc.freeze()  # what there is already is not looked at
+    try:
+        made = make()
+        gc.collect()
+        found = [each for each in gc.get_objects() if issubclass(type(each), torch.Tensor)]
+        found += [each.grad for each in found if each.is_leaf and each.grad is not None]
+        held = {id(each): each for each in found if each.device.type == device.type}
+        del made
+        return sum(each.numel() * each.element_size() for each in held.values())
+    finally:
+        gc.unfreeze()
