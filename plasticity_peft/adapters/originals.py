@@ -163,7 +163,6 @@ class TrainedInFull(ModulesToSaveWrapper):
 
     def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Deletes an adapter if this module is part of it."""
-        self.bring_original()  # to the device of the copies, which may be gone afterwards
         super().delete_adapter(*args, **kwargs)
         self.settle()
 
