@@ -1,6 +1,6 @@
 """The device memory of training one kind of component in full, compared with training it without PEFT.
 
-    python examples/benchmarks/full_memory.py        ViT-S at 224 px, about four minutes on two cores
+    python examples/benchmarks/full_memory.py        ViT-S at 224 px, about four minutes on two busy cores
 
 The same modules train in three ways: with `requires_grad` alone, with stock PEFT (`modules_to_save`, which holds them
 twice), and with `training="full"`. The ratio is to the first.
