@@ -13,7 +13,7 @@ from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.criteria.parameter_plasticity import features
 from plasticity_peft.measuring.left_as_found import LeftAsFound
-from tests.support.families import every_family, family
+from tests.support.families import each_kind_of_family, family
 from tests.support.measures import MEASURES
 from tests.support.processes import python
 
@@ -80,7 +80,7 @@ def memory(name: str, image_size: int, all_options: list[dict[str, Any]]) -> dic
     return found
 
 
-@every_family
+@each_kind_of_family
 def test_blocks_that_are_computed_again_give_the_same_numbers(name: str) -> None:
     found = family(name)
     model, images = found.build(), found.images(2)

@@ -16,7 +16,7 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
 from plasticity_peft.errors import ModelError
-from tests.support.families import FAMILIES, every_family, family, items
+from tests.support.families import FAMILIES, each_kind_of_family, every_family, family, items
 from tests.support.injection import InjectedError, calls, injected
 from tests.support.measures import MEASURES, every_measure
 from tests.support.models import tiny_model
@@ -84,7 +84,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
     return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
-@every_family
+@each_kind_of_family
 @every_measure
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
@@ -129,7 +129,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str
     fails_at(model, work, parts, spread(total, 8, len(name)))
 
 
-@every_family
+@each_kind_of_family
 def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
@@ -307,7 +307,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
 
 
 @frozen_in_part
-@every_family
+@each_kind_of_family
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     model, work = adapting(name, ("lora", "full")[number % 2], "get_peft_model")
