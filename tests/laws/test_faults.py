@@ -22,24 +22,27 @@ from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport,
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.errors import FileError
 from plasticity_peft.files import replaced_when_whole, write_text
+from tests.support.forking import TIMEOUT, run_script
 from tests.support.models import REPOSITORY, random_images, saved_base, tiny_model
-from tests.support.processes import launch, python
+from tests.support.processes import launch
 from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--compare", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--max_samples", "16",
-    "--test_fraction", "0.05", "--validation_fraction", "0.05", "--use_cpu", "true", "--disable_tqdm", "true",
+    "--compare", "false", "--num_train_epochs", "3", "--max_train_samples", "16", "--per_device_train_batch_size", "8",
+    "--learning_rate", "0.001", "--max_samples", "8", "--test_fraction", "0.02", "--validation_fraction", "0.02",
+    "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
-def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: float = 480) -> tuple[list[int], list[str]]:
+def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: int = TIMEOUT) -> tuple[list[int], list[str]]:
     """Returns how the runs of examples/train.py ended, one after the other, and what each logged."""
     for number, step in enumerate(plan):
         step["arguments"] = [str(part) for part in step["arguments"]]
         step["log"] = str(folder / f"{number}.log")
     (folder / "plan.json").write_text(json.dumps(plan))
-    result = python(REPOSITORY / "tests" / "support" / "killing.py", TRAIN, folder / "plan.json", timeout=timeout)
+    killing = REPOSITORY / "tests" / "support" / "killing.py"
+    result = run_script(killing, TRAIN, folder / "plan.json", cwd=folder, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), [Path(step["log"]).read_text() for step in plan]
 
@@ -379,26 +382,19 @@ trainer.train()
 """
 
 
-def test_where_a_process_is_killed_the_others_end(tmp_path: Path) -> None:
-    check_all_end("probe", 1, tmp_path)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "machines"), [("probe", 2), ("training", 1), ("training", 2)])
-def test_where_a_process_is_killed_the_others_end_in_all_cases(stage: str, machines: int, tmp_path: Path) -> None:
-    check_all_end(stage, machines, tmp_path)
-
-
-def check_all_end(stage: str, machines: int, folder: Path) -> None:
-    """Fails unless every launcher ends with an error, within a minute after a process was killed."""
-    script = folder / "script.py"
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("stage", ["probe", "training"])
+def test_where_a_process_is_killed_the_others_end(stage: str, machines: int, tmp_path: Path) -> None:
+    """Every launcher ends with an error, within a minute after a process was killed."""
+    script = tmp_path / "script.py"
     script.write_text(KILLED)
     start = time.monotonic()
-    results = launch(script, stage, folder, processes=2, machines=machines)
-    killed = (folder / "pid-1").stat().st_mtime
+    results = launch(script, stage, tmp_path, processes=2, machines=machines)
+    killed = (tmp_path / "pid-1").stat().st_mtime
     print(stage, machines, f"{time.monotonic() - start:.1f} s in all, {time.time() - killed:.1f} s after the start")
     assert time.time() - killed < 60
     assert all(result.returncode != 0 for result in results), [result.stderr for result in results]
     assert "SIGKILL" in "".join(result.stderr for result in results)
     for rank in range(2):
-        assert not Path("/proc", (folder / f"pid-{rank}").read_text()).exists()
+        assert not Path("/proc", (tmp_path / f"pid-{rank}").read_text()).exists()

@@ -280,7 +280,7 @@ def _case(name: str) -> Any:
 
 every_family = pytest.mark.parametrize("name", FAMILIES)
 """Runs a test on all families: for what is cheap, and for slow tests."""
-each_kind_of_family = pytest.mark.parametrize("name", map(_case, FAMILIES))
+each_kind_of_family = pytest.mark.parametrize("name", [_case(name) for name in FAMILIES])
 """Runs a test on the representatives, and on the other families if slow tests are asked for."""
 
 
