@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
@@ -29,10 +30,21 @@ from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--compare", "false", "--num_train_epochs", "3", "--max_train_samples", "16", "--per_device_train_batch_size", "8",
-    "--learning_rate", "0.001", "--max_samples", "8", "--test_fraction", "0.02", "--validation_fraction", "0.02",
+    "--num_train_epochs", "3", "--max_train_samples", "16", "--per_device_train_batch_size", "8",
+    "--learning_rate", "0.001", "--max_samples", "8", "--test_fraction", "0.2", "--validation_fraction", "0.2",
     "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Returns the arguments of a run on a few images of two brightnesses."""
+    images = tmp_path_factory.mktemp("images")
+    for number in range(30):
+        folder = images / ("dark" if number % 2 else "light")
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 200 - 150 * (number % 2) + number).save(folder / f"{number}.png")
+    return ["--dataset_name", images, *SHORT]
 
 
 def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: int = TIMEOUT) -> tuple[list[int], list[str]]:
@@ -42,7 +54,7 @@ def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: int = TIMEOU
         step["log"] = str(folder / f"{number}.log")
     (folder / "plan.json").write_text(json.dumps(plan))
     killing = REPOSITORY / "tests" / "support" / "killing.py"
-    result = run_script(killing, TRAIN, folder / "plan.json", cwd=folder, timeout=timeout)
+    result = run_script(killing, TRAIN, folder / "plan.json", cwd=REPOSITORY, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), [Path(step["log"]).read_text() for step in plan]
 
@@ -62,9 +74,9 @@ def check_equal(one: Path, other: Path) -> None:
 KILLS = [("weights", 0), ("optimizer", 1), ("state", 0), ("deleting", 0), ("config", 2)]
 
 
-def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path, short: list[Any]) -> None:
     # With evaluation, the Trainer would delete a last checkpoint that is not the best.
-    common = [*SHORT, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
+    common = [*short, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
     arguments = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
     plan = [{"arguments": [*common, "--output_dir", tmp_path / "whole"]}]
     plan += [{"arguments": arguments, "at": kill} for kill in KILLS]
@@ -298,7 +310,7 @@ def test_a_written_file_has_the_rights_of_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "new").read_text() == "other text"
 
 
-def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, shared: Path) -> None:
+def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, shared: Path, short: list[Any]) -> None:
     (tmp_path / "file").write_text("mine")
     out = shared / "out"
     out.mkdir(mode=0o755)
@@ -324,7 +336,7 @@ def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, share
         (r"Cannot resume from .*checkpoint-3: there is no such folder", ["--output_dir", tmp_path / "c",
          "--resume_from_checkpoint", tmp_path / "checkpoint-3"], {}),
     ]  # fmt: skip
-    ends, logs = run_and_kill(tmp_path, [{"arguments": [*SHORT, *more], **how} for _, more, how in cases])
+    ends, logs = run_and_kill(tmp_path, [{"arguments": [*short, *more], **how} for _, more, how in cases])
     assert ends == [1] * len(cases), logs
     for (message, _, _), log in zip(cases, logs, strict=True):
         assert "Traceback" not in log
