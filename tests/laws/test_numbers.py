@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -339,9 +340,15 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     return moved(wrapped, seed=4).eval(), images
 
 
-@pytest.mark.parametrize("dtype", MERGED, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES_TO_MERGE)
+def merging(name: str, mode: str, dtype: torch.dtype) -> Any:
+    """Returns a case: lower precision of another family than ViT is for the slow tests."""
+    marks = () if name == "vit" or dtype == torch.float32 else pytest.mark.slow
+    return pytest.param(name, mode, dtype, marks=marks, id=f"{name}-{mode}-{dtype}")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"), [merging(*case) for case in itertools.product(FAMILIES_TO_MERGE, MODES, MERGED)]
+)
 def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, dtype: torch.dtype) -> None:
     model, images = adapted(name, mode, dtype)
     expected = logits(model, images).float()

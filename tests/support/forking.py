@@ -45,6 +45,7 @@ examples = pathlib.Path(tests.__file__).parents[1] / "examples"
 sys.path.insert(0, str(examples))
 for name in ("train.py", "compare_components.py"):
     runpy.run_path(str(examples / name), run_name="imported")
+transformers.AutoModelForImageClassification.from_pretrained(examples / "fashion-mnist-vit")  # fills caches
 """,
     variables=(("ACCELERATE_USE_CPU", "1"),),
 )
