@@ -37,6 +37,7 @@ MATRIX = [
     ("3.12", "tested"),
     ("3.13", "tested"),
     ("3.13", "newest"),
+    ("3.14", "newest"),
     ("3.12", "timm"),
 ]
 """What is run. The lowest numpy, pandas and scikit-learn have no wheels for Python 3.12."""

@@ -419,22 +419,40 @@ def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
     """Returns the checkpoint in `--resume_from_checkpoint`, or the last whole one if it is True.
 
     If there is none, the result is None, and training starts from the beginning. `also` are further files that the
-    checkpoint must contain.
+    checkpoint must contain. Checkpoints that are not used are set aside, so that the run does not write over them.
     """
     wanted = arguments.resume_from_checkpoint
     if wanted is None or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() != "true":
-        reason = why_not_whole(wanted, processes=None, also=also)
+        reason = why_not_whole(wanted, processes=None, also=also, save_only_model=arguments.save_only_model)
         if reason:
             raise SystemExit(f"Cannot resume from {wanted}: {reason}.")
         return wanted
-    checkpoint = last_whole_checkpoint(arguments.output_dir, processes=arguments.world_size, also=also)
+    with arguments.main_process_first():
+        checkpoint = last_whole_checkpoint(
+            arguments.output_dir,
+            processes=arguments.world_size,
+            also=also,
+            save_only_model=arguments.save_only_model,
+        )
+        if arguments.should_save:
+            set_aside(arguments, *also)
     if checkpoint is None:
         logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
         return None
     logger.info("Training resumes from %s.", checkpoint)
     return str(checkpoint)
+
+
+def set_aside(arguments: FinetuningArguments, *also: str) -> None:
+    """Renames the checkpoints that are not whole, so that none is deleted or written over."""
+    for folder in Path(arguments.output_dir).glob("checkpoint-*"):
+        options = {"also": also, "save_only_model": arguments.save_only_model}
+        if why_not_whole(folder, processes=arguments.world_size, **options):
+            name = f"not-whole-{folder.name}"
+            taken = len(list(folder.parent.glob(f"{name}*")))
+            folder.rename(folder.with_name(f"{name}-{taken}" if taken else name))
 
 
 def check_writable(folder: str) -> None:

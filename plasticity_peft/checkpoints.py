@@ -24,12 +24,12 @@ from plasticity_peft.saved.weights import read_header
 logger = logging.get_logger(f"transformers.{__name__}")
 
 STATE_NAME = "trainer_state.json"
-NEEDED = (STATE_NAME, "optimizer.pt", "scheduler.pt")
+OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 OF_AN_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def last_whole_checkpoint(
-    folder: str | os.PathLike[str], *, processes: int = 1, also: Iterable[str] = ()
+    folder: str | os.PathLike[str], *, processes: int = 1, also: Iterable[str] = (), save_only_model: bool = False
 ) -> Path | None:
     """Returns the whole checkpoint in `folder` that was written last, or None if there is none.
 
@@ -37,10 +37,15 @@ def last_whole_checkpoint(
     whole or not. Here the time of writing decides, as a folder may contain checkpoints of an earlier, longer run.
     Every checkpoint that is not whole is ignored, with a warning that contains the reason.
 
+    A checkpoint of another number of processes is whole. Training goes on from it, and draws other random numbers than
+    an uninterrupted run, which a warning says.
+
     Args:
         folder: the `output_dir` of a Trainer of a PeftModel. It need not exist.
         processes: number of processes that train together. Each has a file with its random state.
         also: names of further files that a whole checkpoint has, such as "plasticity.json".
+        save_only_model: the argument of the Trainer with this name. If True, checkpoints need no optimizer, scheduler
+            and random states. A Trainer that continues from such a checkpoint starts with a new optimizer.
 
     Examples:
         >>> last_whole_checkpoint("no/such/folder") is None
@@ -48,15 +53,27 @@ def last_whole_checkpoint(
     """
     found: list[tuple[int, int, Path]] = []
     for path in Path(folder).glob("checkpoint-*"):
-        reason = why_not_whole(path, processes=processes, also=also)
+        reason = why_not_whole(path, processes=processes, also=also, save_only_model=save_only_model)
         if reason:
             logger.warning("%s is not a whole checkpoint and is ignored: %s", path, reason)
         else:
             found.append(((path / STATE_NAME).stat().st_mtime_ns, _step(path), path))
-    return max(found)[-1] if found else None
+    last = max(found)[-1] if found else None
+    if last is not None and not save_only_model and _writers(last) != processes:
+        logger.warning(
+            "%s was written by %d processes, and %d go on from it. They draw other random numbers than an "
+            "uninterrupted run.", last, _writers(last), processes,
+        )  # fmt: skip
+    return last
 
 
-def why_not_whole(checkpoint: str | os.PathLike[str], *, processes: int | None = 1, also: Iterable[str] = ()) -> str:
+def why_not_whole(
+    checkpoint: str | os.PathLike[str],
+    *,
+    processes: int | None = 1,
+    also: Iterable[str] = (),
+    save_only_model: bool = False,
+) -> str:
     """Returns what is missing or damaged in a checkpoint, or "" if it is whole.
 
     Every file is read: sizes and headers of safetensors, the checksums of what torch.save wrote, and all of JSON.
@@ -67,18 +84,38 @@ def why_not_whole(checkpoint: str | os.PathLike[str], *, processes: int | None =
         processes: see `last_whole_checkpoint`. None accepts a checkpoint without random states; a run that continues
             from it draws other random numbers.
         also: see `last_whole_checkpoint`.
+        save_only_model: see `last_whole_checkpoint`.
     """
     checkpoint = Path(checkpoint)
     if not checkpoint.is_dir():
         return "there is no such folder"
-    states = ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes or 0)]
     adapters = _adapters_in(checkpoint)
-    missing = [name for name in (*NEEDED, *states) if not (checkpoint / name).is_file()]
+    needed = (STATE_NAME,) if save_only_model else (STATE_NAME, *OF_THE_OPTIMIZER)
+    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    if processes is not None and not save_only_model and not _writers(checkpoint):
+        missing += [name for name in _states(processes) if not (checkpoint / name).is_file()]
     missing += [name for folder in adapters for name in OF_AN_ADAPTER if not (folder / name).is_file()]
     missing += [name for name in also if not any((folder / name).is_file() for folder in {checkpoint, *adapters})]
     if missing:
         return f"it has no {missing[0]}"
     return next((reason for folder in dict.fromkeys((checkpoint, *adapters)) if (reason := _damage(folder))), "")
+
+
+def _states(processes: int) -> list[str]:
+    """Returns the names of the files with the random states of so many processes."""
+    return ["rng_state.pth"] if processes == 1 else [f"rng_state_{rank}.pth" for rank in range(processes)]
+
+
+def _has_states(checkpoint: Path, processes: int) -> bool:
+    return all((checkpoint / name).is_file() for name in _states(processes))
+
+
+def _writers(checkpoint: Path) -> int:
+    """Returns how many processes wrote their random states; 0 if there are none, or one is missing."""
+    if _has_states(checkpoint, 1):
+        return 1
+    written = len(list(checkpoint.glob("rng_state_*.pth")))
+    return written if written > 1 and _has_states(checkpoint, written) else 0
 
 
 def _adapters_in(checkpoint: Path) -> list[Path]:

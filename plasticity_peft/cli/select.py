@@ -12,6 +12,7 @@ EXAMPLES = """\b
 Examples:
   plasticity-peft select beans.json --top_k 2 --model google/vit-base-patch16-224-in21k > lora.yaml
   plasticity-peft select beans.json --budget 0.01 --granularity component --head classifier
+  plasticity-peft select beans.json --budget "0.6 time" --granularity component --training full --head classifier
   plasticity-peft select user/repo --training full --head classifier --format json
 \b
 In a script that does not know this package:
@@ -71,7 +72,8 @@ def select(
     modules = lora_arguments(components, selection.components, training, heads=heads)
     config = {"r": r, "lora_alpha": lora_alpha, **modules}
     heading = f"{', '.join(selection.units)}: {selection.parameters[training]:,} parameters, without the head"
-    _print(config, format, f"{heading}; confidence {in_words(selection.confidence, selection.tied)}")
+    cost = "" if selection.cost is None else f"; {selection.cost}"
+    _print(config, format, f"{heading}{cost}; confidence {in_words(selection.confidence, selection.tied)}")
 
 
 def _in_model(

@@ -37,4 +37,6 @@ def show(
     if adapter:
         units, parameters = ", ".join(adapter.units), adapter.parameters[adapter.training]
         typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters without the head)")
+        if adapter.cost is not None:
+            typer.echo(f"Cost: {adapter.cost}")
         typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence, adapter.selection.tied)}")

@@ -53,26 +53,24 @@ def _counted(model: nn.Module, architecture: Architecture, example: Inputs) -> C
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
     seen = _Pass(model, architecture)
     with torch.enable_grad():
-        seen.run(example, weights)
-        blocks = _Blocks(model, seen).counted()
-    components = tuple(
-        ComponentCost(
-            block=number // len(KINDS),
-            weights=_weights_work(part, [seen.tokens[path] for path in part.modules]),
-            saved=seen.saved.of(*part.modules),
-            tokens=tuple(seen.tokens[path] for path in part.modules),
-        )
-        for number, part in enumerate(architecture.components)
-    )
+        with _training(model, weights):
+            seen.run(example)
+        found = _Blocks(model, architecture, seen.calls).counted()
+    blocks = tuple(block for block, _ in found)
+    saved = [bytes_ for _, of_parts in found for bytes_ in of_parts]
+    components = []
+    for number, part in enumerate(architecture.components):
+        tokens = tuple(seen.tokens[path] for path in part.modules)
+        components.append(ComponentCost(number // len(KINDS), _weights_work(part, tokens), saved[number], tokens))
     return Costs(
         image=tuple(next(iter(example.values())).shape[1:]),
         number_bytes=weights[0].element_size(),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
         weights=architecture.parameters,
         blocks=blocks,
-        components=components,
+        components=tuple(components),
         outside_forward=max(0, seen.work.total - sum(block.forward for block in blocks)),
-        outside_saved=seen.saved.of(""),
+        outside_saved=max(0, seen.saved.total - sum(block.saved for block in blocks) - sum(saved)),
     )
 
 
@@ -86,29 +84,24 @@ def _weights_work(part: Component, tokens: Sequence[int]) -> int:
 
 
 class _Pass:
-    """What is seen in one forward pass of the whole model, in which everything is trainable."""
+    """What is seen in one forward pass of the whole model."""
 
     def __init__(self, model: nn.Module, architecture: Architecture) -> None:
         """Prepares the model that `architecture` describes."""
         self._model, self._architecture = model, architecture
-        self._matrices = {path for part in architecture.components if part.features for path in part.modules}
         self.calls: dict[str, Call] = {}
         """The call of each block, by path."""
         self.tokens: dict[str, int] = {}
         """Number of tokens that pass each layer, by path."""
-        self.work, self.saved = _Work(), _Bytes()
+        self.work, self.saved = _Work(), _Bytes(model.parameters(), model.buffers())
 
-    def run(self, example: Inputs, weights: Iterable[nn.Parameter]) -> None:
+    def run(self, example: Inputs) -> None:
         """Runs the model on one image."""
-        blocks = {path: self._model.get_submodule(path) for path in self._architecture.blocks}
         inside = [path for part in self._architecture.components for path in part.modules]
-        layers = {path: self._model.get_submodule(path) for path in inside}
-        self.saved.pass_over([*self._model.parameters(), *self._model.buffers(), *example.values()])
+        self.saved.pass_over(example.values())
         with ExitStack() as stack:
-            for path, module in (blocks | layers).items():
-                stack.enter_context(before_calls(module, partial(self._before, path)))
-            stack.enter_context(hooked(blocks | layers, lambda path, *_: self.saved.leave(path)))
-            stack.enter_context(_training(self._model, weights))
+            for path in (*self._architecture.blocks, *inside):
+                stack.enter_context(before_calls(self._model.get_submodule(path), partial(self._before, path)))
             stack.enter_context(self.work)
             stack.enter_context(self.saved)
             run(self._model, self._architecture, example)
@@ -117,44 +110,68 @@ class _Pass:
         call = Call(args, kwargs)
         if path in self._architecture.blocks:
             self.calls[path] = recursively_apply(torch.Tensor.detach, call)
-            self.saved.enter(path)
         else:
             self.tokens[path] = math.prod(call.tokens.shape[:-1])
-            if path in self._matrices:
-                self.saved.enter(path)
 
 
 class _Blocks:
     """Counts each block alone. Blocks of the same class and shapes are counted once."""
 
-    def __init__(self, model: nn.Module, seen: _Pass) -> None:
-        """Takes the pass in which the blocks were called."""
-        self._model, self._seen = model, seen
-        self._known: dict[Any, tuple[int, int]] = {}
+    def __init__(self, model: nn.Module, architecture: Architecture, calls: dict[str, Call]) -> None:
+        """Takes the call of each block, by path."""
+        self._model, self._calls = model, calls
+        parts = architecture.components
+        starts = range(0, len(parts), len(KINDS))
+        self._parts = {path: parts[n : n + len(KINDS)] for path, n in zip(architecture.blocks, starts, strict=True)}
+        self._known: dict[Any, tuple[BlockCost, list[int]]] = {}
 
-    def counted(self) -> tuple[BlockCost, ...]:
-        """Returns the cost of each block."""
-        return tuple(self._block(path, call) for path, call in self._seen.calls.items())
+    def counted(self) -> list[tuple[BlockCost, list[int]]]:
+        """Returns the cost of each block, and the bytes that each of its components adds."""
+        return [self._block(path, own) for path, own in self._parts.items()]
 
-    def _block(self, path: str, call: Call) -> BlockCost:
-        block = self._model.get_submodule(path)
+    def _block(self, path: str, parts: Sequence[Component]) -> tuple[BlockCost, list[int]]:
+        block, call = self._model.get_submodule(path), self._calls[path]
         shapes = tuple(tuple(parameter.shape) for parameter in block.parameters())
         key = (type(block), shapes, str(recursively_apply(lambda tensor: tensor.shape, call)))
         if key not in self._known:
-            self._known[key] = _work_of(block, call)
-        return BlockCost(*self._known[key], saved=self._seen.saved.of(path))
+            self._known[key] = _frozen(block, call), self._added(block, call, parts)
+        return self._known[key]
+
+    def _added(self, block: nn.Module, call: Call, parts: Sequence[Component]) -> list[int]:
+        """Returns the bytes that linear layers keep if all components train: their inputs, unless others keep them."""
+        layers = {path: self._model.get_submodule(path) for part in parts for path in part.modules if part.features}
+        norms = [self._model.get_submodule(path) for part in parts for path in part.modules if not part.features]
+        weights = [weight for module in (*layers.values(), *norms) for weight in module.parameters()]
+        saved = _Bytes(block.parameters(), block.buffers(), _shared(call))
+        with ExitStack() as stack:
+            for path, layer in layers.items():
+                stack.enter_context(before_calls(layer, partial(saved.enter, path)))
+            stack.enter_context(hooked(layers, lambda *_: saved.enter("")))
+            stack.enter_context(_training(block, [weight for weight in weights if weight.is_floating_point()]))
+            stack.enter_context(saved)
+            given = call.with_tokens(call.tokens.clone().requires_grad_())
+            block(*given.args, **given.kwargs)
+        return [saved.of(*part.modules) for part in parts]
 
 
-def _work_of(block: nn.Module, call: Call) -> tuple[int, int]:
-    """Returns the work of a forward pass of a block with frozen parameters, and of the gradient of its input."""
+def _shared(call: Call) -> list[torch.Tensor]:
+    """Returns the tensors that a block gets beside its tokens, such as a mask. All blocks share them."""
+    found: list[torch.Tensor] = []
+    recursively_apply(found.append, call.extras)
+    return found
+
+
+def _frozen(block: nn.Module, call: Call) -> BlockCost:
+    """Returns the cost of a block, which runs with frozen parameters forward, and backward to its input."""
     tokens = call.tokens.clone().requires_grad_()
     given = call.with_tokens(tokens)
+    saved = _Bytes(block.parameters(), block.buffers(), _shared(call))
     with _training(block, ()):
-        with _Work() as forward:
+        with _Work() as forward, saved:
             output = first_tensor(block(*given.args, **given.kwargs))
         with _Work() as backward:
             torch.autograd.grad(output, tokens, torch.ones_like(output))
-    return forward.total, backward.total
+    return BlockCost(forward.total, backward.total, saved.total)
 
 
 class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -191,40 +208,41 @@ def _operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
 
 
 class _Bytes(torch.autograd.graph.saved_tensors_hooks):
-    """Inside, counts the bytes that are kept for gradients, by the innermost module that was entered."""
+    """Inside, counts the bytes that are kept for gradients, by the linear layer that keeps them."""
 
-    def __init__(self) -> None:
-        """Starts with nothing."""
+    def __init__(self, *known: Iterable[torch.Tensor]) -> None:
+        """Takes the tensors that are not counted."""
         super().__init__(self._keep, lambda tensor: tensor)
-        self.by_module: dict[str, int] = {}
-        """Bytes by path; "" is outside of all. A linear layer keeps its input, a block all that the others do not."""
-        self._inside = [""]
+        self._by_layer: dict[str, int] = {}
+        self._layer = ""
         self._seen: set[int] = set()
         self._held: list[torch.Tensor] = []
+        for tensors in known:
+            self.pass_over(tensors)
 
     def pass_over(self, tensors: Iterable[torch.Tensor]) -> None:
         """Excludes tensors that are there in any case."""
         self._seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
-    def enter(self, path: str) -> None:
-        """Starts the call of a module."""
-        self._inside.append(path)
+    def enter(self, path: str, *_: Any) -> None:
+        """Starts the call of a layer; "" ends it."""
+        self._layer = path
 
-    def leave(self, path: str) -> None:
-        """Ends the call of a module, if it was entered."""
-        if self._inside[-1] == path:
-            self._inside.pop()
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self._by_layer.values())
 
     def of(self, *paths: str) -> int:
-        """Returns the bytes that some modules keep."""
-        return sum(self.by_module.get(path, 0) for path in paths)
+        """Returns the bytes that some layers keep."""
+        return sum(self._by_layer.get(path, 0) for path in paths)
 
     def _keep(self, tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in self._seen:
             self._seen.add(storage._cdata)
             self._held.append(tensor.detach())  # or its address would be given to another
-            self.by_module[self._inside[-1]] = self.of(self._inside[-1]) + storage.nbytes()
+            self._by_layer[self._layer] = self.of(self._layer) + storage.nbytes()
         return tensor
 
 

@@ -90,6 +90,15 @@ class Cost:
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
+    def __str__(self) -> str:
+        size = (
+            f"{self.file_bytes / 2**20:.1f} MiB" if self.file_bytes >= 2**19 else f"{self.file_bytes / 1024:.0f} KiB"
+        )
+        return (
+            f"{self.time:.2f} of the time and {self.memory:.2f} of the memory of a training step that finetunes "
+            f"everything; {size} in a file"
+        )
+
 
 @dataclass(frozen=True)
 class Costs:

@@ -147,6 +147,7 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
     yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
+    yield "cost by formula, without the head", str(adapter.selection.cost or "")
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")
     yield "seed", str(report.seed)

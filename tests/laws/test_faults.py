@@ -19,7 +19,14 @@ import torch
 from peft import PeftModel, get_peft_model
 from PIL import Image
 
-from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
+from plasticity_peft import (
+    PlasticityConfig,
+    PlasticityError,
+    PlasticityReport,
+    checkpoints,
+    load_adapter,
+    measure_plasticity,
+)
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.errors import FileError
 from plasticity_peft.files import replaced_when_whole, write_text
@@ -93,6 +100,7 @@ def test_killed_while_saving_it_ends_as_if_it_had_not_been(
     assert anew == [False, True, True, *[False] * len(kills)]
     assert measured == [True, True, True, *[False] * len(kills)]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
+    assert (tmp_path / "killed" / "not-whole-checkpoint-2").is_dir()
     assert "Training resumes from" in logs[3]
     assert "nothing is left to train" in logs[-1]
 
@@ -183,12 +191,60 @@ def test_the_checkpoint_that_was_written_last_counts(trained: Path, tmp_path: Pa
     assert last_whole_checkpoint(out) == out / "checkpoint-12"
     os.utime(out / "checkpoint-6" / "trainer_state.json")  # a new run, in the folder of an old one
     assert last_whole_checkpoint(out) == out / "checkpoint-6"
-    assert last_whole_checkpoint(out, processes=2) is None
-    assert "rng_state_0.pth" in why_not_whole(out / "checkpoint-6", processes=2)
-    assert why_not_whole(out / "checkpoint-6", processes=None) == ""
     (out / "checkpoint-6").rename(out / "checkpoint-7")
     assert "step 6" in why_not_whole(out / "checkpoint-7")
     assert last_whole_checkpoint(tmp_path / "nothing") is None
+
+
+@pytest.mark.parametrize(
+    ("written", "processes", "whole"),
+    [
+        ("", 1, True),
+        ("", 2, True),
+        ("01", 2, True),
+        ("01", 1, True),
+        ("01", 3, True),
+        ("0123", 2, True),
+        ("0", 2, False),
+        ("1", 2, False),
+        ("02", 3, False),
+        ("12", 3, False),
+    ],
+)
+def test_a_checkpoint_of_another_number_of_processes_is_whole_if_each_saved_its_state(
+    written: str, processes: int, whole: bool, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(trained, out)
+    shutil.rmtree(out / "checkpoint-6")
+    checkpoint = out / "checkpoint-12"
+    state = checkpoint / "rng_state.pth"
+    for rank in written:
+        shutil.copy(state, checkpoint / f"rng_state_{rank}.pth")
+    if written:
+        state.unlink()
+    warnings: list[str] = []
+    monkeypatch.setattr(checkpoints.logger, "warning", lambda message, *values: warnings.append(message % values))
+    assert last_whole_checkpoint(out, processes=processes) == (checkpoint if whole else None)
+    others = any("They draw other random numbers" in warning for warning in warnings)
+    assert others == (whole and len(written or "0") != processes)
+    assert whole == (why_not_whole(checkpoint, processes=processes) == "")
+    assert why_not_whole(checkpoint, processes=None) == ""
+
+
+def test_a_trainer_goes_on_from_a_checkpoint_of_weights_alone(trained: Path, tmp_path: Path) -> None:
+    config = PlasticityConfig(target_data=random_images(), max_samples=4)
+    model = get_peft_model(saved_base(tmp_path / "base"), config)
+    out = tmp_path / "out"
+    options = {"save_only_model": True, "load_best_model_at_end": False, "num_train_epochs": 2}
+    trainer_of(model, out, **options).train()
+    assert last_whole_checkpoint(out) is None
+    checkpoint = last_whole_checkpoint(out, save_only_model=True)
+    assert checkpoint == out / "checkpoint-12"
+    again = trainer_of(model, out, **{**options, "num_train_epochs": 3})
+    assert again.train(resume_from_checkpoint=str(checkpoint)).global_step == 18
+    (checkpoint / "adapter_model.safetensors").unlink()
+    assert last_whole_checkpoint(out, save_only_model=True) != checkpoint
 
 
 # Adapters: whatever is half there is refused, by a message that names it.

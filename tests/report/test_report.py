@@ -138,7 +138,7 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
         ({"top_k": True}, "Got True"),
         ({"top_k": 1.0}, "Got 1.0"),
         ({"budget": -0.1}, "above 0 and at most 1"),
-        ({"budget": "1%"}, "Got '1%'"),
+        ({"budget": "1 hour"}, "Got '1 hour'"),
         ({"budget": float("nan")}, "Got nan"),
         ({"top_k": 1, "budget": 0.5}, "not both"),
         ({"granularity": "head"}, "granularity must be one of 'kind', 'component'. Got 'head'"),
@@ -200,7 +200,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
-ADDED_SINCE += ("target_provenance", "source_provenance", "batch_size", "separation", "error")
+ADDED_SINCE += ("target_provenance", "source_provenance", "batch_size", "separation", "error", "costs")
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 
