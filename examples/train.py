@@ -20,8 +20,10 @@ import logging
 import shutil
 import sys
 import tempfile
+import time
 import warnings
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import evaluate
@@ -44,6 +46,8 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
+    TrainerCallback,
+    TrainerState,
     TrainingArguments,
     default_data_collator,
     set_seed,
@@ -387,6 +391,22 @@ class ResumableTrainer(Trainer):
             raise OSError(f"Cannot write {folder}: {error}") from error
 
 
+class TimeEstimate(TrainerCallback):
+    """Logs how long training will take, once a few steps are timed."""
+
+    STEPS = 5
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Notes the first step."""
+        self.first, self.start = state.global_step, time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
+        """Logs the estimate."""
+        if state.global_step == self.first + self.STEPS and state.is_world_process_zero:
+            seconds = (time.perf_counter() - self.start) / self.STEPS * (state.max_steps - self.first)
+            logger.info("Training will take about %s, without evaluation", timedelta(seconds=round(seconds)))
+
+
 def finetune(
     model: PeftModel,
     arguments: FinetuningArguments,
@@ -409,6 +429,7 @@ def finetune(
     )
     if measure_every is not None:
         trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
+    trainer.add_callback(TimeEstimate())
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
         logger.info("%s is the end of training: nothing is left to train.", checkpoint)
@@ -536,8 +557,17 @@ def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict
             trainer.save_model(str(folder))
     trainer.save_metrics("test", metrics)
     if trainer.is_world_process_zero():
+        given, arguments.learning_rate = arguments.learning_rate, peak_rates(trainer.optimizer)  # for the card
         trainer.create_model_card(**about)
+        arguments.learning_rate = given
         update_card(arguments.output_dir, metrics={"accuracy": metrics["test_accuracy"]}, dataset=test, split="test")
+
+
+def peak_rates(optimizer: torch.optim.Optimizer) -> str:
+    """Returns the learning rate of each group, at its peak, as text."""
+    optimizer = getattr(optimizer, "optimizer", optimizer)  # that of Accelerate
+    rates = {group["name"]: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
+    return ", ".join(f"{rate:.2g} ({name})" for name, rate in rates.items())
 
 
 def is_demo(model: ModelArguments, data: DataArguments) -> bool:
@@ -610,7 +640,10 @@ def main() -> None:
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
     log_size(model, splits, arguments)
-    arguments.warmup_steps = arguments.warmup_steps or round(0.1 * number_of_steps(arguments, splits["train"]))
+    steps = number_of_steps(arguments, splits["train"])
+    arguments.warmup_steps = arguments.warmup_steps or round(0.1 * steps)
+    if arguments.logging_steps < 1:  # a checkpoint contains the number, with which a resumed run is compared
+        arguments.logging_steps = int(np.ceil(arguments.logging_steps * steps))
     trainer, metrics = finetune(model, arguments, processor, splits, checkpoint, plasticity.measure_every)
     selected = " + ".join(("head", *units))
 

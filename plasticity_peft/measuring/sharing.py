@@ -29,6 +29,8 @@ SORTS = 2
 HEAVY_TAILS = 1.5
 """By what degrees of freedom are divided: observations have heavier tails than a normal distribution. 1 + k / 2 for an
 excess kurtosis of k, which is about 1 for rates of change on the images of `tests/measuring/test_coverage.py`."""
+SKEWED = 2.0
+"""The same for observations of single images, which are squared norms, and skewed."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Spread:
         """Returns the spread of the means of what was observed, 2 observations or more."""
         moments, count = observed.moments, observed.moments.count
         if not observed.keys.shape[1]:
-            return cls(moments.m2 / (count * (count - 1)), (count - 1) / HEAVY_TAILS, moments=moments)
+            return cls(moments.m2 / (count * (count - 1)), (count - 1) / SKEWED, moments=moments)
         design = _Design(observed.keys, count)
         scale, known = design.scale(design.each, design.same)
         if not known:

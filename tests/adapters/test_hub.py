@@ -12,10 +12,9 @@ import huggingface_hub
 import pytest
 from PIL import Image
 
-from tests.support.hub_client import Client, Result, environment, machine
+from tests.support.hub_client import Client, Result, machine
 from tests.support.hub_server import TOKEN, HubServer, Repository, serving
 from tests.support.models import REPOSITORY, backbone
-from tests.support.processes import python
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 RETRIES = not huggingface_hub.__version__.startswith("0.")
@@ -323,17 +322,17 @@ def test_a_wrong_token_publishes_nothing(world: World) -> None:
 
 SHORT = [
     "--model_name_or_path", "user/base", "--max_train_samples", "48", "--max_steps", "2", "--max_samples", "16",
-    "--disable_tqdm", "true", "--push_to_hub", "true", "--validation_fraction", "0.1", "--test_fraction", "0.1",
+    "--disable_tqdm", "true", "--push_to_hub", "true", "--validation_fraction", "0.02", "--test_fraction", "0.02",
+    "--learning_rate", "0.001", "--per_device_train_batch_size", "16",
 ]  # fmt: skip
 
 
 def test_the_example_publishes_all_and_the_merged_model(world: World) -> None:
     output = world.folder / "outputs"
     options = ["--push_merged", "true", "--hub_model_id", "user/trained", "--hub_token", TOKEN]
-    place = environment(world.hub, world.folder / "train-home", token="")
-    result = python(TRAIN, *SHORT, "--output_dir", output, *options, env=place)
-    assert result.returncode == 0, result.stderr
-    assert "Published https://huggingface.co/user/trained\n" in result.stderr
+    result = train(world, "--output_dir", str(output), *options, token="")
+    assert result.code == 0, result.err
+    assert "Published https://huggingface.co/user/trained\n" in result.err
     files = world.files("user/trained")
     assert {*ADAPTER, "preprocessor_config.json"} <= set(files)
     assert not [path for path in files if "checkpoint" in path or "merged" in path or path == "config.json"]

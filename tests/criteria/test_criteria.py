@@ -187,7 +187,7 @@ DATA: dict[str, Callable[[], dict[str, Any]]] = {
     # Streams in their own order; batches are drawn.
     "pairs": lambda: {"target_data": iter(IMAGES[6:]), "source_data": iter(IMAGES[:6]), "max_samples": 6},
     "images": lambda: {"target_data": iter(LABELLED), "max_samples": 12},
-    "images, often": lambda: {"target_data": iter(LABELLED * 150), "max_samples": 12 * 150},
+    "images, often": lambda: {"target_data": iter(LABELLED * 150), "max_samples": 12 * 150, "batch_size": 60},
     "batches": lambda: {"target_data": LABELLED, "max_samples": 12, "seed": 3},
     "weights": dict,
 }
@@ -231,7 +231,7 @@ def test_scores_are_those_of_the_definition(
     monkeypatch.setattr(sources, "BUFFER_IMAGES", 1)  # a buffer of one image keeps the order of a stream
     own = DEFINITIONS[criterion]
     data = DATA[own.observed]()
-    report = measure_plasticity(model, criterion=criterion, inputs=inputs, settle=None, batch_size=5, **data)
+    report = measure_plasticity(model, criterion=criterion, inputs=inputs, settle=None, **{"batch_size": 5, **data})
     values = own.values(model, inputs)
     of_kinds = values.reshape(len(values), -1, len(KINDS)).mean(axis=1)
     for rows, columns in ((report.scores, values), (report.kinds, of_kinds)):

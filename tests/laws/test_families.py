@@ -26,7 +26,17 @@ from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError, PlasticityError
 from plasticity_peft.measuring.left_as_found import LeftAsFound
 from tests.support import oracles
-from tests.support.families import FAMILIES, FIVE, LABELS, PLAIN, every_family, family, items
+from tests.support.families import (
+    FAMILIES,
+    FIVE,
+    LABELS,
+    PLAIN,
+    REPRESENTATIVES,
+    each_kind_of_family,
+    every_family,
+    family,
+    items,
+)
 from tests.support.measures import MEASURES, PROTOCOLS, rates
 from tests.support.models import disturbed
 from tests.support.oracles import layers, tensor, watching
@@ -70,6 +80,21 @@ def test_every_layout_has_a_family() -> None:
     )
     # Kosmos-2 has no class for its vision part alone, and tests/timm has the models of timm.
     assert known | newer | {"kosmos_2_vision_model", *TIMM_TYPES} == set(LAYOUTS) | newer
+
+
+def test_each_kind_of_block_has_a_representative() -> None:
+    """A family outside of `REPRESENTATIVES` is tried in the slow tests alone."""
+    kinds: dict[tuple[Any, ...], set[str]] = {}
+    for name, found in FAMILIES.items():
+        if found.available:
+            layout = find_architecture(found.build()).layout
+            kind = (
+                len(layout.projections), len(layout.weights("FC1")), layout.post_norm, layout.random_masking,
+                layout.blocks.count("*"),
+            )  # fmt: skip
+            kinds.setdefault(kind, set()).add(name)
+    assert set(REPRESENTATIVES) <= set(FAMILIES)
+    assert not [names for names in kinds.values() if not names & set(REPRESENTATIVES)]
 
 
 @every_family
@@ -117,7 +142,7 @@ def test_rates_of_change_are_those_of_the_definition(name: str, inputs: str) -> 
     np.testing.assert_allclose(rates(model, inputs, x, y), expected, rtol=1e-7)
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize(("training", "kinds"), [("lora", ("MHA", "FC1", "LN2")), ("full", ("MHA", "FC2", "LN1"))])
 def test_training_changes_the_chosen_components_and_the_head_alone(
     name: str, training: str, kinds: tuple[str, ...]
@@ -159,7 +184,7 @@ def moving(output: Any) -> Iterator[torch.Tensor]:
             yield from moving(value)
 
 
-@every_family
+@each_kind_of_family
 def test_eager_and_sdpa_attention_give_the_same_report(name: str) -> None:
     found = family(name)
     model = found.build()
@@ -181,7 +206,7 @@ UNDEFINED = {
 }
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize(
     "criterion",
     ["bound", "condition_number", "feature_norm", "gradient_norm", "parameter_plasticity", "token_sensitivity"],
@@ -201,7 +226,7 @@ def test_a_criterion_scores_every_component_or_says_why_not(name: str, criterion
     assert all(row.mean > 0 for row in report.scores)
 
 
-@every_family
+@each_kind_of_family
 def test_gradients_by_image_are_those_of_each_image(name: str) -> None:
     found = family(name)
     model = found.build().double()

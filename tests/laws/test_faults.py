@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from PIL import Image
 
 from plasticity_peft import (
     PlasticityConfig,
@@ -29,24 +30,38 @@ from plasticity_peft import (
 from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.errors import FileError
 from plasticity_peft.files import replaced_when_whole, write_text
+from tests.support.forking import TIMEOUT, run_script
 from tests.support.models import REPOSITORY, random_images, saved_base, tiny_model
-from tests.support.processes import launch, python
+from tests.support.processes import launch
 from tests.support.training import trainer_of
 
 TRAIN = REPOSITORY / "examples" / "train.py"
 SHORT = [
-    "--compare", "false", "--num_train_epochs", "3", "--max_train_samples", "64", "--max_samples", "16",
-    "--test_fraction", "0.05", "--validation_fraction", "0.05", "--use_cpu", "true", "--disable_tqdm", "true",
+    "--num_train_epochs", "3", "--max_train_samples", "16", "--per_device_train_batch_size", "8",
+    "--learning_rate", "0.001", "--max_samples", "8", "--test_fraction", "0.2", "--validation_fraction", "0.2",
+    "--use_cpu", "true", "--disable_tqdm", "true",
 ]  # fmt: skip
 
 
-def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: float = 480) -> tuple[list[int], list[str]]:
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """Returns the arguments of a run on a few images of two brightnesses."""
+    images = tmp_path_factory.mktemp("images")
+    for number in range(30):
+        folder = images / ("dark" if number % 2 else "light")
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 200 - 150 * (number % 2) + number).save(folder / f"{number}.png")
+    return ["--dataset_name", images, *SHORT]
+
+
+def run_and_kill(folder: Path, plan: list[dict[str, Any]], timeout: int = TIMEOUT) -> tuple[list[int], list[str]]:
     """Returns how the runs of examples/train.py ended, one after the other, and what each logged."""
     for number, step in enumerate(plan):
         step["arguments"] = [str(part) for part in step["arguments"]]
         step["log"] = str(folder / f"{number}.log")
     (folder / "plan.json").write_text(json.dumps(plan))
-    result = python(REPOSITORY / "tests" / "support" / "killing.py", TRAIN, folder / "plan.json", timeout=timeout)
+    killing = REPOSITORY / "tests" / "support" / "killing.py"
+    result = run_script(killing, TRAIN, folder / "plan.json", cwd=REPOSITORY, timeout=timeout)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1]), [Path(step["log"]).read_text() for step in plan]
 
@@ -63,24 +78,27 @@ def check_equal(one: Path, other: Path) -> None:
     assert "test_accuracy" in timeless[0]
 
 
-KILLS = [("weights", 0), ("optimizer", 1), ("state", 0), ("deleting", 0), ("config", 2)]
+KILLS = [("weights", 0), ("optimizer", 1), ("deleting", 0), ("state", 0), ("config", 2)]
 
 
-def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kills", [KILLS[:3], pytest.param(KILLS, marks=pytest.mark.slow)], ids=len)
+def test_killed_while_saving_it_ends_as_if_it_had_not_been(
+    kills: list[tuple[str, int]], tmp_path: Path, short: list[Any]
+) -> None:
     # With evaluation, the Trainer would delete a last checkpoint that is not the best.
-    common = [*SHORT, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
+    common = [*short, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
     arguments = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
     plan = [{"arguments": [*common, "--output_dir", tmp_path / "whole"]}]
-    plan += [{"arguments": arguments, "at": kill} for kill in KILLS]
+    plan += [{"arguments": arguments, "at": kill} for kill in kills]
     plan += [{"arguments": arguments}] * 2
     ends, logs = run_and_kill(tmp_path, [dict(step) for step in plan])
-    assert ends == [0, *[-signal.SIGKILL] * len(KILLS), 0, 0], logs[-1]
+    assert ends == [0, *[-signal.SIGKILL] * len(kills), 0, 0], logs[-1]
 
     check_equal(tmp_path / "whole", tmp_path / "killed")
     measured = ["Measuring plasticity" in log for log in logs]
     anew = ["no complete checkpoint in" in log for log in logs]
-    assert anew == [False, True, True, *[False] * 5]
-    assert measured == [True, True, True, *[False] * 5]  # the report is that of the checkpoint
+    assert anew == [False, True, True, *[False] * len(kills)]
+    assert measured == [True, True, True, *[False] * len(kills)]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
     assert (tmp_path / "killed" / "not-whole-checkpoint-2").is_dir()
     assert "Training resumes from" in logs[3]
@@ -351,7 +369,7 @@ def test_a_written_file_has_the_rights_of_the_old_one(tmp_path: Path) -> None:
     assert (tmp_path / "new").read_text() == "other text"
 
 
-def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, shared: Path) -> None:
+def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, shared: Path, short: list[Any]) -> None:
     (tmp_path / "file").write_text("mine")
     out = shared / "out"
     out.mkdir(mode=0o755)
@@ -377,7 +395,7 @@ def test_errors_of_the_example_are_a_line_and_lose_nothing(tmp_path: Path, share
         (r"Cannot resume from .*checkpoint-3: there is no such folder", ["--output_dir", tmp_path / "c",
          "--resume_from_checkpoint", tmp_path / "checkpoint-3"], {}),
     ]  # fmt: skip
-    ends, logs = run_and_kill(tmp_path, [{"arguments": [*SHORT, *more], **how} for _, more, how in cases])
+    ends, logs = run_and_kill(tmp_path, [{"arguments": [*short, *more], **how} for _, more, how in cases])
     assert ends == [1] * len(cases), logs
     for (message, _, _), log in zip(cases, logs, strict=True):
         assert "Traceback" not in log
@@ -435,26 +453,19 @@ trainer.train()
 """
 
 
-def test_where_a_process_is_killed_the_others_end(tmp_path: Path) -> None:
-    check_all_end("probe", 1, tmp_path)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "machines"), [("probe", 2), ("training", 1), ("training", 2)])
-def test_where_a_process_is_killed_the_others_end_in_all_cases(stage: str, machines: int, tmp_path: Path) -> None:
-    check_all_end(stage, machines, tmp_path)
-
-
-def check_all_end(stage: str, machines: int, folder: Path) -> None:
-    """Fails unless every launcher ends with an error, within a minute after a process was killed."""
-    script = folder / "script.py"
+@pytest.mark.parametrize("machines", [1, 2])
+@pytest.mark.parametrize("stage", ["probe", "training"])
+def test_where_a_process_is_killed_the_others_end(stage: str, machines: int, tmp_path: Path) -> None:
+    """Every launcher ends with an error, within a minute after a process was killed."""
+    script = tmp_path / "script.py"
     script.write_text(KILLED)
     start = time.monotonic()
-    results = launch(script, stage, folder, processes=2, machines=machines)
-    killed = (folder / "pid-1").stat().st_mtime
+    results = launch(script, stage, tmp_path, processes=2, machines=machines)
+    killed = (tmp_path / "pid-1").stat().st_mtime
     print(stage, machines, f"{time.monotonic() - start:.1f} s in all, {time.time() - killed:.1f} s after the start")
     assert time.time() - killed < 60
     assert all(result.returncode != 0 for result in results), [result.stderr for result in results]
     assert "SIGKILL" in "".join(result.stderr for result in results)
     for rank in range(2):
-        assert not Path("/proc", (folder / f"pid-{rank}").read_text()).exists()
+        assert not Path("/proc", (tmp_path / f"pid-{rank}").read_text()).exists()

@@ -11,7 +11,7 @@ from tests.support.processes import python
 
 
 def test_a_few_damaged_files() -> None:
-    found = fuzz(800, seed=1)
+    found = fuzz(400, seed=1)
     assert not found["failures"], found["failures"][0]
     outcomes = " ".join(found["counts"])
     for outcome in ("report_values: accepted", "report_file: ReportError", "adapter: loaded", "adapter: AdapterError"):

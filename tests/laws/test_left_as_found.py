@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
 from plasticity_peft.errors import ModelError
-from tests.support.families import FAMILIES, every_family, family, items
+from tests.support.families import FAMILIES, each_kind_of_family, every_family, family, items
 from tests.support.injection import InjectedError, calls, injected
 from tests.support.measures import MEASURES, every_measure
 from tests.support.models import tiny_model
@@ -24,6 +25,8 @@ from tests.support.snapshots import assert_same, snapshot
 
 frozen_in_part = pytest.mark.filterwarnings("ignore:.*(stay frozen|frozen before)")
 """For models that are `lived_in`, parts of whose heads are frozen; PEFT trains some of these parts, and not others."""
+
+some_failures = pytest.mark.parametrize("most", [3, pytest.param(40, marks=pytest.mark.slow)])
 
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
@@ -84,7 +87,7 @@ def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
     return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
-@every_family
+@each_kind_of_family
 @every_measure
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
@@ -121,15 +124,15 @@ def total_calls(work: Callable[[], Any], parts: tuple[str, ...], warm: bool = Tr
 
 @pytest.mark.parametrize("parts", [OURS, THEIRS], ids=["ours", "the model's"])
 @every_measure
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize("name", LAYOUTS[:2])
 def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str, parts: tuple[str, ...]) -> None:
     model, work = measuring(name, measure)
     total = total_calls(work, parts)
     assert total > 20
-    fails_at(model, work, parts, spread(total, 8, len(name)))
+    fails_at(model, work, parts, spread(total, 4, len(name)))
 
 
-@every_family
+@each_kind_of_family
 def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
@@ -281,10 +284,17 @@ def calls_of_injection(
     return counted[0] + 1, counted[1]
 
 
+ADAPTING = list(itertools.product(LAYOUTS, ["lora", "full"], ["get_peft_model", "add_adapter"]))
+SOME = [("vit", "lora", "get_peft_model"), ("vit", "full", "add_adapter"), ("swin", "full", "get_peft_model"),
+        ("dinov2-swiglu", "lora", "add_adapter")]  # fmt: skip
+"""Each layout, each mode and each way twice or once."""
+
+
 @frozen_in_part
-@pytest.mark.parametrize("how", ["get_peft_model", "add_adapter"])
-@pytest.mark.parametrize("training", ["lora", "full"])
-@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(
+    ("name", "training", "how"),
+    [pytest.param(*case, marks=() if case in SOME else pytest.mark.slow) for case in ADAPTING],
+)
 def test_an_injection_that_fails_leaves_the_model_as_found(name: str, training: str, how: str) -> None:
     model, work = adapting(name, training, how)
     for parts in (OURS, PEFT):
@@ -307,7 +317,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
 
 
 @frozen_in_part
-@every_family
+@each_kind_of_family
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     model, work = adapting(name, ("lora", "full")[number % 2], "get_peft_model")
@@ -315,8 +325,9 @@ def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str)
     injection_fails_at(model, work, PEFT, iter((first + (last - first) * (number % 10) // 10 + 1, last - number % 20)))
 
 
+@some_failures
 @pytest.mark.parametrize("training", ["lora", "full"])
-def test_a_second_adapter_that_fails_half_way_leaves_the_first(training: str) -> None:
+def test_a_second_adapter_that_fails_half_way_leaves_the_first(training: str, most: int) -> None:
     report = report_of("vit")
     first = PlasticityConfig(report=report, training=training, top_k=2, r=2)
     model = get_peft_model(FAMILIES["vit"].build(), first)
@@ -326,7 +337,7 @@ def test_a_second_adapter_that_fails_half_way_leaves_the_first(training: str) ->
 
     total = calls_until_second(model, work)
     before = snapshot(model)
-    for number in spread(total, 10, 0):
+    for number in spread(total, most, 0):
         with injected(PEFT, number) as injection, pytest.raises(InjectedError):
             work(model)
         assert list(model.peft_config) == ["default"]
@@ -345,8 +356,9 @@ def calls_until_second(model: nn.Module, work: Callable[[nn.Module], None]) -> i
     return calls(PEFT, lambda: work(twin)) * 9 // 10
 
 
+@some_failures
 @pytest.mark.parametrize("training", ["lora", "full"])
-def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_found(training: str, tmp_path: Any) -> None:
+def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_found(training: str, most: int, tmp_path: Any) -> None:
     report = measure_plasticity(tiny_model(), criterion="random")
     config = PlasticityConfig(report=report, training=training, top_k=3, r=2)
     get_peft_model(tiny_model(), config).save_pretrained(tmp_path)
@@ -355,7 +367,7 @@ def test_an_adapter_that_cannot_be_loaded_leaves_the_model_as_found(training: st
         load_adapter(tiny_model(), tmp_path)
         total = calls(parts, lambda: load_adapter(tiny_model(), tmp_path))
         before = snapshot(model)
-        for number in spread(total, 10, 0):
+        for number in spread(total, most, 0):
             with injected(parts, number) as injection, pytest.raises((InjectedError, PlasticityError)):
                 load_adapter(model, tmp_path)
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -18,7 +19,7 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images.pairs import draw_pairs
 from tests.support import oracles
-from tests.support.families import FAMILIES, every_family, family, items
+from tests.support.families import FAMILIES, each_kind_of_family, family, items
 from tests.support.measures import MEASURES, PROTOCOLS, every_measure, means, rates
 from tests.support.models import logits, moved, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
@@ -53,7 +54,7 @@ def measured(name: str, measure: str, batch_size: int, dtype: torch.dtype = torc
 # ----------------------------------------------------------------------------------- however they are computed
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 def test_the_order_of_pairs_and_within_a_pair_does_not_matter(name: str, inputs: str) -> None:
     known(name, inputs)
@@ -92,7 +93,7 @@ def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatc
 
 
 @every_measure
-@every_family
+@each_kind_of_family
 def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
     known(name, measure)
     three = measured(name, measure, batch_size=3)
@@ -100,7 +101,7 @@ def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
 
 
 @every_measure
-@every_family
+@each_kind_of_family
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
     known(name, measure)
     double = measured(name, measure, batch_size=1, dtype=torch.float64)
@@ -254,7 +255,7 @@ def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Modul
         yield copy.deepcopy(model), chosen, before
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("kind", ["LN1", "LN2", "FC1", "FC2"])
 def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> None:
@@ -269,7 +270,7 @@ def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> N
             assert all(after[other] == pytest.approx(before[other], rel=DOUBLE) for other in after.keys() - changed)
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("projection", ["value", "output"])
 def test_attention_scales_with_its_value_and_output_projections(name: str, inputs: str, projection: str) -> None:
@@ -293,7 +294,7 @@ def scale_projection(model: nn.Module, part: Any, projection: str) -> None:
         scaled(model, part.modules[2:3], 3.0)
 
 
-@every_family
+@each_kind_of_family
 @pytest.mark.parametrize("inputs", PROTOCOLS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_bias_changes_nothing(name: str, inputs: str, kind: str) -> None:
@@ -339,9 +340,15 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     return moved(wrapped, seed=4).eval(), images
 
 
-@pytest.mark.parametrize("dtype", MERGED, ids=str)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", FAMILIES_TO_MERGE)
+def merging(name: str, mode: str, dtype: torch.dtype) -> Any:
+    """Returns a case: lower precision of another family than ViT is for the slow tests."""
+    marks = () if name == "vit" or dtype == torch.float32 else pytest.mark.slow
+    return pytest.param(name, mode, dtype, marks=marks, id=f"{name}-{mode}-{dtype}")
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "dtype"), [merging(*case) for case in itertools.product(FAMILIES_TO_MERGE, MODES, MERGED)]
+)
 def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, dtype: torch.dtype) -> None:
     model, images = adapted(name, mode, dtype)
     expected = logits(model, images).float()

@@ -182,14 +182,14 @@ def of_images(norms: np.ndarray, images: np.ndarray) -> Observed:
 def test_two_standard_errors_of_images_hold_the_true_score(norms: np.ndarray, size: int) -> None:
     """The score is the square root of the mean, and its error that of the mean to first order.
 
-    So skewed observations are held a little less often than rates of change: 0.898 was the lowest rate over all kinds.
+    So skewed observations are held less often than rates of change.
     """
     generator, true = np.random.default_rng(size), np.sqrt(norms.mean(axis=0))
     found = [of_images(norms, generator.choice(len(norms), size, replace=False)) for _ in range(5 * REPETITIONS)]
     scores = np.sqrt([each.moments.mean for each in found])
     within = np.abs(scores - true) <= 2 * np.array([errors(each) for each in found]) / (2 * scores)
-    assert 0.885 <= within.mean() <= 0.98, within.mean(axis=0)
-    assert within.mean(axis=0).min() >= 0.87
+    assert 0.9 <= within.mean() <= 0.98, within.mean(axis=0)
+    assert within.mean(axis=0).min() >= 0.89
     assert within.mean(axis=0).max() <= 0.98
 
 

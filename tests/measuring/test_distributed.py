@@ -1,4 +1,4 @@
-"""Several real processes, started by `accelerate launch`: one report, one selection, and nobody left waiting."""
+"""Several real processes: one report, one selection, and nobody left waiting."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from plasticity_peft import PlasticityReport, measure_plasticity
+from tests.support.forking import run_script
 from tests.support.models import random_images, tiny_model
 from tests.support.processes import launch
 
@@ -105,10 +106,15 @@ ERRORS = {
 }
 
 
-def run(folder: Path, processes: int, machines: int, *end: str) -> list[CompletedProcess[str]]:
+def launched(folder: Path, processes: int, machines: int, *end: str) -> list[CompletedProcess[str]]:
+    """Returns how the launchers of `accelerate launch` ended, one on each machine."""
+    return launch(written(folder), folder, processes, *end, processes=processes, machines=machines)
+
+
+def written(folder: Path) -> Path:
     script = folder / "script.py"
     script.write_text(SCRIPT)
-    return launch(script, folder, processes, *end, processes=processes, machines=machines)
+    return script
 
 
 @cache
@@ -142,35 +148,38 @@ def check_errors(folder: Path, processes: int, name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, CompletedProcess[str]]:
-    """Returns what two processes wrote, and how they ended: by an error that nobody caught, after all the rest."""
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Returns the folder into which two processes wrote."""
     folder = tmp_path_factory.mktemp("two")
-    (result,) = run(folder, 2, 1, "and end with an error")
-    assert all((folder / f"caught-{rank}").exists() for rank in range(2)), result.stderr
-    return folder, result
+    result = run_script(written(folder), folder, 2, cwd=folder, processes=2)
+    assert result.returncode == 0, result.stderr
+    return folder
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_have_the_report_of_one(case: str, two: tuple[Path, CompletedProcess[str]]) -> None:
-    check_reports(two[0], 2, case)
+def test_two_processes_have_the_report_of_one(case: str, two: Path) -> None:
+    check_reports(two, 2, case)
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_all_processes_raise_what_one_does(name: str, two: tuple[Path, CompletedProcess[str]]) -> None:
-    check_errors(two[0], 2, name)
+def test_all_processes_raise_what_one_does(name: str, two: Path) -> None:
+    check_errors(two, 2, name)
 
 
-def test_an_error_in_one_process_ends_all(two: tuple[Path, CompletedProcess[str]]) -> None:
-    _, result = two
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all(tmp_path: Path) -> None:
+    """Nobody catches it, after all the rest."""
+    (result,) = launched(tmp_path, 2, 1, "and end with an error")
+    assert all((tmp_path / f"caught-{rank}").exists() for rank in range(2)), result.stderr
     assert result.returncode != 0
     assert "NonFiniteError: target_data[" in result.stderr
     assert "Measuring failed in another process. process 1 of 2: NonFiniteError: target_data[" in result.stderr
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "machines"), [(3, 1), (2, 2)])
+@pytest.mark.parametrize(("processes", "machines"), [(2, 1), (3, 1), (2, 2)])
 def test_all_processes_have_the_report_of_one(processes: int, machines: int, tmp_path: Path) -> None:
-    for result in run(tmp_path, processes, machines):
+    for result in launched(tmp_path, processes, machines):
         assert result.returncode == 0, result.stderr
     for case in CASES:
         check_reports(tmp_path, processes, case)

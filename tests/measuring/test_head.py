@@ -24,8 +24,8 @@ from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.report.head import HeadFit
 from plasticity_peft.saved.record import AdapterRecord
+from tests.support.forking import run_script
 from tests.support.models import backbone, tiny_model
-from tests.support.processes import launch
 
 QUERY = find_components(tiny_model())[1].modules[0]
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
@@ -338,7 +338,7 @@ state.destroy_process_group()
 
 def test_several_processes_fit_the_head_of_one(tmp_path: Path) -> None:
     (tmp_path / "script.py").write_text(SCRIPT)
-    (run,) = launch(tmp_path / "script.py", tmp_path)
+    run = run_script(tmp_path / "script.py", tmp_path, cwd=tmp_path, processes=2)
     assert run.returncode == 0, run.stderr
     rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
     alone = tiny_model()

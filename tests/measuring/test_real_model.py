@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import pytest
 import torch
@@ -15,6 +17,11 @@ FOLDER = REPOSITORY.parent / "shared" / "models" / "dinov2-small"
 IMAGES = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the weights of DINOv2-S are not in {FOLDER}")
+
+
+def slow(value: Any) -> Any:
+    """Returns a case that only the slow tests run: a pass of this model takes a second."""
+    return pytest.param(value, marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +76,7 @@ def test_a_step_of_training_moves_what_was_chosen(
     assert trainable == config.selection.parameters[training] + 10 * 2 * 384 + 10
 
 
-@pytest.mark.parametrize("options", [{}, {"inputs": "embedding"}, {"inputs": "activation"}], ids=str)
+@pytest.mark.parametrize("options", [{}, slow({"inputs": "embedding"}), slow({"inputs": "activation"})], ids=str)
 def test_it_settles_on_what_all_pairs_choose(
     dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str]
 ) -> None:
@@ -87,8 +94,10 @@ def full(dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str])
     return measure_plasticity(dinov2, images[:12], max_samples=12, settle=None, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("options", [{}, {"inputs": "embedding"}, {"inputs": "activation"}], ids=str, scope="module")
+@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
+@pytest.mark.parametrize(
+    "options", [{}, slow({"inputs": "embedding"}), slow({"inputs": "activation"})], ids=str, scope="module"
+)
 def test_lower_precision_gives_the_same_ranking(
     dinov2: PreTrainedModel, images: torch.Tensor, full: PlasticityReport, options: dict[str, str], dtype: str
 ) -> None:

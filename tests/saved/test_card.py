@@ -36,6 +36,7 @@ from plasticity_peft import PlasticityConfig, load_adapter, measure_plasticity
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
 from plasticity_peft.card import update_card
 from plasticity_peft.errors import AdapterError, ConfigError, ReportError
+from plasticity_peft.report.plotting import png
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
@@ -58,6 +59,14 @@ CASES: dict[str, dict[str, Any]] = {
     "many": {},
     "headless": {"training": "full"},
 }
+
+
+@pytest.fixture(autouse=True, scope="module")
+def pictures_are_drawn_once() -> Iterator[None]:
+    """Of all reports of this file: the package keeps the last four, and drawing takes longer than all else."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("plasticity_peft.card._png", lru_cache(maxsize=None)(png))
+        yield
 
 
 def config(**options: Any) -> PlasticityConfig:

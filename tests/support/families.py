@@ -249,7 +249,39 @@ FAMILIES = {
     ),
 }  # fmt: skip
 
+REPRESENTATIVES = {
+    "vit": "plain: a norm before the attention and one before the MLP, and a projection each for query, key and value",
+    "beit": "tables of position biases, and layer scale",
+    "dinov2-swiglu": "a gated MLP, whose input layers are packed in one in transformers 4, and layer scale",
+    "dinov3_vit": "rotary embeddings, which arrive as arguments",
+    "vit_mae-pretraining": "patches hidden at random, and a decoder for a head",
+    "clip": "a vision tower, whose config is a part of the model's",
+    "siglip2": "masks, and images of several sizes in a batch",
+    "aimv2": "RMS norms, and layers without biases",
+    "vjepa2": "videos, under another name than pixel_values, and a head with attention of its own",
+    "blip": "query, key and value packed in one layer",
+    "sam": "the same, in windows of a grid of tokens",
+    "swin": "stages, and windows that are shifted",
+    "swinv2": "norms after the attention and the MLP, and position biases that layers compute",
+    "hiera": "queries that are pooled, and layers that belong to no component",
+    "cvt": "convolutions before the projections, and batch norms",
+}
+"""One family for each difference that matters to the package, and what it is.
+
+What takes long is tried on these by default, and on the other families by the slow tests: none of the others has a
+block of a kind that none of these has. What is cheap is tried on all by default, such as
+`test_rates_of_change_are_those_of_the_definition`.
+"""
+
+
+def _case(name: str) -> Any:
+    return pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
+
+
 every_family = pytest.mark.parametrize("name", FAMILIES)
+"""Runs a test on all families: for what is cheap, and for slow tests."""
+each_kind_of_family = pytest.mark.parametrize("name", [_case(name) for name in FAMILIES])
+"""Runs a test on the representatives, and on the other families if slow tests are asked for."""
 
 
 def family(name: str) -> Family:

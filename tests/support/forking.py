@@ -22,7 +22,7 @@ from subprocess import CompletedProcess
 from typing import Any, NamedTuple
 
 TIMEOUT = 480
-"""Seconds after which a process is ended."""
+"""Seconds after which a process is ended by default."""
 
 
 class Parent(NamedTuple):
@@ -39,10 +39,13 @@ class Parent(NamedTuple):
 EXAMPLES = Parent(
     """
 import pathlib, runpy, tests
+import matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.stats  # what is imported on use otherwise
+import sklearn.datasets, transformers.models.vit.modeling_vit
 examples = pathlib.Path(tests.__file__).parents[1] / "examples"
 sys.path.insert(0, str(examples))
 for name in ("train.py", "compare_components.py"):
     runpy.run_path(str(examples / name), run_name="imported")
+transformers.AutoModelForImageClassification.from_pretrained(examples / "fashion-mnist-vit")  # fills caches
 """,
     variables=(("ACCELERATE_USE_CPU", "1"),),
 )
@@ -55,7 +58,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 
 
 def run_script(
-    script: Path, *arguments: object, cwd: Path, processes: int = 1, parent: Parent = EXAMPLES
+    script: Path, *arguments: object, cwd: Path, processes: int = 1, parent: Parent = EXAMPLES, timeout: int = TIMEOUT
 ) -> CompletedProcess[str]:
     """Returns how a script ended, and what it wrote; the first error, if several processes ran it.
 
@@ -69,6 +72,7 @@ def run_script(
             {
                 "argv": [str(script), *map(str, arguments)],
                 "cwd": str(cwd),
+                "timeout": timeout,
                 "env": {**group, "RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes)}
                 if processes > 1
                 else {},
@@ -85,11 +89,13 @@ def run_script(
     return CompletedProcess([str(script)], next((code for code in codes if code), 0), out, err)
 
 
-def run_code(code: str, *arguments: object, folder: Path, parent: Parent) -> CompletedProcess[str]:
+def run_code(
+    code: str, *arguments: object, folder: Path, parent: Parent = EXAMPLES, timeout: int = TIMEOUT
+) -> CompletedProcess[str]:
     """Returns how Python ended that was given as text, in a folder, and what it wrote."""
     script = folder / "code.py"
     script.write_text(code)
-    return run_script(script, *arguments, cwd=folder, parent=parent)
+    return run_script(script, *arguments, cwd=folder, parent=parent, timeout=timeout)
 
 
 @cache
@@ -119,7 +125,7 @@ def _child(request: dict[str, Any]) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for number, path in enumerate(request["outputs"], start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    signal.alarm(TIMEOUT)
+    signal.alarm(request["timeout"])
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     sys.argv = request["argv"]

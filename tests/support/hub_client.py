@@ -21,9 +21,13 @@ from tests.support.hub_server import TOKEN, HubServer
 from tests.support.models import REPOSITORY
 
 WARM = """
-import json, os, sys, time, traceback
+import json, os, sys, time, traceback, warnings
 import torch, transformers, peft, huggingface_hub
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
+with warnings.catch_warnings():
+    warnings.simplefilter("default")
+    import datasets, evaluate, matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.stats  # used later
+    import sklearn.datasets, sklearn.metrics, transformers.models.vit.modeling_vit
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

@@ -34,9 +34,10 @@ from plasticity_peft.components.uncalled import calling
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images.blank import blank_image
 from plasticity_peft.measuring.head import fit_head
+from tests.support.forking import run_code
 from tests.support.models import disturbed
-from tests.support.processes import STRICT, python
 from tests.support.snapshots import assert_same, snapshot
+from tests.support.stock import STOCK, WITHOUT_US
 from tests.support.timm_like import STYLES, UNCALLED, Block, VisionTransformer, images, timm_like
 
 IMAGES = images()
@@ -141,9 +142,10 @@ def test_gradients_are_those_of_the_weights(style: str) -> None:
         assert row.mean == pytest.approx(expected[row.id], abs=5 * row.std / 6**0.5 + 1e-9), row.id
 
 
-STOCK = """
+STOCK_SCRIPT = (
+    WITHOUT_US
+    + """
 import json, pathlib, sys, torch
-sys.modules["plasticity_peft"] = None
 from peft import PeftModel
 from safetensors.torch import save_file
 from tests.support.timm_like import images, timm_like
@@ -155,6 +157,7 @@ for case in sys.argv[2:]:
         answers[case] = model.eval()(images())
 save_file(answers, folder / "answers.safetensors")
 """
+)
 
 
 def trained(model: nn.Module) -> nn.Module:
@@ -186,7 +189,7 @@ def test_what_was_trained_is_loaded_by_stock_peft_and_by_load_adapter(
             torch.testing.assert_close(answers(load_adapter(timm_like(style), tmp_path / case)), expected[case])
             with model.disable_adapter():
                 torch.testing.assert_close(answers(model), answers(timm_like(style)))
-    result = python(*STRICT, "-c", STOCK, tmp_path, *expected)
+    result = run_code(STOCK_SCRIPT, tmp_path, *expected, folder=tmp_path, parent=STOCK)
     assert result.returncode == 0, result.stderr
     found = load_file(tmp_path / "answers.safetensors")
     assert len(found) == 2 * len(ROUND_TRIPS)
