@@ -346,7 +346,7 @@ def test_a_report_replaces_data_and_probing(
     monkeypatch.setattr("plasticity_peft.adapters.model.measure_by", lambda *args, **kwargs: pytest.fail("measured"))
     chosen = config(report=report, training=training, top_k=2)
     get_peft_model(model, chosen)
-    assert chosen.selection == report.select(top_k=2, r=2)
+    assert chosen.selection == report.select(top_k=2, r=2, training=training)
 
 
 def test_the_same_call_gives_the_same_adapter(vit: PreTrainedModel, training: str) -> None:
