@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from logging import INFO, WARNING
 from typing import Any
@@ -473,11 +474,14 @@ def _check_weights(model: nn.Module) -> None:
                     raise NonFiniteError(f"The weights of the model contain NaN or infinity: {path}.{name}.")
 
 
+@cache
+def _version(package: str) -> str:
+    """Returns the version of a package, "" if it is not installed. Its metadata are parsed once."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return ""
+
+
 def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+    return {package: _version(package) for package in PACKAGES if _version(package)}

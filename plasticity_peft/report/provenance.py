@@ -53,7 +53,7 @@ def provenance_of(data: Any) -> Provenance | None:
         form=type(data).__name__,
         images=_length(data),
         name=_short(getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)),
-        split=_short(str(split)) if split is not None else None,
+        split=None if split is None or callable(split) else _short(str(split)),  # tensors have a method of this name
         repo_id=_repo_id(info),
     )
 
