@@ -24,6 +24,7 @@ from plasticity_peft.adapters.what_trains import check_has_head
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.wrappers import forward_parameters
 from plasticity_peft.errors import ModelError
+from tests.support.deprecations import Log
 from tests.support.families import FIVE
 from tests.support.models import moved
 from tests.support.outputs import answers, difference
@@ -107,7 +108,7 @@ def test_a_handful_of_classes_answers_the_same_when_loaded(tmp_path: Path) -> No
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_every_class_answers_the_same_when_loaded(
-    tmp_path: Path, record_property: Callable[[str, object], None]
+    tmp_path: Path, record_property: Callable[[str, object], None], no_deprecation_is_logged: Log
 ) -> None:
     if not FIVE:
         pytest.skip("the small models are those of transformers 5; the handful runs under 4 too")
@@ -117,6 +118,10 @@ def test_every_class_answers_the_same_when_loaded(
     assert not problems, "\n".join(problems)
     record_property("adapters that were saved and loaded", len(cases))
     assert len(cases) == CASES
+    # A class that transformers is about to drop is still tried.
+    others = [message for message in no_deprecation_is_logged.messages if "`BlipModel` is going to be" not in message]
+    assert not others
+    no_deprecation_is_logged.messages.clear()
 
 
 @pytest.mark.slow
@@ -167,6 +172,8 @@ def trained(task: Task, folder: Path, epochs: int, **options: Any) -> tuple[Peft
         metric_for_best_model="loss", report_to="none", use_cpu=True, disable_tqdm=True, prediction_loss_only=True,
         remove_unused_columns=False, dataloader_pin_memory=False,
         label_names=list(task.labels() if task.labels else ()),
+        # Or the Trainer multiplies the loss in place, which GLPN's, a square root, does not survive.
+        average_tokens_across_devices=False,
     )  # fmt: skip
     batch = batch_of(task)
     trainer = Trainer(
