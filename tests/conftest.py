@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 
@@ -35,6 +36,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         if REFUSED in str(error):
             pytest.skip(f"transformers {transformers.__version__}: {error}")
         raise
+
+
+def pytest_collection_finish() -> None:
+    """Excludes what is imported from garbage collection, which would go through all of it again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(params=sorted(ARCHITECTURES))
