@@ -308,11 +308,18 @@ def _adapters_hidden(model: nn.Module) -> Iterator[None]:
     if any(isinstance(layer, BaseTunerLayer) and layer.merged for layer in layers):
         raise ModelError("An adapter is merged into the model. Call unmerge_adapter() before adding another.")
     before = [layer._disable_adapters for layer in layers]
+
+    def put_back() -> None:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
+
     with originals_in_place(model):
         try:
-            for layer in layers:
-                layer._disable_adapters = True
-            yield
+            try:
+                for layer in layers:
+                    layer._disable_adapters = True
+                yield
+            finally:
+                put_back()
         finally:
-            for layer, disabled in zip(layers, before, strict=True):
-                layer._disable_adapters = disabled
+            put_back()  # an interrupt may have cut the first one short

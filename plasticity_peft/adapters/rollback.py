@@ -25,9 +25,8 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
     for module in model.modules():
         held = [value for value in vars(module).values() if type(value) in (dict, OrderedDict, list, set)]
         before.append((module, type(module), vars(module).copy(), [(value, value.copy()) for value in held]))
-    try:
-        yield
-    except BaseException:
+
+    def restore() -> None:
         for module, kind, old, containers in before:
             for container, content in containers:
                 container.clear()
@@ -38,6 +37,15 @@ def restored_on_failure(model: nn.Module) -> Iterator[None]:
         for parameter, required in flags:
             parameter.requires_grad_(required)
         restore_random_state()
+
+    try:
+        yield
+    except BaseException:
+        try:
+            restore()
+        except BaseException:
+            restore()  # an interrupt cut the first one short
+            raise
         raise
 
 

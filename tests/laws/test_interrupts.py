@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from plasticity_peft import find_components, measure_plasticity
+from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.hooks import OwnHook
 from plasticity_peft.errors import ModelError
@@ -137,6 +138,31 @@ def test_the_law_sees_a_hook_that_an_interrupt_leaves(monkeypatch: pytest.Monkey
     work()
     with pytest.raises(AssertionError, match=r"after an interrupt at hooks\.py"):
         list(interrupts_at(model, work, moments(SETTING, work, opcodes=True), opcodes=True))
+
+
+ADAPTING = ("/plasticity_peft/adapters/model.py", "/plasticity_peft/adapters/rollback.py")
+
+
+def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_was() -> None:
+    def add(model: Any) -> None:
+        model.add_adapter("second", PlasticityConfig(target_data=IMAGES, max_samples=2, settle=None))
+
+    def adapted() -> Any:
+        torch.manual_seed(0)
+        config = PlasticityConfig(target_data=IMAGES, max_samples=2, settle=None, init_lora_weights=False)
+        return get_peft_model(tiny_model(), config).eval()
+
+    start = adapted()
+    numbers = moments(ADAPTING, lambda: add(copy.deepcopy(start)))
+    assert len(numbers) > 100
+    with torch.no_grad():
+        expected = start(pixel_values=IMAGES[:2]).logits
+    for number in numbers[:: max(1, len(numbers) // 40)]:
+        model = copy.deepcopy(start)
+        with interrupted(ADAPTING, number) as interrupter, pytest.raises(KeyboardInterrupt):
+            add(model)
+        with torch.no_grad():
+            assert torch.equal(model(pixel_values=IMAGES[:2]).logits, expected), interrupter.place
 
 
 def test_a_measurement_after_an_interrupt_is_the_same(vit: PreTrainedModel) -> None:
