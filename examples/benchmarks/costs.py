@@ -8,15 +8,14 @@ that autograd keeps in a forward pass, weights and images excepted. All columns 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from harness import SIZES, in_turns, report, vit_config
+from harness import StepArguments, classifier, in_turns, report, training_step
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import HfArgumentParser, ViTForImageClassification
+from transformers import HfArgumentParser
 
 from plasticity_peft import measure_plasticity
 
@@ -44,45 +43,23 @@ COLUMNS = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(StepArguments):
     """The settings of the benchmark."""
 
-    size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
-    image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    batch_size: int = field(default=8, metadata={"help": "Images per step."})
     rounds: int = field(default=5, metadata={"help": "Number of timed rounds."})
     num_threads: int = field(default=1, metadata={"help": "Threads of torch."})
     output: str = field(default="outputs/benchmarks/costs.json", metadata={"help": "JSON file to write."})
 
 
-def build(arguments: BenchmarkArguments) -> ViTForImageClassification:
-    """Returns the model."""
-    torch.manual_seed(0)
-    return ViTForImageClassification(vit_config(arguments.size, arguments.image_size, num_labels=10))
-
-
 def trained(arguments: BenchmarkArguments, modules: tuple[str, ...], mode: str) -> nn.Module:
     """Returns a model in which only some modules and the head train: by stock LoRA, or by requires_grad."""
-    model = build(arguments)
+    model = classifier(arguments)
     if mode == "lora":
         return get_peft_model(model, LoraConfig(target_modules=list(modules), modules_to_save=["classifier"]))
     model.requires_grad_(False)
     for path in (*modules, "classifier"):
         model.get_submodule(path).requires_grad_(True)
     return model
-
-
-def step_of(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
-    """Returns a training step of the model."""
-    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
-    labels = torch.arange(len(images)) % 10
-
-    def step() -> None:
-        model(pixel_values=images, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def kept_bytes(model: nn.Module, images: torch.Tensor) -> int:
@@ -107,14 +84,14 @@ def main() -> None:
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.num_threads)
     images = torch.randn(arguments.batch_size, 3, arguments.image_size, arguments.image_size)
-    scores = measure_plasticity(build(arguments), images, max_samples=8)
+    scores = measure_plasticity(classifier(arguments), images, max_samples=8)
     selections = {name: scores.select(**options) for name, options in CHOICES.items()}
     models = {
         name: trained(arguments, chosen.modules, CHOICES[name].get("training", "lora"))
         for name, chosen in selections.items()
     }
-    models["everything"] = build(arguments)
-    times = in_turns({name: step_of(model, images) for name, model in models.items()}, arguments.rounds)
+    models["everything"] = classifier(arguments)
+    times = in_turns({name: training_step(model, images) for name, model in models.items()}, arguments.rounds)
     kept = {name: kept_bytes(model, images) for name, model in models.items()}
     rows = [
         {

@@ -15,12 +15,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import ViTConfig
+from torch import nn
+from transformers import ViTConfig, ViTForImageClassification
 
 from plasticity_peft.report.text import table
 
@@ -49,6 +50,34 @@ def vit_config(size: str, image_size: int = 224, **options: Any) -> ViTConfig:
         image_size=image_size,
         **options,
     )
+
+
+@dataclass
+class StepArguments:
+    """The model and the batch of benchmarks of a training step."""
+
+    size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
+    image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
+    batch_size: int = field(default=8, metadata={"help": "Images per step."})
+
+
+def classifier(arguments: StepArguments) -> ViTForImageClassification:
+    """Returns a model with 10 labels and random weights, the same each time."""
+    torch.manual_seed(0)
+    return ViTForImageClassification(vit_config(arguments.size, arguments.image_size, num_labels=10))
+
+
+def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
+    """Returns a training step of the model: a forward pass, a backward pass and a step of AdamW."""
+    optimizer = torch.optim.AdamW([p for p in model.train().parameters() if p.requires_grad], lr=1e-5)
+    labels = torch.arange(len(images)) % 10
+
+    def step() -> None:
+        model(pixel_values=images, labels=labels).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
 
 
 def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:

@@ -8,13 +8,12 @@ turns.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from harness import SIZES, in_turns, report, vit_config
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import HfArgumentParser, ViTForImageClassification
+from harness import StepArguments, classifier, in_turns, report, training_step
+from peft import LoraConfig, get_peft_model
+from transformers import HfArgumentParser
 
 from plasticity_peft import PlasticityConfig
 
@@ -29,36 +28,13 @@ COLUMNS = {
 
 
 @dataclass
-class BenchmarkArguments:
+class BenchmarkArguments(StepArguments):
     """The settings of the benchmark."""
 
-    size: str = field(default="ViT-S", metadata={"help": "ViT-S, ViT-B or ViT-L.", "choices": list(SIZES)})
-    image_size: int = field(default=224, metadata={"help": "Pixels; patches are 16 wide."})
-    batch_size: int = field(default=8, metadata={"help": "Images per step."})
     top_k: int = field(default=2, metadata={"help": "Kinds that are trained."})
     rounds: int = field(default=15, metadata={"help": "Number of timed rounds."})
     num_threads: int = field(default=2, metadata={"help": "Threads of torch."})
     output: str = field(default="outputs/benchmarks/training_step.json", metadata={"help": "JSON file to write."})
-
-
-def build(arguments: BenchmarkArguments) -> ViTForImageClassification:
-    """Returns the model."""
-    torch.manual_seed(0)
-    return ViTForImageClassification(vit_config(arguments.size, arguments.image_size, num_labels=10))
-
-
-def step_of(model: PeftModel, images: torch.Tensor) -> Callable[[], None]:
-    """Returns a training step of the model."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
-    labels = torch.arange(len(images)) % 10
-
-    def step() -> None:
-        model(pixel_values=images, labels=labels).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return step
 
 
 def row_of(arguments: BenchmarkArguments, training: str) -> dict[str, object]:
@@ -67,15 +43,15 @@ def row_of(arguments: BenchmarkArguments, training: str) -> dict[str, object]:
     images = torch.randn(32, 3, arguments.image_size, arguments.image_size, generator=generator)
     options = {"max_samples": 32, "batch_size": 8, "top_k": arguments.top_k, "training": training}
     config = PlasticityConfig(target_data=images, **options)
-    ours = get_peft_model(build(arguments), config)
+    ours = get_peft_model(classifier(arguments), config)
     stock = get_peft_model(
-        build(arguments), LoraConfig(target_modules=config.target_modules, modules_to_save=config.modules_to_save)
+        classifier(arguments), LoraConfig(target_modules=config.target_modules, modules_to_save=config.modules_to_save)
     )
     parameters = [model.get_nb_trainable_parameters()[0] for model in (stock, ours)]
     if parameters[0] != parameters[1]:
         raise RuntimeError(f"The two train different numbers of parameters: {parameters}.")
     batch = images[: arguments.batch_size]
-    times = in_turns({"stock": step_of(stock, batch), "ours": step_of(ours, batch)}, arguments.rounds)
+    times = in_turns({"stock": training_step(stock, batch), "ours": training_step(ours, batch)}, arguments.rounds)
     return {
         "training": training,
         "units": " ".join(config.selection.units),
