@@ -51,10 +51,10 @@ def costs_of(model: nn.Module, architecture: Architecture, example: Inputs) -> C
 
 def _counted(model: nn.Module, architecture: Architecture, example: Inputs) -> Costs:
     weights = [parameter for parameter in model.parameters() if parameter.is_floating_point()]
-    seen = _Pass(model, architecture)
+    seen = _Pass(model, architecture, example)
     with torch.enable_grad():
         with _training(model, weights):
-            seen.run(example)
+            seen.run()
         found = _Blocks(model, architecture, seen.calls).counted()
     blocks = tuple(block for block, _ in found)
     saved = [bytes_ for _, of_parts in found for bytes_ in of_parts]
@@ -86,25 +86,24 @@ def _weights_work(part: Component, tokens: Sequence[int]) -> int:
 class _Pass:
     """What is seen in one forward pass of the whole model."""
 
-    def __init__(self, model: nn.Module, architecture: Architecture) -> None:
-        """Prepares the model that `architecture` describes."""
-        self._model, self._architecture = model, architecture
+    def __init__(self, model: nn.Module, architecture: Architecture, example: Inputs) -> None:
+        """Takes the model that `architecture` describes, and one image."""
+        self._model, self._architecture, self._example = model, architecture, example
         self.calls: dict[str, Call] = {}
         """The call of each block, by path."""
         self.tokens: dict[str, int] = {}
         """Number of tokens that pass each layer, by path."""
-        self.work, self.saved = _Work(), _Bytes(model.parameters(), model.buffers())
+        self.work, self.saved = _Work(), _Bytes(model.parameters(), model.buffers(), example.values())
 
-    def run(self, example: Inputs) -> None:
-        """Runs the model on one image."""
+    def run(self) -> None:
+        """Runs the model on the image."""
         inside = [path for part in self._architecture.components for path in part.modules]
-        self.saved.pass_over(example.values())
         with ExitStack() as stack:
             for path in (*self._architecture.blocks, *inside):
                 stack.enter_context(before_calls(self._model.get_submodule(path), partial(self._before, path)))
             stack.enter_context(self.work)
             stack.enter_context(self.saved)
-            run(self._model, self._architecture, example)
+            run(self._model, self._architecture, self._example)
 
     def _before(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
         call = Call(args, kwargs)
@@ -215,14 +214,8 @@ class _Bytes(torch.autograd.graph.saved_tensors_hooks):
         super().__init__(self._keep, lambda tensor: tensor)
         self._by_layer: dict[str, int] = {}
         self._layer = ""
-        self._seen: set[int] = set()
+        self._seen = {tensor.untyped_storage()._cdata for tensors in known for tensor in tensors}
         self._held: list[torch.Tensor] = []
-        for tensors in known:
-            self.pass_over(tensors)
-
-    def pass_over(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Excludes tensors that are there in any case."""
-        self._seen |= {tensor.untyped_storage()._cdata for tensor in tensors}
 
     def enter(self, path: str, *_: Any) -> None:
         """Starts the call of a layer; "" ends it."""

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, ClassVar, NamedTuple
 
 from annotated_types import Len
@@ -126,26 +127,33 @@ class Costs:
 
         The gradient of what lies outside of the blocks is taken to be as much work as its forward pass.
         """
-        forward = self.outside_forward + sum(block.forward for block in self.blocks)
-        every = [Trained(row, 0) for row in range(len(self.components))]
+        forward, all_time, all_memory, all_saved = self._everything
         work, saved = self._of_images(trained)
-        all_work, all_saved = self._of_images(every)
         parameters = sum(part.parameters for part in trained)
         added = sum(part.parameters for part in trained if part.lora)
-        all_saved += self.outside_saved
         time = STEP_IMAGES * (forward + work) + UPDATE_WORK * parameters
-        all_time = STEP_IMAGES * (forward + all_work + self.outside_forward) + UPDATE_WORK * self.weights
-        state = 3 * self.number_bytes  # of one parameter: its gradient and two moments
-        memory = self.weight_bytes + self.number_bytes * added + state * parameters + STEP_IMAGES * saved
-        all_memory = self.weight_bytes + state * self.weights + STEP_IMAGES * all_saved
+        memory = self.weight_bytes + self.number_bytes * added + self._state(parameters) + STEP_IMAGES * saved
         return Cost(
             time=round(time / all_time, 4),
             memory=round(memory / all_memory, 4),
             activations=round(saved / all_saved, 4) if all_saved else 0.0,
             activation_bytes=saved,
-            optimizer_bytes=state * parameters,
+            optimizer_bytes=self._state(parameters),
             file_bytes=self.number_bytes * parameters,
         )
+
+    def _state(self, parameters: int) -> int:
+        """Returns the bytes of the gradients of some parameters, and of their two moments."""
+        return 3 * self.number_bytes * parameters
+
+    @cached_property
+    def _everything(self) -> tuple[int, int, int, int]:
+        """The work of a forward pass, and the time, memory and kept bytes of finetuning everything."""
+        forward = self.outside_forward + sum(block.forward for block in self.blocks)
+        work, saved = self._of_images([Trained(row, 0) for row in range(len(self.components))])
+        saved += self.outside_saved
+        time = STEP_IMAGES * (forward + work + self.outside_forward) + UPDATE_WORK * self.weights
+        return forward, time, self.weight_bytes + self._state(self.weights) + STEP_IMAGES * saved, saved
 
     def _of_images(self, trained: Sequence[Trained]) -> tuple[int, int]:
         """Returns the operations of the backward pass of one image, and of LoRA's forward pass, and the kept bytes."""

@@ -90,6 +90,10 @@ def _ranks(modules: Sequence[str], r: int, rank_pattern: Mapping[str, int]) -> l
     return found
 
 
+def _together(units: Iterable[str], trained: Mapping[str, list[Trained]]) -> list[Trained]:
+    return [part for unit in units for part in trained[unit]]
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
     """Which units to select from the scores of a model: how many, of which kinds, and how they train.
@@ -170,25 +174,27 @@ class SelectionRule:
         if self.budget is None:
             return TopK(units, self.top_k or 1)
         limit, unit = parse_budget("budget", self.budget)
+        trained = self._trained(components)
         if unit == "parameters":
-            sizes = dict.fromkeys(units, 0)
-            for component in components:
-                if component.kind in self.candidates:
-                    sizes[self.unit_of(component)] += self.parameters_of(component)[self.training]
+            sizes = {name: sum(part.parameters for part in parts) for name, parts in trained.items()}
             return Budget(units, limit, sizes, model_parameters)
         known = check_known(costs(), self.budget)
-        return CostBudget(units, limit, unit, lambda chosen: self.cost(components, chosen, known))
-
-    def cost(self, components: Sequence[Component], units: Collection[str], costs: Costs) -> Cost:
-        """Returns what training some units costs."""
-        chosen = [
-            (row, part)
-            for row, part in enumerate(components)
-            if part.kind in self.candidates and self.unit_of(part) in units
-        ]
-        return costs.of(
-            [Trained(row, self.parameters_of(part)[self.training], self._lora(part)) for row, part in chosen]
+        return CostBudget(
+            units, limit, unit, lambda chosen: known.of([part for name in chosen for part in trained[name]])
         )
+
+    def cost(self, components: Iterable[Component], units: Iterable[str], costs: Costs) -> Cost:
+        """Returns what training some units costs."""
+        return costs.of(_together(units, self._trained(components)))
+
+    def _trained(self, components: Iterable[Component]) -> dict[str, list[Trained]]:
+        """Returns how the components of each unit train."""
+        found: dict[str, list[Trained]] = {}
+        for row, part in enumerate(components):
+            if part.kind in self.candidates:
+                trained = Trained(row, self.parameters_of(part)[self.training], self._lora(part))
+                found.setdefault(self.unit_of(part), []).append(trained)
+        return found
 
     def _lora(self, component: Component) -> tuple[tuple[int, int, int], ...]:
         """Returns (rank, inputs, outputs) of each layer that LoRA trains."""

@@ -83,12 +83,6 @@ def what_costs_mean(report: BaseReport) -> str:
     return "Time and memory: of a training step if the kind trains in full, as shares of finetuning everything."
 
 
-def costs_of_kind(report: BaseReport, kind: str) -> Cost | None:
-    """Returns what it costs to train a kind in full; None if the report does not contain costs."""
-    rule = SelectionRule(training="full", candidates=(kind,))
-    return None if report.costs is None else rule.cost(report.scores, (kind,), report.costs)
-
-
 def confidence_of(report: BaseReport, choice: Choice, ranking: Sequence[RankedUnit]) -> float | None:
     """Returns the confidence of what `choice` selects from `ranking`; None if the report does not contain it."""
     names = [row.unit for row in ranking]
@@ -134,9 +128,15 @@ def _rows(report: BaseReport) -> list[tuple[str, ...]]:
         lowest, highest = blocks[0], max(blocks, key=lambda row: row.mean)  # the first one of equals
         parameters = sum(row.parameters for row in blocks)
         numbers = (f"{score:.4f}", f"{error:.4f}", _with_block(lowest), _with_block(highest), f"{parameters:,}")
-        cost = costs_of_kind(report, kind)
+        cost = _cost_of_kind(report, kind)
         rows.append((str(rank), kind, *numbers, *(() if cost is None else (f"{cost.time:.2f}", f"{cost.memory:.2f}"))))
     return rows
+
+
+def _cost_of_kind(report: BaseReport, kind: str) -> Cost | None:
+    """Returns what it costs to train a kind in full; None if the report does not contain costs."""
+    rule = SelectionRule(training="full", candidates=(kind,))
+    return None if report.costs is None else rule.cost(report.scores, (kind,), report.costs)
 
 
 def _with_block(row: Score) -> str:
