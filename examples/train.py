@@ -456,24 +456,13 @@ def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
             processes=arguments.world_size,
             also=also,
             save_only_model=arguments.save_only_model,
+            set_aside=arguments.should_save,
         )
-        if arguments.should_save:
-            set_aside(arguments, *also)
     if checkpoint is None:
         logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
         return None
     logger.info("Training resumes from %s.", checkpoint)
     return str(checkpoint)
-
-
-def set_aside(arguments: FinetuningArguments, *also: str) -> None:
-    """Renames the checkpoints that are not whole, so that none is deleted or written over."""
-    for folder in Path(arguments.output_dir).glob("checkpoint-*"):
-        options = {"also": also, "save_only_model": arguments.save_only_model}
-        if why_not_whole(folder, processes=arguments.world_size, **options):
-            name = f"not-whole-{folder.name}"
-            taken = len(list(folder.parent.glob(f"{name}*")))
-            folder.rename(folder.with_name(f"{name}-{taken}" if taken else name))
 
 
 def check_writable(folder: str) -> None:

@@ -12,6 +12,7 @@ import os
 import re
 import zipfile
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
 
 from transformers.utils import logging
@@ -29,7 +30,12 @@ OF_AN_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
 
 
 def last_whole_checkpoint(
-    folder: str | os.PathLike[str], *, processes: int = 1, also: Iterable[str] = (), save_only_model: bool = False
+    folder: str | os.PathLike[str],
+    *,
+    processes: int = 1,
+    also: Iterable[str] = (),
+    save_only_model: bool = False,
+    set_aside: bool = False,
 ) -> Path | None:
     """Returns the whole checkpoint in `folder` that was written last, or None if there is none.
 
@@ -46,16 +52,20 @@ def last_whole_checkpoint(
         also: names of further files that a whole checkpoint has, such as "plasticity.json".
         save_only_model: the argument of the Trainer with this name. If True, checkpoints need no optimizer, scheduler
             and random states. A Trainer that continues from such a checkpoint starts with a new optimizer.
+        set_aside: True renames checkpoints that are not whole, to "not-whole-checkpoint-28" for example, so that a
+            Trainer neither writes over them nor deletes them. If several processes train, only one may do this.
 
     Examples:
         >>> last_whole_checkpoint("no/such/folder") is None
         True
     """
     found: list[tuple[int, int, Path]] = []
-    for path in Path(folder).glob("checkpoint-*"):
+    for path in list(Path(folder).glob("checkpoint-*")):
         reason = why_not_whole(path, processes=processes, also=also, save_only_model=save_only_model)
         if reason:
             logger.warning("%s is not a whole checkpoint and is ignored: %s", path, reason)
+            if set_aside:
+                _set_aside(path)
         else:
             found.append(((path / STATE_NAME).stat().st_mtime_ns, _step(path), path))
     last = max(found)[-1] if found else None
@@ -65,6 +75,12 @@ def last_whole_checkpoint(
             "uninterrupted run.", last, _writers(last), processes,
         )  # fmt: skip
     return last
+
+
+def _set_aside(checkpoint: Path) -> None:
+    name = f"not-whole-{checkpoint.name}"
+    places = (checkpoint.with_name(f"{name}-{number}" if number else name) for number in count())
+    checkpoint.rename(next(place for place in places if not place.exists()))
 
 
 def why_not_whole(
