@@ -16,6 +16,8 @@ os.environ["PYTHONWARNINGS"] = IN_OTHER_PROCESSES
 import pytest
 import torch
 import transformers
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel
 
 from tests.support.models import ARCHITECTURES, tiny_model
@@ -40,6 +42,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 
 def pytest_collection_finish() -> None:
     """Excludes what is imported from garbage collection, which would go through all of it again and again."""
+    given(st.none())(lambda _: None)()  # Hypothesis seeks who holds its generator, and must see it
     gc.collect()
     gc.freeze()
 
