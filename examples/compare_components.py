@@ -58,8 +58,6 @@ from plasticity_peft.report.cost import Trained
 logger = logging.getLogger(__name__)
 STEP = 2.5
 """Factor between neighboring learning rates."""
-MOST_FACTORS = 7
-"""Largest number of learning rates that are tried for a method."""
 
 
 @dataclass
@@ -84,6 +82,7 @@ class CompareArguments:
     max_samples: int = field(default=256, metadata={"help": "Images, or pairs of images, to measure on."})
     max_test_samples: int = field(default=2000, metadata={"help": "Use at most this many test images."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best rates and at the recommended ones."})
+    max_rates: int = field(default=7, metadata={"help": "Largest number of learning rates that a method tries."})
     steps: int = field(default=375, metadata={"help": f"Training steps of {BATCH_SIZE} images."})
     evaluations: int = field(default=5, metadata={"help": "How often the accuracy is computed in a run."})
     timed_rounds: int = field(default=5, metadata={"help": "Number of timed training steps."})
@@ -125,22 +124,16 @@ class Pair:
         set_seed(seed)
         return method.adapt(model, self.parts["train"].images).eval()
 
-    def accuracies(self) -> dict[str, float]:
-        """Returns the accuracy of the fitted head alone, by split."""
-        with torch.no_grad():
-            return {
-                name: float(
-                    torch.cat([self.model(x).logits.argmax(dim=-1) == y for x, y in zip(*_batches(part), strict=True)])
-                    .double()
-                    .mean()
-                )
-                for name, part in self.parts.items()
-                if name != "train"
-            }
-
-
-def _batches(part: Part) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-    return part.images.split(100), part.labels.split(100)
+    def about_head(self) -> dict[str, float]:
+        """Returns the accuracy of the fitted head alone by split, and the number of images."""
+        found = {"leave_one_out_accuracy": self.head.score}
+        for name, part in self.parts.items():
+            right = 0
+            for images, labels in zip(part.images.split(100), part.labels.split(100), strict=True):
+                with torch.no_grad():
+                    right += int((self.model(images).logits.argmax(dim=-1) == labels).sum())
+            found |= {f"{name}_accuracy": right / len(part.labels), f"{name}_images": len(part.labels)}
+        return found
 
 
 def measure(pair: Pair, compare: CompareArguments, folder: Path) -> dict[str, PlasticityReport]:
@@ -230,8 +223,8 @@ def tune(
             found[run.factor] = run
         factors = sorted(found)
         best = max(factors, key=lambda factor: (found[factor].validation[-1], -factor))
-        wanted = [] if len(factors) >= MOST_FACTORS else [best / STEP] * (best == factors[0])
-        wanted += [best * STEP] * (len(factors) < MOST_FACTORS and best == factors[-1])
+        wanted = [] if len(factors) >= compare.max_rates else [best / STEP] * (best == factors[0])
+        wanted += [best * STEP] * (len(factors) < compare.max_rates and best == factors[-1])
     return [found[factor] for factor in sorted(found)]
 
 
@@ -312,6 +305,19 @@ def _head(model: nn.Module, rates: Mapping[str, tuple[str, float]]) -> list[nn.P
     return [parameter for name, parameter in model.named_parameters() if rates.get(name, ("", 0.0))[0] == "head"]
 
 
+def settings(model_arguments: ModelArguments, data: DataArguments, compare: CompareArguments) -> dict[str, object]:
+    """Returns what all runs of a comparison must share. Folders are named without their place."""
+    model = Path(model_arguments.model_name_or_path)
+    dataset = data.dataset_name or "digits"
+    return {
+        **asdict(model_arguments),
+        "model_name_or_path": model.name if model.is_dir() else str(model),
+        **asdict(data),
+        "dataset_name": Path(dataset).name if Path(dataset).exists() else dataset,
+        **{key: getattr(compare, key) for key in ("steps", "seeds", "max_test_samples", "evaluations")},
+    }
+
+
 def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """Writes the settings of the comparison. Exits if the folder contains results of other settings."""
     path = folder / "settings.json"
@@ -330,26 +336,19 @@ def main() -> None:
     """Parses the arguments, then measures, trains what is missing, and writes the tables."""
     parser = HfArgumentParser((ModelArguments, DataArguments, CompareArguments))
     model_arguments, data, compare = parser.parse_args_into_dataclasses()
-    state = PartialState()
+    state = PartialState(cpu=not torch.accelerator.is_available())
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     for noisy in ("httpx", "datasets", "evaluate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     folder = Path(compare.output_dir)
     for name in ("runs", "reports"):
         (folder / name).mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        check_settings(folder, settings(model_arguments, data, compare))
     disable_progress_bars()
     pair = Pair(model_arguments, data, compare)
-    name = model_arguments.model_name_or_path
-    name = Path(name).name if Path(name).is_dir() else name
-    dataset = Path(data.dataset_name).name if data.dataset_name else "digits"
     if state.is_main_process:
-        settings = {**asdict(model_arguments), "model_name_or_path": name, **asdict(data), "dataset_name": dataset}
-        settings |= {key: getattr(compare, key) for key in ("steps", "seeds", "max_test_samples", "evaluations")}
-        check_settings(folder, settings)
-        accuracies = {f"{split}_accuracy": value for split, value in pair.accuracies().items()}
-        images = {f"{split}_images": len(part.labels) for split, part in pair.parts.items()}
-        head = {**accuracies, **images, "leave_one_out_accuracy": pair.head.score}
-        write_text(folder / "head.json", json.dumps(head, indent=2) + "\n")
+        write_text(folder / "head.json", json.dumps(pair.about_head(), indent=2) + "\n")
     reports = measure(pair, compare, folder / "reports")
     methods, picks = Catalog(pair.model, reports, compare.shares).methods()
     if state.is_main_process:

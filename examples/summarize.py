@@ -68,8 +68,8 @@ def as_markdown(comparison: Comparison) -> str:
         f"Accuracy on {head['test_images']:,} test images in percent, after training on {head['train_images']:,}.\n"
         "Each method has the learning rates that are best on validation images. Difference: 95 % interval of the\n"
         "difference to everything in full, paired by seed. Recommended: accuracy at the recommended rates. Factor:\n"
-        "the best rates as a multiple of the recommended ones. Range: largest divided by smallest rate within a point\n"
-        "of the best on validation images.\n"
+        "the best rates as a multiple of the recommended ones. Range: largest divided by smallest rate within a\n"
+        "point of the best on validation images.\n"
         "Time and memory of a training step: everything in full is 1.\n",
         (
             "method",
