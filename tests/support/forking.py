@@ -7,6 +7,7 @@ Run as a script, this is the process that they are forked from. It reads request
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import runpy
@@ -163,6 +164,8 @@ def serve(imports: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what an import prints is no answer
     exec(imports, {"sys": sys})
+    gc.collect()
+    gc.freeze()  # or each process goes through all that was imported whenever garbage is collected, and copies it
     for line in sys.stdin:
         pids = []
         for request in json.loads(line):
