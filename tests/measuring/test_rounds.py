@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.errors import ConfigError, ModelError
+from tests.support.crossing import crossed
 from tests.support.forking import STOCK, run_code
 from tests.support.logs import warned_of_selections
 from tests.support.measures import MEASURES, means
@@ -246,9 +247,9 @@ def test_a_process_that_really_runs_out_of_memory_goes_on(tmp_path: Path) -> Non
 # ---- precision
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
-@each_measure
-def test_lower_precision_gives_the_same_ranking(options: dict[str, str], dtype: Any) -> None:
+@crossed(measure=MEASURES, dtype=["bfloat16", torch.float16])
+def test_lower_precision_gives_the_same_ranking(measure: str, dtype: Any) -> None:
+    options = MEASURES[measure]
     model = AutoModelForImageClassification.from_pretrained(REPOSITORY / "examples" / "fashion-mnist-vit")
     size = model.config.image_size
     images = random_images(32, size=size) * 2 - 1

@@ -63,5 +63,5 @@ def _joined(parts: list[Any], in_turn: bool) -> Any:
     marks = [mark for part in parts for mark in part.marks]
     if not in_turn and not marks:
         marks = [pytest.mark.slow]
-    name = "-".join(part.id for part in parts) if all(part.id for part in parts) else None
+    name = "-".join(part.id or str(part.values[0]) for part in parts)
     return pytest.param(*(part.values[0] for part in parts), marks=marks, id=name)
