@@ -81,7 +81,7 @@ def cached(cache: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache() -> Path:
+def cache() -> Iterator[Path]:
     """A cache of the Hub with a base model, "org/base", and an adapter of each case, "user/<case>"."""
     folder = hub_cache()
     base = cached(folder, "org/base")
@@ -89,7 +89,9 @@ def cache() -> Path:
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(base)
     for case, options in CASES.items():
         adapted(folder, case, **options).save_pretrained(cached(folder, f"user/{case}"))
-    return folder
+    yield folder
+    for repository in folder.iterdir():
+        shutil.rmtree(repository)
 
 
 def base_of(folder: Path, case: str) -> PreTrainedModel:
