@@ -384,7 +384,7 @@ def test_several_processes_find_what_one_does(
     check_several_processes(vit, *each, processes)
 
 
-@pytest.mark.parametrize(("criterion", "inputs"), [(DEFAULT, None), ("rate_of_change", "embedding")])
+@pytest.mark.parametrize(("criterion", "inputs"), [each for each in EACH if each[0] in (DEFAULT, "rate_of_change")])
 def test_twenty_processes_of_which_most_have_nothing_to_do(
     vit: PreTrainedModel, criterion: str, inputs: str | None
 ) -> None:
