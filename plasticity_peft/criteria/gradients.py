@@ -112,9 +112,9 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
     return norm.double() ** 2
 
 
-Reduce = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
-"""Makes something of the gradient of a layer, image by image, from the layer, its input and the gradient at its
-output."""
+Reduce = Callable[[str, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Makes something of the gradient of a layer, image by image, from its path, the layer, its input and the gradient at
+its output."""
 
 
 def _with_last(values: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
@@ -147,7 +147,7 @@ class GradientsByImage:
             recompute: True recomputes each block in the backward pass instead of keeping all activations. The result
                 is the same; it takes less memory and a third more time.
         """
-        (squares,) = self.reduced(images, lambda: scalar()[None], _squares, recompute)
+        (squares,) = self.reduced(images, lambda: scalar()[None], _squares_of, recompute)
         # For a layer that the scalar does not depend on.
         none = torch.zeros(images, dtype=torch.float64, device="cpu")
         device = next(iter(squares.values()), none).device
@@ -168,8 +168,8 @@ class GradientsByImage:
         Args:
             images: number of images in the pass.
             scalars: function that runs the model and returns the sums: a tensor of shape (sums,).
-            reduce: function of the layer, its input (images, tokens, inputs) and the gradient at its output (images,
-                tokens, outputs).
+            reduce: function of the path of a layer, the layer, its input (images, tokens, inputs) and the gradient at
+                its output (images, tokens, outputs).
             recompute: as in `__call__`.
         """
         taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), reduce, recompute)
@@ -280,7 +280,7 @@ class _Taps:
             back, given = self._back.pop(path), self._given.pop(path) if self._last else self._given[path]
             with torch.no_grad(), full_precision(back):
                 tokens, gradients = self._rows(path, given), self._rows(path, back)
-                self.reduced[path] = self._reduce(unwrap(self._layers[path]), tokens, gradients)
+                self.reduced[path] = self._reduce(path, unwrap(self._layers[path]), tokens, gradients)
 
     def check_complete(self) -> None:
         """Raises ModelError if there is a layer whose gradient came, and whose input did not."""
@@ -289,6 +289,10 @@ class _Taps:
                 f"{path}: its block was not recomputed as far as this layer. Another thread, or the code around this "
                 "call, uses torch.utils.checkpoint.set_checkpoint_early_stop. Measure outside of it."
             )
+
+
+def _squares_of(path: str, layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    return _squares(layer, tokens, gradients)
 
 
 def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -306,10 +310,18 @@ def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) ->
         normalised = F.layer_norm(tokens, layer.normalized_shape, eps=layer.eps)
         found = _sums((normalised * gradients).sum(dim=1))
         return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
+    each = gradients_of_rows(layer, tokens, gradients)
+    return torch.stack([torch.stack([_square(slope) for slope in slopes]).sum() for slopes in each])
+
+
+def gradients_of_rows(
+    layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor
+) -> list[tuple[torch.Tensor, ...]]:
+    """Returns the gradients of the parameters of any layer, image by image. Arguments are those of `_squares`."""
     own = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
     if not all(parameter.is_floating_point() for parameter in own.values()):
         raise ModelError(f"{type(layer).__name__}: its weights are not floating-point numbers, and have no gradient.")
-    return torch.stack([_sum_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)])
+    return [_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)]
 
 
 def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -332,14 +344,13 @@ def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Ten
     return torch.cat(found)
 
 
-def _sum_by_autograd(
+def _by_autograd(
     layer: nn.Module, parameters: dict[str, torch.Tensor], tokens: torch.Tensor, gradient: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
     with torch.enable_grad():
         copies = {name: parameter.to(tokens.dtype).requires_grad_() for name, parameter in parameters.items()}
         output = torch.func.functional_call(layer, copies, (tokens[None],))
-        slopes = torch.autograd.grad(output, list(copies.values()), gradient[None].to(output.dtype))
-    return torch.stack([_square(slope) for slope in slopes]).sum()
+        return torch.autograd.grad(output, list(copies.values()), gradient[None].to(output.dtype))
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:
