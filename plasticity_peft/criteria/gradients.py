@@ -160,7 +160,7 @@ class GradientsByImage:
     def reduced(
         self, images: int, scalars: Callable[[], torch.Tensor], reduce: Reduce, recompute: bool = False
     ) -> list[dict[str, torch.Tensor]]:
-        """Returns what `reduce` makes of the gradient of each layer, by path, for each of several sums over the images.
+        """Returns what `reduce` makes of the gradient of each layer, by path, for each of some sums over the images.
 
         One forward pass serves all sums, and each takes a backward pass. A layer on which a sum does not depend is
         missing.
@@ -188,12 +188,9 @@ class GradientsByImage:
             recomputed(blocks if recompute else ()),
         ):
             totals = scalars()
-            found = [self._backward(total, root, taps, last) for total, last in _with_last(totals)]
-        return found
+            return [self._backward(total, root, taps, last) for total, last in _with_last(totals)]
 
-    def _backward(
-        self, total: torch.Tensor, root: torch.Tensor, taps: _Taps, last: bool
-    ) -> dict[str, torch.Tensor]:
+    def _backward(self, total: torch.Tensor, root: torch.Tensor, taps: _Taps, last: bool) -> dict[str, torch.Tensor]:
         """Runs one backward pass, and returns what the taps made of it."""
         taps.start(last)
         reached = total.requires_grad and (

@@ -24,7 +24,7 @@ from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import check_count, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
-from plasticity_peft.components.component import KINDS, MATRIX_KINDS, Component
+from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.wrappers import bare
 from plasticity_peft.criteria.gradients import GradientsByImage
@@ -50,7 +50,7 @@ from plasticity_peft.report.cost import Costs, Trained
 from plasticity_peft.report.forecast import Forecast, SetForecast
 from plasticity_peft.report.head import HeadFit
 
-DIRECTIONS = 4
+DIRECTIONS = 2
 """Number of directions of the features whose gradients are taken: a backward pass each."""
 MOST_IMAGES = 4096
 """Largest number of images. Each component has a number for every pair of them."""
@@ -64,6 +64,8 @@ MODEL_ERROR = 0.015
 """Standard deviation of the gain of trained models around a forecast from any number of images."""
 PAIRS_OF_KINDS = (("LN1", "LN2"), ("MHA", "FC1"), ("MHA", "FC2"), ("FC1", "FC2"))
 EVERYTHING = "everything"
+CLASSES = "single_label_classification"
+"""The one problem type that can be forecast."""
 
 
 def forecast_finetuning(
@@ -84,7 +86,8 @@ def forecast_finetuning(
     here, at recommended rates, from a head fitted in closed form. `print(forecast)` shows a table with intervals;
     `forecast.recommended` is the cheapest set near the best, or None if finetuning is not expected to pay.
 
-    One forward pass and 4 backward passes serve all sets. Under `accelerate launch` the images are spread over the
+    One forward pass and two backward passes, which compute no gradients of weights, serve all sets: about as much work
+    as an epoch of finetuning everything on these images. Under `accelerate launch` the images are spread over the
     processes, and the result is the same in each. The model is left as it was: the fitted head is not set.
 
     Args:
@@ -179,20 +182,17 @@ class _Seen:
     @classmethod
     def together(cls, parts: Sequence[_Seen]) -> _Seen:
         """Returns the images of all parts, in the order of drawing."""
-        parts = [part for part in parts if len(part.numbers)]
         order = np.argsort(np.concatenate([part.numbers for part in parts]))
-        return cls(
-            *(
-                np.concatenate([getattr(part, name) for part in parts])[order]
-                for name in ("numbers", "features", "targets")
-            ),
-            {path: np.concatenate([part.sketches[path] for part in parts])[order] for path in parts[0].sketches},
-        )
 
-    @classmethod
-    def none(cls) -> _Seen:
-        """Returns what a process without images knows."""
-        return cls(*(np.empty((0, *rest), np.float32) for rest in ((), (0,), (0,))), {})
+        def ordered(values: Iterable[np.ndarray]) -> np.ndarray:
+            return np.asarray(np.concatenate(list(values))[order])
+
+        return cls(
+            numbers=ordered(part.numbers for part in parts),
+            features=ordered(part.features for part in parts),
+            targets=ordered(part.targets for part in parts),
+            sketches={path: ordered(part.sketches[path] for part in parts) for path in parts[0].sketches},
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,93 +209,107 @@ class _Observer:
     def observed(self) -> tuple[_Seen, Costs | None]:
         """Returns what all processes together know of the images, and what training costs."""
         share = this_process()
-        with trainable_after(self.model):
+        model, architecture = self.model, self.architecture
+        with trainable_after(model):
             with failing_together(share):
                 sampler = labeled_images(
-                    self.model, self.architecture, self.dataset, self.max_samples, self.batch_size, self.seed
+                    model, architecture, self.dataset, self.max_samples, self.batch_size, self.seed
                 )
                 example = sampler.example()
-                path = final_layer(self.model, self.architecture, example)
-                _check_classes(self.model, problem_type(self.model, sampler))
-                costs = costs_of(self.model, self.architecture, example)
-                gradients = GradientsByImage(self.model, self.architecture, example)
+                passes = _Passes.of(model, architecture, sampler, self.seed)
+                costs = costs_of(model, architecture, example)
                 count = sampler.available(self.max_samples)
             same(share, "number of images", count)
             with failing_together(share):
-                seen = self._of_this_process(sampler, share, path, gradients)
-        return _Seen.together(gathered(share, seen)), costs
+                seen = self._seen(passes, sampler, share.of(range(count)), share)
+        found = [part for parts in gathered(share, seen) for part in parts]
+        return _Seen.together(found), costs
 
-    def _of_this_process(
-        self, sampler: SingleImages, share: Share, path: str, gradients: GradientsByImage
-    ) -> _Seen:
-        layer = linear_at(self.model, path)
-        directions = self._directions(layer, sampler)
-        layers = [module for part in self.architecture.components for module in part.modules]
-        sketcher = Sketcher(layers, self.seed)
-        numbers = share.of(range(sampler.available(self.max_samples)))
-        found = [_Seen.none()]
+    def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[_Seen]:
+        """Returns what this process knows of the images with these numbers: none if there are fewer than processes."""
+        found = []
         with Progress(sampler, share, "Forecasting") as progress:
             for start in range(0, len(numbers), self.batch_size):
-                batch = numbers[start : start + self.batch_size]
-                found.append(self._of_batch(sampler, batch, path, gradients, directions, sketcher))
-                progress.advance(len(batch))
+                found.append(passes.seen(sampler, numbers[start : start + self.batch_size]))
+                progress.advance(len(found[-1].numbers))
             progress.end()
-        return _Seen.together(found) if len(found) > 1 else found[0]
+        return [_Seen.together(found)] if found else []
 
-    def _directions(self, layer: nn.Linear, sampler: SingleImages) -> torch.Tensor:
-        """Returns random directions of length 1: float32 of shape (directions, features)."""
-        generator = sampler.generator(0, DIRECTIONS)
-        drawn = torch.randn(DIRECTIONS, layer.in_features, generator=generator, device="cpu", dtype=torch.float32)
-        return drawn / drawn.norm(dim=1, keepdim=True)
 
-    def _of_batch(
-        self,
-        sampler: SingleImages,
-        numbers: Sequence[int],
-        path: str,
-        gradients: GradientsByImage,
-        directions: torch.Tensor,
-        sketcher: Sketcher,
-    ) -> _Seen:
-        batch, layer = sampler.load(numbers), linear_at(self.model, path)
+@dataclass(frozen=True, eq=False)
+class _Passes:
+    """Passes of batches through the model."""
+
+    model: nn.Module
+    architecture: Architecture
+    path: str
+    """Path of the head's linear layer."""
+    gradients: GradientsByImage
+    directions: torch.Tensor
+    """Directions of the features, of length 1: float32 of shape (directions, features)."""
+    sketcher: Sketcher
+
+    @classmethod
+    def of(cls, model: nn.Module, architecture: Architecture, sampler: SingleImages, seed: int) -> _Passes:
+        """Prepares a model. Raises ModelError if it is not one of those that can be forecast."""
+        example = sampler.example()
+        path = final_layer(model, architecture, example)
+        _check_classes(model, problem_type(model, sampler))
+        shape = (DIRECTIONS, linear_at(model, path).in_features)
+        drawn = torch.randn(shape, generator=sampler.generator(0, DIRECTIONS), device="cpu", dtype=torch.float32)
+        layers = [module for part in architecture.components for module in part.modules]
+        return cls(
+            model=model,
+            architecture=architecture,
+            path=path,
+            gradients=GradientsByImage(model, architecture, example),
+            directions=drawn / drawn.norm(dim=1, keepdim=True),
+            sketcher=Sketcher(layers, seed),
+        )
+
+    def seen(self, sampler: SingleImages, numbers: Sequence[int]) -> _Seen:
+        """Returns what is seen of the images with these numbers."""
+        batch, layer = sampler.load(numbers), linear_at(self.model, self.path)
         # A single image is passed twice: torch 2.13 computes a wrong gradient of a BatchNorm for one image.
         copies = 2 if len(numbers) == 1 else 1
         images = {name: torch.cat([value] * copies) for name, value in batch.images.items()}
-        seen: list[torch.Tensor] = []
+        received: list[torch.Tensor] = []
 
         def keep(_: str, call: Call, output: Any) -> None:
-            seen.append(call.tokens)
+            received.append(call.tokens)
 
         def projected() -> torch.Tensor:
-            with hooked({path: layer}, keep):
+            with hooked({self.path: layer}, keep):
                 run(self.model, self.architecture, images)
-            return (seen[0].float() @ directions.to(seen[0].device).T).sum(dim=0)
+            sums: torch.Tensor = received[0].float().sum(dim=0)
+            return self.directions.to(sums.device) @ sums
 
-        sketches = gradients.reduced(copies * len(numbers), projected, sketcher)
-        features = seen[0].detach().float().cpu().numpy()[: len(numbers)]
-        check_finite(features, path)
+        sketches = self.gradients.reduced(copies * len(numbers), projected, self.sketcher)
+        features = received[0].detach().float().cpu().numpy()[: len(numbers)]
+        check_finite(features, self.path)
         return _Seen(
-            np.asarray(numbers, dtype=np.int64),
-            features,
-            targets_of(sampler.labels(batch), layer.out_features, "single_label_classification"),
-            {name: self._stacked(name, sketches, len(numbers)) for name in sketcher.layers},
+            numbers=np.asarray(numbers, dtype=np.int64),
+            features=features,
+            targets=targets_of(sampler.labels(batch), layer.out_features, CLASSES),
+            sketches={name: _stacked(name, sketches, len(numbers)) for name in self.sketcher.layers},
         )
 
-    def _stacked(self, path: str, sketches: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
-        """Returns the sketches of a layer, (images, directions, numbers); zeros if the features do not depend on it."""
-        if not any(path in each for each in sketches):
-            return np.zeros((count, len(sketches), 1), np.float32)
-        values = torch.stack([each[path][:count] for each in sketches], dim=1).numpy()
-        if not np.isfinite(values).all():
-            raise NonFiniteError(
-                f"The gradient of {path} is NaN or infinite. In half precision this is often overflow: run the model "
-                "in float32 or bfloat16."
-            )
-        return np.asarray(values)
+
+def _stacked(path: str, sketches: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
+    """Returns the sketches of a layer, (images, directions, numbers); zeros if the features do not depend on it."""
+    if not any(path in each for each in sketches):
+        return np.zeros((count, len(sketches), 1), np.float32)
+    values = torch.stack([each[path][:count] for each in sketches], dim=1).numpy()
+    if not np.isfinite(values).all():
+        raise NonFiniteError(
+            f"The gradient of {path} is NaN or infinite. In half precision this is often overflow: run the model in "
+            "float32 or bfloat16."
+        )
+    return np.asarray(values)
 
 
 def _check_classes(model: nn.Module, problem: str) -> None:
-    if problem != "single_label_classification":
+    if problem != CLASSES:
         raise ModelError(
             f"{type(model).__name__}: finetuning can be forecast for one class per image. Its problem type is "
             f"{problem!r}. Use measure_plasticity to rank its components."
@@ -315,7 +329,7 @@ class _Forecaster:
         """Returns the forecast of some sets, by their names."""
         features, targets = self.seen.features, self.seen.targets
         sums = Sums.of(features, targets)
-        fit = solve(sums, features, targets, None, Share(0, 1), "single_label_classification")
+        fit = solve(sums, features, targets, None, Share(0, 1), CLASSES)
         kernels = Tangents(self.seen.sketches).kernels(self.architecture)
         scaled = (features - sums.x) / Ridge(sums).scale
         head = scaled @ scaled.T / fit.penalty
@@ -359,6 +373,6 @@ class _Forecaster:
 
 def _strengthened(parts: Sequence[Component], kernels: Mapping[str, np.ndarray], strength: float) -> np.ndarray:
     """Returns the kernel of a set, in units of the noise."""
-    kernel = np.sum([kernels[part.id] for part in parts], axis=0, dtype=np.float64)
+    kernel = np.asarray(np.sum([kernels[part.id] for part in parts], axis=0, dtype=np.float64))
     share = float(np.trace(kernel)) / len(kernel)
     return np.asarray(strength * share ** (POWER - 1) * kernel) if share > 0 else kernel

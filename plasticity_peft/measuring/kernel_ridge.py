@@ -1,8 +1,8 @@
 """Ridge regression with a kernel, with leave-one-out predictions in closed form. This module does not use the model.
 
-The predictions for n images are b + f, with the intercept b, and the function f of a kernel K, an (n, n) matrix. They
-minimize the sum of squared errors plus the squared norm of f. With A = K + I and B = A^-1 - A^-1 1 1' A^-1 / 1' A^-1 1,
-the error of an image that is left out is (B Y)_i / B_ii (Craven & Wahba, 1979; the intercept is free).
+The predictions for n images are b + f, with a free intercept b and a function f of the kernel K, an (n, n) matrix. b
+and f minimize the sum of squared errors plus the squared norm of f. With A = K + I, u = A^-1 1 and
+B = A^-1 - u u' / (1' u), the error of image i, when it is left out, is (B Y)_i / B_ii (Craven & Wahba, 1979).
 """
 
 from __future__ import annotations

@@ -23,6 +23,10 @@ WIDTH = 20
 """Rows and columns of the sketch of a gradient. A smaller gradient is kept as it is."""
 
 
+_SIDES = ("outputs", "inputs", "whole")
+"""What is projected: a side of the gradient of a linear layer, or a sketch that is still too wide."""
+
+
 @dataclass(frozen=True, eq=False)
 class Sketcher:
     """Sketches the gradient of a layer, image by image. Every process draws the same projections."""
@@ -53,7 +57,7 @@ class Sketcher:
         else:
             rows = gradients_of_rows(layer, tokens, gradients)
             found = torch.stack([torch.cat([slope.flatten() for slope in slopes]) for slopes in rows])
-        return self._narrowed(path, "all", found, self.width**2).float().cpu()
+        return self._narrowed(path, "whole", found, self.width**2).float().cpu()
 
     def _narrowed(self, path: str, side: str, values: torch.Tensor, width: int) -> torch.Tensor:
         """Returns values (..., numbers) projected to (..., width), or as they are if they are narrow already."""
@@ -61,7 +65,7 @@ class Sketcher:
         if numbers <= width:
             return values
         if (path, side) not in self._drawn:
-            state = np.random.SeedSequence([self.seed, self.layers.index(path), len(side)]).generate_state(1)
+            state = np.random.SeedSequence([self.seed, self.layers.index(path), _SIDES.index(side)]).generate_state(1)
             generator = torch.Generator("cpu").manual_seed(int(state[0]))
             drawn = torch.randn(numbers, width, generator=generator, device="cpu", dtype=torch.float32)
             self._drawn[path, side] = drawn / width**0.5
@@ -83,7 +87,9 @@ class Tangents:
         found = {}
         for part in architecture.components:
             counts = _parameters(part.parameters, part.features)
-            weighted = [_weighted(self.sketches[path], count) for path, count in zip(part.modules, counts, strict=True)]
+            weighted = [
+                _weighted(self.sketches[path], count) for path, count in zip(part.modules, counts, strict=True)
+            ]
             found[part.id] = _centered(sum(weighted[1:], start=weighted[0]))
         scale = sum(float(np.trace(kernel)) / len(kernel) for kernel in found.values())
         return {name: kernel / np.float32(scale or 1.0) for name, kernel in found.items()}

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar
 
 from annotated_types import Len
 
-from plasticity_peft.constraints import STRICT, Chance, Count, NonNegative, PositiveCount, Seed, Text, read_as
+from plasticity_peft.constraints import STRICT, Chance, NonNegative, PositiveCount, Seed, Text, read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.cost import Cost
 from plasticity_peft.report.head import HeadFit
@@ -136,7 +136,14 @@ class Forecast:
         return (*columns, "time", "memory") if self._costs_known else columns
 
     def _rows(self) -> list[tuple[str, ...]]:
-        head = ("head fitted", f"{100 * self.head.score:.1f}", _interval(self.head.score, self.head_error), "", "", "")
+        head: tuple[str, ...] = (
+            "head fitted",
+            f"{100 * self.head.score:.1f}",
+            _interval(self.head.score, self.head_error),
+            "",
+            "",
+            "",
+        )
         rows = [(*head, "", "") if self._costs_known else head]
         for one in self.sets:
             gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
