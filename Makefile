@@ -4,7 +4,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-lowest matrix lint docs audit clean
+.PHONY: demo test test-lowest matrix lint docs audit package clean
 
 demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no network, three to seven minutes on two cores
 	$(BIN)/python examples/train.py
@@ -32,6 +32,11 @@ audit: $(VENV)/.test $(VENV)/.quality  ## what is installed: whether it fits tog
 	$(BIN)/pip-licenses --partial-match --fail-on="GPL;General Public License" --summary
 	$(BIN)/python -m pip freeze --exclude-editable | sed "s/+cpu//" > $(VENV)/audit.txt
 	$(BIN)/pip-audit --strict --no-deps --disable-pip --requirement $(VENV)/audit.txt
+
+package: $(VENV)/.quality  ## the wheel and the source distribution, in build/dist, and whether the index would show them
+	rm -rf build/dist
+	$(BIN)/python -m build --outdir build/dist
+	$(BIN)/twine check --strict build/dist/*
 
 clean:
 	rm -rf .venv .venv-lowest .nox build outputs

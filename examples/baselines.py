@@ -18,6 +18,7 @@ import torch
 from datasets import Dataset
 from huggingface_hub.utils import disable_progress_bars
 from peft import LoraConfig, get_peft_model
+from step_cost import kept_bytes, state_bytes
 from torch import nn
 from transformers import (
     PreTrainedModel,
@@ -85,8 +86,17 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
     ]
 
 
-def recommended_optimizer(model: nn.Module, arguments: TrainingArguments, images: Dataset) -> torch.optim.Optimizer:
-    """Returns the optimizer that the arguments name, at recommended rates unless they give one."""
+def recommended_optimizer(
+    model: nn.Module, arguments: TrainingArguments, images: Dataset, rates: Mapping[str, float] | None = None
+) -> torch.optim.Optimizer:
+    """Returns the optimizer that the arguments name, at recommended rates unless they give one.
+
+    Args:
+        model: a model in which something trains.
+        arguments: what names the optimizer.
+        images: labeled images, on which the rates are recommended.
+        rates: rates that were recommended before, by the names of the groups.
+    """
     optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     learning_rate = options.pop("lr")
     return create_plasticity_optimizer(
@@ -95,7 +105,8 @@ def recommended_optimizer(model: nn.Module, arguments: TrainingArguments, images
         train_dataset=images,
         lr=learning_rate,
         weight_decay=arguments.weight_decay,
-        batch_size=arguments.per_device_train_batch_size,
+        batch_size=arguments.per_device_eval_batch_size,
+        **{f"{name}_lr": rate for name, rate in (rates or {}).items()},
         **options,
     )
 
@@ -128,11 +139,23 @@ def compare(
     rows = [Row("fitted head alone", trained, (accuracy(head),), 0.0, 0)]
     for method in wanted:
         logger.info("Training %s, with %d seeds", method.name, seeds)
-        runs = [_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy) for seed in range(seeds)]
-        rows.append(
-            Row(method.name, runs[0][0], tuple(r[1] for r in runs), float(np.mean([r[2] for r in runs])), runs[0][3])
-        )
+        runs: list[_Run] = []
+        for seed in range(seeds):
+            rates = runs[0].rates if runs else None  # they hardly depend on the seed, and take a while
+            runs.append(_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy, rates))
+        seconds = float(np.mean([run.seconds for run in runs]))
+        rows.append(Row(method.name, runs[0].parameters, tuple(run.accuracy for run in runs), seconds, runs[0].memory))
     return rows
+
+
+class _Run(NamedTuple):
+    """What one run of a method came to."""
+
+    parameters: int
+    accuracy: float
+    seconds: float
+    memory: int
+    rates: dict[str, float]
 
 
 def _run(
@@ -142,19 +165,22 @@ def _run(
     splits: Mapping[str, Dataset],
     seed: int,
     accuracy: Callable[[Trainer], float],
-) -> tuple[int, float, float, int]:
-    """Returns the number of trained parameters, the accuracy, the seconds of training, and the bytes of a step."""
+    rates: Mapping[str, float] | None,
+) -> _Run:
+    """Trains a model with a fitted head once, at its recommended rates if none are given."""
     set_seed(seed)
     arguments = copy.copy(arguments)
     arguments.seed = seed
     model = method.adapt(model)
-    optimizer = recommended_optimizer(model, arguments, splits["target"])
+    optimizer = recommended_optimizer(model, arguments, splits["target"], rates)
+    used = {group["name"]: group["lr"] for group in optimizer.param_groups}
     trainer = _quiet_trainer(model, arguments, splits, optimizers=(optimizer, None))
     memory = step_memory(trainer)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start
-    return sum(p.numel() for p in model.parameters() if p.requires_grad), accuracy(trainer), seconds, memory
+    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return _Run(parameters, accuracy(trainer), seconds, memory, used)
 
 
 def _quiet_trainer(
@@ -166,25 +192,10 @@ def _quiet_trainer(
 
 
 def step_memory(trainer: Trainer) -> int:
-    """Returns the bytes that a step of training keeps beside the weights: activations, gradients, Adam's two moments.
-
-    Activations are what autograd saves for the backward pass of one batch, each storage once.
-    """
-    kept: dict[int, int] = {}
-
-    def save(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+    """Returns the bytes that a step keeps beside the weights: activations, gradients and Adam's two moments."""
     model = trainer.model.train()
     batch = trainer._prepare_inputs(next(iter(trainer.get_train_dataloader())))
-    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
-        loss = model(**batch).loss
-    for weight in model.parameters():
-        kept.pop(weight.untyped_storage().data_ptr(), None)
-    del loss
-    return sum(kept.values()) + sum(3 * p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return kept_bytes(model, batch) + state_bytes(model)
 
 
 def table(rows: Iterable[Row], parameters: int, images: int) -> str:

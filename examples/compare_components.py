@@ -1,226 +1,324 @@
-"""Train each kind of component alone, and compare the results with the rankings of the criteria.
+"""Train different parts of a vision transformer, each at its best learning rates, and compare what they come to.
 
-This is the experiment of the paper (arXiv 2602.06883, section 5) for any model and dataset. Each kind of component is
-trained alone, and so are the head and everything, at several learning rates and seeds. The learning rate of each
-method is chosen on validation images, and the accuracy is that on test images. In addition, at an equal number of
-trained parameters, the selections of single components by each criterion and the methods of stock PEFT are trained.
+This repeats the experiment of the paper (arXiv 2602.06883, section 5) with a recipe of today, for any model and any
+images. Every method starts from the same fitted head and sees the same images. Its learning rates are tuned with one
+seed on validation images: multiples of the recommended rates, a factor of 2.5 apart, until the best one is not at an
+end. Then it is trained with several seeds at the best multiple and at the recommended rates.
 
     python examples/compare_components.py --output_dir outputs/compare/demo-digits
-    accelerate launch examples/compare_components.py --model_name_or_path facebook/dinov2-small \
-        --dataset_name beans --learning_rates 1e-4 1e-3 1e-2 --seeds 0 1 2 --output_dir outputs/compare/beans
+    python examples/compare_components.py --model_name_or_path facebook/dinov2-small --image_size 98 \
+        --dataset_name cifar10 --max_train_samples 1000 --groups kinds stock --output_dir outputs/compare/dinov2
+    accelerate launch examples/compare_components.py --output_dir outputs/compare/demo-digits
 
-It writes to `--output_dir`: runs.csv (one row per run), methods.csv and criteria.csv, results.md with the tables, and
-two figures. A finished run is one file in `runs/` and is not repeated, so the same command continues an interrupted
-comparison.
+It writes to `--output_dir`: one JSON file in `runs/` for each method, and results.md with the tables. A finished
+method is not repeated, so the same command continues an interrupted comparison. Processes share the methods. All runs
+of a method train at once: their parameters are stacked.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
-from comparison import Run, load
-from datasets import Array3D, Dataset, DatasetDict, Features, Value
-from methods import Method, by_blocks, by_default, by_kind, stock
+from comparison import Result, Run, load
+from huggingface_hub.utils import disable_progress_bars
+from methods import EVERYTHING, GROUPS, Catalog, Method
+from stacked import BATCH_SIZE, Order, Part, StackedRuns
+from step_cost import in_turns, kept_bytes, state_bytes, training_step
 from summarize import write
 from torch import nn
-from torch.utils.data import DataLoader
 from train import (
     DEMO_SOURCE,
     DataArguments,
-    FinetuningArguments,
     ModelArguments,
     Transform,
-    compute_metrics,
+    is_demo,
     load_images,
     load_model,
     load_processor,
     split,
 )
-from transformers import (
-    BaseImageProcessor,
-    HfArgumentParser,
-    PreTrainedModel,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-    default_data_collator,
-    set_seed,
-)
+from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from plasticity_peft import PlasticityReport, find_components, measure_plasticity
+from plasticity_peft import PlasticityReport, create_plasticity_optimizer, fit_head, measure_plasticity
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.files import write_text
+from plasticity_peft.report.cost import Trained
 
 logger = logging.getLogger(__name__)
+STEP = 2.5
+"""Factor between neighboring learning rates."""
 
 
 @dataclass
 class CompareArguments:
     """The settings of the comparison."""
 
-    learning_rates: list[float] = field(
-        default_factory=lambda: [3e-4, 1e-3, 3e-3], metadata={"help": "Peak learning rates. Each method tries all."}
-    )
-    full_learning_rates: list[float] | None = field(
-        default=None, metadata={"help": "The same for training in full, including the head alone, if they differ."}
-    )
-    seeds: list[int] = field(
-        default_factory=lambda: [0, 1, 2], metadata={"help": "Seeds of the head, of LoRA and of the order of images."}
-    )
+    output_dir: str = field(default="outputs/compare", metadata={"help": "Folder to write the results to."})
     groups: list[str] = field(
-        default_factory=lambda: ["kind", "default", "blocks", "stock"],
-        metadata={
-            "help": "kind: the paper's experiment. At an equal number of parameters, default: the kinds that this "
-            "package selects; blocks: the single components that each criterion selects; stock: PEFT's own methods."
-        },
+        default_factory=lambda: list(GROUPS),
+        metadata={"help": "; ".join(f"{name}: {what}" for name, what in GROUPS.items()) + "."},
     )
     methods: list[str] | None = field(
         default=None, metadata={"help": "Run only these methods, such as MHA or everything (default: all)."}
     )
     criteria: list[str] = field(
-        default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria to compare. The first is used by default."}
+        default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria that rank single components."}
     )
-    max_samples: int = field(
-        default=256, metadata={"aliases": ["--pairs"], "help": "Images, or pairs of images, to measure on."}
+    shares: list[float] = field(
+        default_factory=lambda: [1 / 6, 1 / 3, 1 / 2],
+        metadata={"help": "Shares of the weights of all components that are selected as single components."},
     )
-    r: int = field(default=8, metadata={"help": "Rank of LoRA, unless a method has its own."})
+    max_samples: int = field(default=256, metadata={"help": "Images, or pairs of images, to measure on."})
+    max_test_samples: int = field(default=2000, metadata={"help": "Use at most this many test images."})
+    seeds: int = field(default=3, metadata={"help": "Seeds at the best rates and at the recommended ones."})
+    max_rates: int = field(default=7, metadata={"help": "Largest number of learning rates that a method tries."})
+    steps: int = field(default=375, metadata={"help": f"Training steps of {BATCH_SIZE} images."})
+    evaluations: int = field(default=5, metadata={"help": "How often the accuracy is computed in a run."})
+    timed_rounds: int = field(default=5, metadata={"help": "Number of timed training steps."})
 
 
-@dataclass
-class ComparisonTrainingArguments(FinetuningArguments):
-    """The recipe of every run."""
+class Pair:
+    """A model with a fitted head, and the images of all splits on its device."""
 
-    output_dir: str | None = field(default="outputs/compare", metadata={"help": "Folder to write the results to."})
-    num_train_epochs: float = field(default=4, metadata={"help": "Passes over the training images."})
-    eval_strategy: str = field(default="no", metadata={"help": "Evaluation happens once, after training."})
-    save_strategy: str = field(default="no", metadata={"help": "When to save; a run that saves can be resumed."})
-    eval_on_start: bool = field(default=False, metadata={"help": "Evaluation is once, after training."})
-    load_best_model_at_end: bool = field(default=False, metadata={"help": "The last weights are the result."})
-    max_grad_norm: float = field(default=0.0, metadata={"help": "Limit of the gradient norm; 0: no clipping."})
-    disable_tqdm: bool | None = field(default=True, metadata={"help": "No progress bar for each of many runs."})
+    def __init__(self, model_arguments: ModelArguments, data: DataArguments, compare: CompareArguments) -> None:
+        """Loads both."""
+        self.arguments, self.device = model_arguments, PartialState().device
+        parts = split(load_images(data.dataset_name, data.dataset_config_name), data, seed=0)
+        if len(parts["test"]) > compare.max_test_samples:
+            parts["test"] = parts["test"].shuffle(seed=0).select(range(compare.max_test_samples))
+        self.labels = parts["train"].features[data.label_column].names
+        source = data.source_name or (str(DEMO_SOURCE) if is_demo(model_arguments, data) else None)
+        self.source = load_images(source)["train"] if source else None
+        transform = Transform(load_processor(model_arguments), data, augment=False)
+        self.parts = {}
+        for name, part in parts.items():
+            batch = transform(part[:])
+            labels = torch.tensor(batch["labels"], device=self.device)
+            self.parts[name] = Part(batch["pixel_values"].to(self.device), labels)
+        if self.source is not None:
+            self.source = self.source.with_transform(transform)
+        self.items = [{"pixel_values": x, "labels": int(y)} for x, y in zip(*self.parts["train"], strict=True)]
+        set_seed(0)
+        self.model = load_model(model_arguments, self.labels).to(self.device).eval()
+        self.head = fit_head(self.model, self.items)
 
+    def fresh(self) -> PreTrainedModel:
+        """Returns a copy of the model with its fitted head."""
+        return copy.deepcopy(self.model)
 
-class GradientNorm(TrainerCallback):
-    """Records the norm of the gradient of all parameters that train, without the head, at each step."""
+    def adapted(self, method: Method, seed: int) -> nn.Module:
+        """Returns a copy of the model in which a method trains, with eager attention, which vmap can batch."""
+        model = self.fresh()
+        model.set_attn_implementation("eager")
+        set_seed(seed)
+        return method.adapt(model, self.parts["train"].images).eval()
 
-    def __init__(self, head: tuple[str, ...]) -> None:
-        self.head, self.norms = head, []
-
-    def on_pre_optimizer_step(  # noqa: D102
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module,
-        **kwargs: object,
-    ) -> None:
-        gradients = [
-            parameter.grad
-            for name, parameter in model.named_parameters()
-            if parameter.grad is not None and not any(part in self.head for part in name.split("."))
-        ]
-        if gradients:
-            self.norms.append(float(torch.nn.utils.get_total_norm(gradients)))
-
-
-def prepare(part: Dataset, processor: BaseImageProcessor, data: DataArguments) -> Dataset:
-    """Returns the images as tensors, made once for all runs."""
-    transform = Transform(processor, data, augment=False)
-    shape = transform(part[:1])["pixel_values"].shape[1:]
-    features = Features({"pixel_values": Array3D(tuple(shape), "float32"), "labels": Value("int64")})
-
-    def tensors(batch: dict[str, list]) -> dict[str, object]:
-        processed = transform(batch)
-        return {"pixel_values": processed["pixel_values"].numpy(), "labels": processed["labels"]}
-
-    options = {"batched": True, "batch_size": 64, "remove_columns": part.column_names, "features": features}
-    return part.map(tensors, **options).with_format("torch")
+    def about_head(self) -> dict[str, float]:
+        """Returns the accuracy of the fitted head alone by split, and the number of images."""
+        found = {"leave_one_out_accuracy": self.head.score}
+        for name, part in self.parts.items():
+            right = 0
+            for images, labels in zip(part.images.split(100), part.labels.split(100), strict=True):
+                with torch.no_grad():
+                    right += int((self.model(images).logits.argmax(dim=-1) == labels).sum())
+            found |= {f"{name}_accuracy": right / len(part.labels), f"{name}_images": len(part.labels)}
+        return found
 
 
-def measure(
-    model: PreTrainedModel, images: DatasetDict, compare: CompareArguments, folder: Path
-) -> dict[str, PlasticityReport]:
-    """Returns the report of each criterion, measured or read from `folder`."""
+def measure(pair: Pair, compare: CompareArguments, folder: Path) -> dict[str, PlasticityReport]:
+    """Returns the report of each criterion, measured by the first process, or read from `folder`."""
     wanted = [
         (criterion, inputs)
         for criterion in compare.criteria
         for inputs in (PROTOCOLS if CRITERIA[criterion].protocols else (None,))
     ]
-    paths = [folder / f"{criterion}{'-' + inputs if inputs else ''}.json" for criterion, inputs in wanted]
-    # One process looks for all: a slower one would find a file that a faster one has just written, and not take part.
-    missing = broadcast_object_list([not path.is_file() for path in paths])
-    for (criterion, inputs), path, needed in zip(wanted, paths, missing, strict=True):
-        if needed:
-            options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.max_samples, "settle": None}
-            report = measure_plasticity(model, images["train"], images.get("source"), **options)
-            if PartialState().is_main_process:
-                report.save(path)
+    paths = {folder / f"{name}{'-' + inputs if inputs else ''}.json": (name, inputs) for name, inputs in wanted}
+    missing = [path for path in paths if not path.is_file()]
+    PartialState().wait_for_everyone()
+    for path in missing:
+        criterion, inputs = paths[path]
+        options = {"criterion": criterion, "inputs": inputs, "max_samples": compare.max_samples, "settle": None}
+        report = measure_plasticity(pair.fresh(), pair.items, pair.source, **options)
+        if PartialState().is_main_process:
+            report.save(path)
     PartialState().wait_for_everyone()
     return {path.stem: PlasticityReport.load(path) for path in paths}
 
 
-def train(
-    method: Method,
-    model: PreTrainedModel,
-    arguments: ComparisonTrainingArguments,
-    images: DatasetDict,
-    learning_rate: float,
-    seed: int,
-) -> Run:
-    """Returns the result of one training run."""
-    set_seed(seed)
-    head = tuple(name for name, _ in model.named_children() if name != model.base_model_prefix)
-    model = method.adapt(model)
-    arguments.learning_rate, arguments.seed = learning_rate, seed
-    gradient_norm = GradientNorm(head)
-    trainer = Trainer(
-        model=model,
-        args=arguments,
-        train_dataset=images["train"],
-        data_collator=default_data_collator,
-        compute_metrics=compute_metrics,
-        callbacks=[gradient_norm],
-    )
-    trained = trainer.train().metrics
-    accuracy = {
-        name: trainer.evaluate(images[name], metric_key_prefix=name)[f"{name}_accuracy"]
-        for name in ("validation", "test")
+def recommended(pair: Pair, method: Method) -> dict[str, tuple[str, float]]:
+    """Returns the group and the recommended rate of each parameter that trains. All processes do this together."""
+    model = pair.adapted(method, seed=0)
+    fit_head(model, pair.items)  # notes that the head is fitted, for its rate
+    optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=pair.items)
+    ratios = {"lora_B": method.b_over_a}
+    of = {
+        id(parameter): (group["name"], group["lr"] * ratios.get(group["name"], 1.0))
+        for group in optimizer.param_groups
+        for parameter in group["params"]
     }
-    in_head = sum(p.numel() for name, p in model.named_parameters() if _trains_in_head(name, p, head))
-    norms = torch.tensor(gradient_norm.norms or [0.0])
-    return Run(
+    return {name: of[id(parameter)] for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def train(
+    pair: Pair,
+    models: Mapping[int, nn.Module],
+    rates: Mapping[str, tuple[str, float]],
+    wanted: Sequence[tuple[float, int]],
+    compare: CompareArguments,
+) -> list[Run]:
+    """Returns a run for each (factor, seed). The factor multiplies all rates but that of the head."""
+    own = [
+        {name: rate * (1.0 if group == "head" else factor) for name, (group, rate) in rates.items()}
+        for factor, _ in wanted
+    ]
+    runs = StackedRuns([models[seed] for _, seed in wanted], own)
+    order, images = Order(len(pair.items), [seed for _, seed in wanted]), pair.parts["train"]
+    looks = {round(compare.steps * (number + 1) / compare.evaluations) for number in range(compare.evaluations)}
+    norms, accuracy = [], {"validation": [], "test": []}
+    for number in range(compare.steps):
+        rows = order.batch(number).to(images.images.device)
+        norms.append(runs.step(number, compare.steps, images.images[rows], images.labels[rows]))
+        if number + 1 in looks:
+            for name, values in accuracy.items():
+                values.append(runs.accuracies(pair.parts[name]))
+    gradient = torch.stack(norms).cpu()
+    return [
+        Run(
+            factor=factor,
+            seed=seed,
+            steps=sorted(looks),
+            validation=[found[row] for found in accuracy["validation"]],
+            test=[found[row] for found in accuracy["test"]],
+            gradient_norm_first=float(gradient[0, row]),
+            gradient_norm_mean=float(gradient[:, row].mean()),
+            gradient_norm_std=float(gradient[:, row].std(correction=0)),
+        )
+        for row, (factor, seed) in enumerate(wanted)
+    ]
+
+
+def tune(
+    pair: Pair,
+    method: Method,
+    model: nn.Module,
+    rates: Mapping[str, tuple[str, float]],
+    compare: CompareArguments,
+) -> list[Run]:
+    """Returns runs of one seed at rates a factor apart, until the best on validation images is not at an end."""
+    found: dict[float, Run] = {}
+    wanted = [method.lowest_factor * STEP**number for number in range(3)]
+    while wanted:
+        for run in train(pair, {0: model}, rates, [(factor, 0) for factor in wanted], compare):
+            found[run.factor] = run
+        factors = sorted(found)
+        best = max(factors, key=lambda factor: (found[factor].validation[-1], -factor))
+        wanted = [] if len(factors) >= compare.max_rates else [best / STEP] * (best == factors[0])
+        wanted += [best * STEP] * (len(factors) < compare.max_rates and best == factors[-1])
+    return [found[factor] for factor in sorted(found)]
+
+
+def cost(pair: Pair, method: Method, compare: CompareArguments) -> dict[str, Any]:
+    """Returns the time and the memory of a training step, measured beside that of everything."""
+    images, labels = (values[:BATCH_SIZE] for values in pair.parts["train"])
+    batch = {"pixel_values": images, "labels": labels}
+    everything = Method("kinds", EVERYTHING, ())
+    set_seed(0)
+    models = {each: one.adapt(pair.fresh(), pair.parts["train"].images) for each, one in
+              (("own", method), ("all", everything))}  # fmt: skip
+    ways = {name: training_step(model, batch) for name, model in models.items()}
+    seconds = in_turns(ways, compare.timed_rounds)
+    kept = {name: kept_bytes(model, batch) for name, model in models.items()}
+    weights = sum(p.numel() * p.element_size() for p in pair.model.parameters())
+    memory = {name: weights + kept[name] + state_bytes(model) for name, model in models.items()}
+    return {
+        "seconds": seconds["own"],
+        "time": seconds["own"] / seconds["all"],
+        "activations": kept["own"] / kept["all"],
+        "memory": memory["own"] / memory["all"],
+        "memory_bytes": memory["own"],
+        "peak_bytes": _peak(ways["own"]) if pair.device.type == "cuda" else None,
+    }
+
+
+def _peak(step: Any) -> int:
+    """Returns the peak of the device's memory in a step, in bytes; the models of the comparison are in it."""
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    return torch.cuda.max_memory_allocated()
+
+
+def formula(method: Method, report: PlasticityReport) -> dict[str, float]:
+    """Returns the cost of whole components in full by formula; empty for other methods."""
+    if not method.units or report.costs is None:
+        return {}
+    trained = [
+        Trained(row, score.parameters) for row, score in enumerate(report.scores) if score.id in set(method.units)
+    ]
+    found = report.costs.of(trained)
+    return {"time": found.time, "activations": found.activations, "memory": found.memory}
+
+
+def compared(
+    pair: Pair,
+    method: Method,
+    rates: Mapping[str, tuple[str, float]],
+    report: PlasticityReport,
+    compare: CompareArguments,
+) -> Result:
+    """Trains a method as often as it takes, and returns what it came to."""
+    models = {seed: pair.adapted(method, seed) for seed in range(compare.seeds)}
+    tuned = tune(pair, method, models[0], rates, compare)
+    best = max(tuned, key=lambda run: (run.validation[-1], -run.factor)).factor
+    wanted = [(factor, seed) for factor in dict.fromkeys((best, 1.0)) for seed in range(compare.seeds)]
+    known = {(run.factor, run.seed): run for run in tuned}
+    missing = [each for each in wanted if each not in known]
+    known |= dict(zip(missing, train(pair, models, rates, missing, compare) if missing else [], strict=True))
+    trained = [p for p in models[0].parameters() if p.requires_grad]
+    return Result(
         group=method.group,
         method=method.name,
         training=method.training,
-        learning_rate=learning_rate,
-        seed=seed,
-        validation_accuracy=accuracy["validation"],
-        test_accuracy=accuracy["test"],
-        trainable_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        head_parameters=in_head,
-        train_loss=trained["train_loss"],
-        gradient_norm_first=float(norms[0]),
-        gradient_norm_mean=float(norms.mean()),
-        gradient_norm_std=float(norms.std(correction=0)),
-        seconds=trained["train_runtime"],
+        units=list(method.units),
+        modules=len(method.modules),
+        parameters=sum(p.numel() for p in trained) - sum(p.numel() for p in _head(models[0], rates)),
+        rates={name: float(f"{rate:.4g}") for name, rate in dict(rates.values()).items()},
+        best_factor=best,
+        tuned=tuned,
+        runs=[known[each] for each in wanted],
+        cost=cost(pair, method, compare),
+        formula=formula(method, report),
     )
 
 
-def _trains_in_head(name: str, parameter: nn.Parameter, head: tuple[str, ...]) -> bool:
-    return parameter.requires_grad and any(part in head for part in name.split("."))
+def _head(model: nn.Module, rates: Mapping[str, tuple[str, float]]) -> list[nn.Parameter]:
+    return [parameter for name, parameter in model.named_parameters() if rates.get(name, ("", 0.0))[0] == "head"]
 
 
-def check_settings(folder: Path, settings: dict[str, object]) -> None:
+def settings(model_arguments: ModelArguments, data: DataArguments, compare: CompareArguments) -> dict[str, object]:
+    """Returns what all runs of a comparison must share. Folders are named without their place."""
+    model = Path(model_arguments.model_name_or_path)
+    dataset = data.dataset_name or "digits"
+    return {
+        **asdict(model_arguments),
+        "model_name_or_path": model.name if model.is_dir() else str(model),
+        **asdict(data),
+        "dataset_name": Path(dataset).name if Path(dataset).exists() else dataset,
+        **{key: getattr(compare, key) for key in ("steps", "seeds", "max_test_samples", "evaluations")},
+    }
+
+
+def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """Writes the settings of the comparison. Exits if the folder contains results of other settings."""
     path = folder / "settings.json"
     if path.is_file():
@@ -235,78 +333,52 @@ def check_settings(folder: Path, settings: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Parses the arguments, then measures, trains what is missing, and writes tables and figures."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, CompareArguments, ComparisonTrainingArguments))
-    model_arguments, data, compare, arguments = parser.parse_args_into_dataclasses()
-    logging.basicConfig(
-        format="%(asctime)s %(message)s", level=logging.INFO if arguments.should_log else logging.WARNING
-    )
+    """Parses the arguments, then measures, trains what is missing, and writes the tables."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, CompareArguments))
+    model_arguments, data, compare = parser.parse_args_into_dataclasses()
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     for noisy in ("httpx", "datasets", "evaluate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-
-    folder = Path(arguments.output_dir)
-    runs = folder / "runs"
-    runs.mkdir(parents=True, exist_ok=True)
-    if arguments.should_save:
-        keys = ("num_train_epochs", "max_steps", "per_device_train_batch_size", "lr_scheduler_type", "warmup_steps",
-                "weight_decay", "optim", "max_grad_norm")  # fmt: skip
-        recipe = {key: str(getattr(arguments, key)) for key in keys}
-        name = model_arguments.model_name_or_path
-        name = Path(name).name if Path(name).is_dir() else name
-        check_settings(
-            folder,
-            {**asdict(model_arguments), "model_name_or_path": name, **asdict(data), **recipe, "r": compare.r},
-        )
-
-    processor = load_processor(model_arguments)
-    parts = split(load_images(data.dataset_name, data.dataset_config_name), data, seed=0)
-    source = data.source_name or (
-        str(DEMO_SOURCE) if "fashion-mnist-vit" in model_arguments.model_name_or_path else None
-    )
-    if source:
-        parts["source"] = load_images(source)["train"]
-    labels = parts["train"].features[data.label_column].names
-    images = DatasetDict({name: prepare(part, processor, data) for name, part in parts.items()})
-
-    set_seed(0)
-    model = load_model(model_arguments, labels)
-    (folder / "reports").mkdir(exist_ok=True)
-    reports = measure(model, images, compare, folder / "reports")
-    first = next(iter(reports.values()))
-    budget = sum(compare.r * sum(map(sum, part.features)) for part in find_components(model) if part.kind == "FC1")
-    methods, picks = [], {}
-    if "kind" in compare.groups:
-        methods += by_kind(first, compare.r)
-    if "default" in compare.groups:
-        methods += by_default(first, budget)
-    if "blocks" in compare.groups:
-        more, picks = by_blocks(reports, budget, compare.r)
-        methods += more
-    if "stock" in compare.groups:
-        loader = DataLoader(images["train"].select_columns("pixel_values"), batch_size=64, shuffle=True)
-        methods += stock(model, budget, loader)
-
-    if picks and arguments.should_save:
+    folder = Path(compare.output_dir)
+    for name in ("runs", "reports"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    if state.is_main_process:
+        check_settings(folder, settings(model_arguments, data, compare))
+    disable_progress_bars()
+    pair = Pair(model_arguments, data, compare)
+    if state.is_main_process:
+        write_text(folder / "head.json", json.dumps(pair.about_head(), indent=2) + "\n")
+    reports = measure(pair, compare, folder / "reports")
+    methods, picks = Catalog(pair.model, reports, compare.shares).methods()
+    if state.is_main_process:
         write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
-    methods = [method for method in methods if compare.methods is None or method.name in compare.methods]
-    rates = {"lora": compare.learning_rates, "full": compare.full_learning_rates or compare.learning_rates}
-    grid = [(method, rate, seed) for seed in compare.seeds for method in methods for rate in rates[method.training]]
-    paths = [runs / f"{method.folder}-lr{rate:g}-seed{seed}.json" for method, rate, seed in grid]
-    missing = broadcast_object_list([not path.is_file() for path in paths])
-    logger.info("%d of %d runs to do", sum(missing), len(grid))
-    for (method, rate, seed), path, needed in zip(grid, paths, missing, strict=True):
-        if needed:
-            set_seed(seed)
-            run = train(method, load_model(model_arguments, labels), arguments, images, rate, seed)
-            if arguments.should_save:
-                write_text(path, json.dumps(asdict(run), indent=2) + "\n")
-            logger.info(
-                "%-50s %5.1f s, validation %.2f %%, test %.2f %%",
-                path.stem, run.seconds, 100 * run.validation_accuracy, 100 * run.test_accuracy,
-            )  # fmt: skip
-    if arguments.should_save:
+    wanted = [
+        method
+        for method in methods
+        if method.group in compare.groups and (compare.methods is None or method.name in compare.methods)
+    ]
+    missing = [method for method in wanted if not (folder / "runs" / f"{method.file}.json").is_file()]
+    state.wait_for_everyone()
+    if state.is_main_process:
+        logger.info("%d of %d methods to do", len(missing), len(wanted))
+    for start in range(0, len(missing), state.num_processes):
+        turn = missing[start : start + state.num_processes]
+        rates = [recommended(pair, method) for method in turn]
+        if state.process_index >= len(turn):
+            continue
+        method = turn[state.process_index]
+        result = compared(pair, method, rates[state.process_index], next(iter(reports.values())), compare)
+        write_text(folder / "runs" / f"{method.file}.json", json.dumps(asdict(result), indent=1) + "\n")
+        test = list(result.tests(result.best_factor).values())
+        logger.info(
+            "%-45s best factor %.2g, test %.2f %%, %.2f of the time of everything",
+            method.name, result.best_factor, 100 * np.mean(test), result.cost["time"],
+        )  # fmt: skip
+    state.wait_for_everyone()
+    if state.is_main_process:
         write(load(folder), folder)
-        logger.info("The tables and figures are in %s", folder)
+        logger.info("The tables are in %s", folder)
 
 
 if __name__ == "__main__":

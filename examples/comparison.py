@@ -1,161 +1,197 @@
-"""From training runs to statistics: the accuracy of each method, and how well each criterion predicted it."""
+"""From training runs to statistics: accuracy and cost of each method, and how well each criterion chooses."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from methods import EVERYTHING
 from scipy import stats
 
 from plasticity_peft import PlasticityReport
 
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
-HEAD_ONLY = ("kind", "head only", "full")
+LORA = "LoRA on all linear layers, r=8"
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """One training run."""
 
-    group: str
-    """"kind", "default", "blocks" or "stock", as in `methods.Method`."""
-    method: str
-    training: str
-    """"full" or "lora"."""
-    learning_rate: float
+    factor: float
+    """The learning rates, as a multiple of the recommended ones."""
     seed: int
-    validation_accuracy: float
-    """Accuracy on the images that are used to choose the learning rate."""
-    test_accuracy: float
-    trainable_parameters: int
-    """Number of parameters that train, including the head."""
-    head_parameters: int
-    train_loss: float
-    """Mean over all steps."""
+    """Seed of the order of the images, and of LoRA."""
+    steps: list[int]
+    """Numbers of the steps after which the accuracy was computed; the last one is the end of training."""
+    validation: list[float]
+    """Accuracy on validation images after each of these steps."""
+    test: list[float]
+    """Accuracy on test images after each of these steps."""
     gradient_norm_first: float
-    """Norm of the gradient of all parameters that train, without the head, at the first step."""
+    """Norm of the gradient of all parameters that train, at the first step."""
     gradient_norm_mean: float
     """The same, mean over all steps."""
     gradient_norm_std: float
     """The same, standard deviation over all steps."""
-    seconds: float
-    """Time of training, evaluation not counted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """The runs of one method, and its cost."""
+
+    group: str
+    """One of `methods.GROUPS`."""
+    method: str
+    training: str
+    """"full" or "lora"."""
+    units: list[str]
+    """The components that train, if they are whole components."""
+    modules: int
+    """Number of modules that train; 0: the whole model."""
+    parameters: int
+    """Number of parameters that train, without the head."""
+    rates: dict[str, float]
+    """Recommended learning rate of each group of parameters."""
+    best_factor: float
+    """Multiple of the recommended rates that is best on validation images, with one seed."""
+    tuned: list[Run]
+    """One run at each multiple that was tried."""
+    runs: list[Run]
+    """Runs of all seeds at the best multiple, and at the recommended rates."""
+    cost: dict[str, Any]
+    """Measured: seconds of a step; "time", "activations" and "memory" as ratios to everything; bytes of memory."""
+    formula: dict[str, float]
+    """The same ratios by formula; empty if there is none for this method."""
+
+    def tests(self, factor: float) -> dict[int, float]:
+        """Returns the test accuracy at the end of the runs at a multiple of the recommended rates, by seed."""
+        return {run.seed: run.test[-1] for run in self.runs if run.factor == factor}
 
 
 class Comparison:
-    """The runs of one pair of model and data, and the scores of the criteria."""
+    """The results of one pair of a model and images."""
 
-    def __init__(self, runs: Sequence[Run], reports: Mapping[str, PlasticityReport], picks: Mapping[str, str]) -> None:
-        """Takes the runs, and for each criterion its report and the name of the method that trains its selection."""
-        self.runs = pd.DataFrame([asdict(run) for run in runs])
-        self.reports, self.picks = reports, picks
-        self.methods = self._methods()
+    def __init__(
+        self,
+        results: Sequence[Result],
+        reports: Mapping[str, PlasticityReport],
+        picks: Mapping[str, str],
+        head: Mapping[str, float],
+    ) -> None:
+        """Takes the result of each method, the report of each criterion, and the accuracies of the fitted head.
 
-    def _methods(self) -> pd.DataFrame:
-        """Returns one row per method, at the learning rate with the best mean accuracy on the validation images."""
+        `picks` has the name under which each method was trained, as some methods train the same modules.
+        """
+        self.results = {f"{result.method} ({result.training})": result for result in results}
+        self.reports, self.picks, self.head = reports, picks, head
+        self.everything = next((result for result in results if result.method == EVERYTHING), None)
+
+    def table(self, recommended: bool = False) -> pd.DataFrame:
+        """Returns one row per method, by name.
+
+        Args:
+            recommended: take the runs at the recommended rates, and not those at the best ones.
+        """
+        rows = {}
+        for name, result in self.results.items():
+            tests = result.tests(1.0 if recommended else result.best_factor)
+            low, high = self.difference(result, recommended)
+            rows[name] = {
+                "group": result.group,
+                "method": result.method,
+                "training": result.training,
+                "parameters": result.parameters,
+                "best_factor": result.best_factor,
+                "test": np.mean(list(tests.values())),
+                "standard_error": stats.sem(list(tests.values())) if len(tests) > 1 else np.nan,
+                "gain": np.mean(list(tests.values())) - self.head["test_accuracy"],
+                "low": low,
+                "high": high,
+                "time": result.cost["time"],
+                "activations": result.cost["activations"],
+                "memory": result.cost["memory"],
+                "range_of_rates": range_of_rates(result),
+            }
+        return pd.DataFrame.from_dict(rows, orient="index").sort_values("test", ascending=False)
+
+    def difference(self, result: Result, recommended: bool = False) -> tuple[float, float]:
+        """Returns the interval of the difference to everything in full, paired by seed; NaN if there is none."""
+        if self.everything is None:
+            return np.nan, np.nan
+        own, other = (one.tests(1.0 if recommended else one.best_factor) for one in (result, self.everything))
+        return interval([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
+
+    def front(self, cost: str) -> list[str]:
+        """Returns the methods that no cheaper one equals in test accuracy, cheapest first."""
+        rows = self.table().sort_values([cost, "test"], ascending=[True, False])
+        best, found = -np.inf, []
+        for name, row in rows.iterrows():
+            if row["test"] > best:
+                best = row["test"]
+                found.append(str(name))
+        return found
+
+    def regrets(self) -> pd.DataFrame:
+        """Returns the points that each criterion loses: by the kind that it ranks first, and by its components.
+
+        The kind is compared with the best kind in full. Components are compared with the best selection of the same
+        share of the weights, random ones among them.
+        """
+        trained = {result.method: np.mean(list(result.tests(result.best_factor).values()))
+                   for result in self.results.values() if result.training == "full"}  # fmt: skip
+        kinds = [trained[kind] for kind in KINDS if kind in trained]
+        at_share: dict[str, dict[str, float]] = {}
+        for name, other in self.picks.items():
+            chosen, comma, share = name.rpartition(", ")
+            if comma and other in trained:
+                at_share.setdefault(share, {})[chosen] = trained[other]
         rows = []
-        for name, runs in self.runs.groupby(["group", "method", "training"], sort=False):
-            by_rate = runs.groupby("learning_rate")["validation_accuracy"].mean()
-            rate = by_rate.idxmax()
-            chosen = runs[runs["learning_rate"] == rate].sort_values("seed")
-            test = chosen["test_accuracy"]
-            rows.append(
-                {
-                    "group": name[0],
-                    "method": name[1],
-                    "training": name[2],
-                    "parameters": int((chosen["trainable_parameters"] - chosen["head_parameters"]).iloc[0]),
-                    "learning_rate": rate,
-                    "at_edge": bool(rate in (by_rate.index.min(), by_rate.index.max())),
-                    "validation_accuracy": by_rate.max(),
-                    "test_accuracy": test.mean(),
-                    "test_standard_error": test.sem() if len(test) > 1 else float("nan"),
-                    "gradient_norm_first": chosen["gradient_norm_first"].mean(),
-                    "gradient_norm_mean": chosen["gradient_norm_mean"].mean(),
-                    "gradient_norm_std": chosen["gradient_norm_std"].mean(),
-                    "seconds": chosen["seconds"].mean(),
-                    "seeds": tuple(chosen["seed"]),
-                    "tests": tuple(test),
-                }
-            )
-        methods = pd.DataFrame(rows).set_index(["group", "method", "training"])
-        if HEAD_ONLY in methods.index:
-            methods["gain"] = methods["test_accuracy"] - methods.loc[HEAD_ONLY, "test_accuracy"]
-        return methods
-
-    def gains(self, training: str) -> pd.DataFrame:
-        """Returns the gain over the head alone, (seeds, kinds). In mode "lora", norms train in full."""
-        columns = {}
-        for kind in KINDS:
-            mode = "full" if kind.startswith("LN") else training
-            if ("kind", kind, mode) in self.methods.index:
-                columns[kind] = np.subtract(
-                    self.methods.loc[("kind", kind, mode), "tests"], self.methods.loc[HEAD_ONLY, "tests"]
-                )
-        return pd.DataFrame(columns)
-
-    def criteria(self) -> pd.DataFrame:
-        """Returns one row per criterion and training mode: its ranking, rank correlation and regret."""
-        rows = []
-        blocks = self.methods.loc["blocks"]["test_accuracy"].droplevel("training") if self.has("blocks") else None
-        for name, report in self.reports.items():
-            scores = {row.kind: row.mean for row in report.kinds}
-            for training in ("full", "lora") if self.has("kind") else ():
-                gains = self.gains(training)
-                mean = gains.mean().reindex(KINDS)  # NaN for a kind that was not trained
-                ranking = [row.unit for row in report.ranking()]
-                tau, low, high, p = rank_correlation([scores[kind] for kind in gains], gains.to_numpy())
-                row = {
-                    "criterion": name,
-                    "training": training,
-                    "ranking": " > ".join(ranking),
-                    "truth": " > ".join(mean.dropna().sort_values(ascending=False).index),
-                    "kendall_tau": tau,
-                    "tau_low": low,
-                    "tau_high": high,
-                    "p_value": p,
-                    "regret_points": 100 * (mean.max() - mean[ranking[0]]),
-                    "regret_points_of_two": 100 * (mean.max() - max(mean[kind] for kind in ranking[:2])),
-                }
-                if blocks is not None and training == "lora" and name in self.picks:
-                    row["block_accuracy"] = blocks[self.picks[name]]
-                    row["block_regret_points"] = 100 * (blocks.max() - blocks[self.picks[name]])
-                rows.append(row)
+        for criterion, report in self.reports.items():
+            first = report.ranking()[0].unit
+            row: dict[str, Any] = {"criterion": criterion, "first": first}
+            row["kind"] = 100 * (max(kinds, default=np.nan) - trained.get(first, np.nan))
+            for share, found in at_share.items():
+                if criterion in found:
+                    row[share] = 100 * (max(found.values()) - found[criterion])
+            rows.append(row)
         return pd.DataFrame(rows)
 
-    def has(self, group: str) -> bool:
-        """Returns whether there are runs of this group of methods."""
-        return group in self.methods.index.get_level_values("group")
 
+def interval(differences: Sequence[float]) -> tuple[float, float]:
+    """Returns the ends of Student's interval of a mean difference; NaN for fewer than two.
 
-def rank_correlation(scores: Sequence[float], gains: np.ndarray) -> tuple[float, float, float, float]:
-    """Returns Kendall's tau of scores and mean gains, the ends of its 95 % interval over seeds, and its p-value.
-
-    Args:
-        scores: (kinds,).
-        gains: (seeds, kinds). The interval is the percentile bootstrap over seeds, and NaN for one seed.
+    Examples:
+        >>> [round(end, 2) for end in interval([1.0, 2.0, 3.0])]
+        [-0.48, 4.48]
     """
+    if len(differences) < 2:
+        return np.nan, np.nan
+    mean, error = float(np.mean(differences)), float(stats.sem(differences))
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(differences) - 1)) * error
+    return mean - half, mean + half
 
-    def tau(rows: np.ndarray) -> float:
-        return float(stats.kendalltau(scores, gains[rows.astype(int)].mean(axis=0)).statistic)
 
-    everything = np.arange(len(gains))
-    p = float(stats.kendalltau(scores, gains.mean(axis=0)).pvalue)
-    if len(gains) < 2:
-        return tau(everything), float("nan"), float("nan"), p
-    interval = stats.bootstrap(
-        (everything,), tau, vectorized=False, n_resamples=500, method="percentile", rng=np.random.default_rng(0)
-    ).confidence_interval
-    return tau(everything), float(interval.low), float(interval.high), p
+def range_of_rates(result: Result) -> float:
+    """Returns the largest rate within a point of the best validation accuracy, divided by the smallest such rate."""
+    best = max(run.validation[-1] for run in result.tuned)
+    near = [run.factor for run in result.tuned if run.validation[-1] >= best - 0.01]
+    return max(near) / min(near)
 
 
 def load(folder: Path) -> Comparison:
-    """Returns the comparison whose runs are in `folder`."""
-    runs = [Run(**json.loads(path.read_text())) for path in sorted((folder / "runs").glob("*.json"))]
+    """Returns the comparison whose results are in `folder`."""
+    results = []
+    for path in sorted((folder / "runs").glob("*.json")):
+        values = json.loads(path.read_text())
+        runs = {key: [Run(**run) for run in values.pop(key)] for key in ("tuned", "runs")}
+        results.append(Result(**values, **runs))
     reports = {path.stem: PlasticityReport.load(path) for path in sorted((folder / "reports").glob("*.json"))}
-    picks = folder / "picks.json"
-    return Comparison(runs, reports, json.loads(picks.read_text()) if picks.is_file() else {})
+    picks = json.loads((folder / "picks.json").read_text())
+    return Comparison(results, reports, picks, json.loads((folder / "head.json").read_text()))

@@ -11,7 +11,7 @@ import lazy_loader
 
 from plasticity_peft.registration import register_when_peft_is_imported
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __getattr__, __dir__, _ = lazy_loader.attach_stub(__name__, __file__)
 

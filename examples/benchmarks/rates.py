@@ -12,7 +12,6 @@ it prints the table of docs/getting-started.md from such a file.
 from __future__ import annotations
 
 import json
-import math
 import sys
 import warnings
 from collections.abc import Callable
@@ -25,8 +24,6 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.func import functional_call, grad_and_value, vmap
-from torch.nn import functional as F
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
 from plasticity_peft import (
@@ -39,6 +36,7 @@ from plasticity_peft import (
 from plasticity_peft.components.architecture import find_architecture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from stacked import Order, Part, StackedRuns
 from train import DataArguments, ModelArguments, Transform, load_images, load_model, load_processor, split
 
 
@@ -84,62 +82,17 @@ def methods(model: PreTrainedModel, images: torch.Tensor) -> dict[str, Callable[
     }
 
 
-class Runs:
-    """Copies of a model that train at once, each at its own rates."""
-
-    def __init__(self, models: list[nn.Module], rates: dict[str, float], factors: torch.Tensor) -> None:
-        """Takes a model for each run, the rate of each parameter by its name, and the factor of each run."""
-        self.model = models[0]
-        self.names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
-        by_run = [dict(model.named_parameters()) for model in models]
-        self.values = {name: torch.stack([own[name].detach() for own in by_run]) for name in self.names}
-        shape = (-1, *[1] * 8)
-        self.rates = {name: (rates[name] * factors).reshape(shape[: self.values[name].ndim]) for name in self.names}
-        self.first = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self.second = {name: torch.zeros_like(value) for name, value in self.values.items()}
-
-    def logits(self, values: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-        """Returns the logits of one run."""
-        return functional_call(self.model, values, kwargs={"pixel_values": images}).logits
-
-    def step(self, number: int, steps: int, images: torch.Tensor, labels: torch.Tensor) -> None:
-        """Trains by AdamW without weight decay, as the Trainer does: warm-up, cosine schedule, clipped gradients."""
-
-        def loss(values: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.logits(values, images), labels)
-
-        gradients, _ = vmap(grad_and_value(loss))(self.values, images, labels)
-        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
-        clip = (1 / (norms + 1e-6)).clamp_max(1)
-        warm = max(1, round(0.1 * steps))
-        done = (number - warm) / (steps - warm)
-        schedule = (number + 1) / warm if number < warm else 0.5 * (1 + math.cos(math.pi * done))
-        for name, gradient in gradients.items():
-            clipped = torch.nan_to_num(gradient * clip.reshape(self.rates[name].shape))
-            self.first[name].lerp_(clipped, 0.1)
-            self.second[name].mul_(0.999).addcmul_(clipped, clipped, value=0.001)
-            scale = (self.second[name] / (1 - 0.999 ** (number + 1))).sqrt_().add_(1e-8)
-            self.values[name] -= schedule * self.rates[name] * self.first[name] / (1 - 0.9 ** (number + 1)) / scale
-
-    @torch.no_grad()
-    def accuracies(self, images: torch.Tensor, labels: torch.Tensor) -> list[float]:
-        """Returns the share of right answers of each run."""
-        run = vmap(self.logits, in_dims=(0, None))
-        answers = torch.cat([run(self.values, part).argmax(dim=-1) for part in images.split(100)], dim=1)
-        return (answers == labels).double().mean(dim=1).tolist()
-
-
-def tensors(part: Dataset, transform: Transform, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def tensors(part: Dataset, transform: Transform, device: torch.device) -> Part:
     """Returns the images and labels of a part of a dataset."""
     batch = transform(part[:])
-    return batch["pixel_values"].to(device), torch.tensor(batch["labels"], device=device)
+    return Part(batch["pixel_values"].to(device), torch.tensor(batch["labels"], device=device))
 
 
 def compare(
     model: PreTrainedModel,
     adapt: Callable[[PreTrainedModel], nn.Module],
     load: Callable[[], PreTrainedModel],
-    images: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    images: dict[str, Part],
     arguments: Arguments,
 ) -> dict[str, object]:
     """Returns the recommended rates of a method, and the accuracies by seed and factor."""
@@ -156,22 +109,18 @@ def compare(
             of = {id(p): (group["name"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
             rates = {name: of[id(p)] for name, p in adapted.named_parameters() if p.requires_grad}
         models += [adapted] * len(arguments.factors)
-    device = images["train"][0].device
-    factors = torch.tensor(arguments.factors * arguments.seeds, device=device)
-    runs = Runs(models, {name: rate for name, (_, rate) in rates.items()}, factors)
-    for name, (group, _) in rates.items():
-        if group == "head":
-            runs.rates[name] /= factors.reshape(runs.rates[name].shape)  # the head keeps its rate
-    count, order = len(items), [torch.Generator().manual_seed(seed) for seed in range(arguments.seeds)]
-    per_epoch = count // 32
+    factors = arguments.factors * arguments.seeds
+    own = [
+        {name: rate * (1.0 if group == "head" else factor) for name, (group, rate) in rates.items()}
+        for factor in factors
+    ]  # the head keeps its rate
+    runs = StackedRuns(models, own)
+    order = Order(len(items), [seed for seed in range(arguments.seeds) for _ in arguments.factors])
     for step in range(arguments.steps):
-        if step % per_epoch == 0:
-            drawn = [torch.randperm(count, generator=generator) for generator in order]
-            shuffled = torch.stack([one for one in drawn for _ in arguments.factors]).to(device)
-        rows = shuffled[:, step % per_epoch * 32 : (step % per_epoch + 1) * 32]
-        runs.step(step, arguments.steps, images["train"][0][rows], images["train"][1][rows])
+        rows = order.batch(step).to(images["train"].images.device)
+        runs.step(step, arguments.steps, images["train"].images[rows], images["train"].labels[rows])
     shape = (arguments.seeds, len(arguments.factors))
-    found = {part: np.reshape(runs.accuracies(*images[part]), shape).tolist() for part in ("validation", "test")}
+    found = {part: np.reshape(runs.accuracies(images[part]), shape).tolist() for part in ("validation", "test")}
     return {"rates": dict(rates.values()), "factors": arguments.factors, "steps": arguments.steps, **found}
 
 

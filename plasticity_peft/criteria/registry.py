@@ -34,7 +34,7 @@ _BUILT_IN = {
 """Module and class of each built-in criterion, by the name of the criterion."""
 
 DEFAULT = "parameter_plasticity"
-"""The criterion that ranks if none is given. examples/results has the experiments that decided this."""
+"""The criterion that ranks if none is given. examples/results/earlier has the experiments that decided this."""
 
 PAPER = "rate_of_change"
 """The paper's measure."""

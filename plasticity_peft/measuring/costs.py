@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -189,21 +189,27 @@ class _Work(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _operations(func: Any, args: Any, kwargs: Any, output: Any) -> int:
     """Returns the operations of one call."""
-    name = func._schema.name
-    if "scaled_dot_product" in name:  # not all of them have a formula in torch
-        backward = "backward" in name
+    if "scaled_dot_product" in func.name():  # not all of them have a formula in torch
+        backward = "backward" in func.name()
         query, key = args[backward : backward + 2]
         pairs = math.prod(query.shape[:-1]) * key.shape[-2]
         return int((2.5 if backward else 1) * pairs * (4 * query.shape[-1] + WORK_PER_ELEMENT))
     formula = flop_registry.get(func._overloadpacket)
     if formula is not None:
         return int(formula(*args, **kwargs, out_val=output))
-    views = any(each.alias_info is not None and not each.alias_info.is_write for each in func._schema.returns)
-    if views or name in ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided"):
+    if _computes_nothing(func):
         return 0
     written: list[int] = []
     recursively_apply(lambda tensor: written.append(tensor.numel()), output)
     return WORK_PER_ELEMENT * sum(written)
+
+
+@cache
+def _computes_nothing(func: Any) -> bool:
+    """Returns whether an operation of torch makes a view, or memory whose contents do not matter."""
+    schema = func._schema
+    views = any(each.alias_info is not None and not each.alias_info.is_write for each in schema.returns)
+    return views or schema.name in ("aten::_unsafe_view", "aten::empty", "aten::empty_like", "aten::empty_strided")
 
 
 class _Bytes(torch.autograd.graph.saved_tensors_hooks):

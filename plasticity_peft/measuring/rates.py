@@ -1,9 +1,11 @@
 """Learning rates for Adam, one for each group of what trains in a model.
 
 What a step of Adam changes depends on the learning rate and on how many weights move together: to first order the loss
-falls by `rate * ||gradient||_1`. So weights that train in full get a rate that is inversely proportional to the sum of
-the absolute values of their gradient. LoRA has no gradient to speak of before it trains, as one of its two matrices is
-zero; its rate follows from the sizes of the layers. `examples/benchmarks/rates.py` compares these rates with grids.
+falls by `rate * ||gradient||_1`. A rate that is inversely proportional to this norm is too large if the gradient is
+mostly noise, and too small if the features have to move far. A rate that is inversely proportional to the number of
+weights does not see the data. Weights that train in full get the geometric mean of the two. LoRA has no gradient to
+speak of before it trains, as one of its two matrices is zero; its rate follows from the sizes of the layers.
+`examples/benchmarks/rates.py` compares these rates with grids.
 """
 
 from __future__ import annotations
@@ -37,12 +39,13 @@ GROUPS = ("head", "vector", "matrix", "lora_A", "lora_B")
 and convolutional layers that train in full; the two matrices of LoRA."""
 IN_FULL = ("vector", "matrix")
 
-FALL = 1.2
-"""Rate of what trains in full times the sum of the absolute values of its gradient, in nats."""
+OF_GRADIENT = {"matrix": 30.0, "vector": 16.0}
+"""Rate of what trains in full, times the root of the product of the number of its parameters and the sum of the
+absolute values of its gradient in nats."""
 MOST_OVER_MATRICES = 10.0
 """Largest rate of vectors that train beside matrices, as a multiple of the rate of the matrices."""
-OF_LORA = 5.0
-"""Rate of LoRA, times its scale, its rank, and the root of the summed widths of the layers that it adapts."""
+OF_LORA = 6.0
+"""Rate of LoRA, times its scale, its rank, and the smaller width of a layer, in the mean over the layers."""
 OF_FITTED_HEAD, OF_FRESH_HEAD = 0.03, 0.3
 """Rate of a head times the number of its features."""
 WITHOUT_DATA = {"matrix": 0.3, "vector": 3.0}
@@ -127,7 +130,11 @@ def recommended_rates(
         gradient = _Gradient(model, train_dataset, batch_size, seed, backbone, forward_kwargs)
         sums = gradient.sums_of_magnitudes(in_full)
         # A group without a gradient, such as biases of keys, does not move the loss at any rate.
-        wanted |= {name: FALL / total for name, total in sums.items() if total > 0}
+        wanted |= {
+            name: OF_GRADIENT[name] / math.sqrt(by_name[name].count * total)
+            for name, total in sums.items()
+            if total > 0
+        }
     if len(in_full) == len(IN_FULL):
         wanted["vector"] = min(wanted["vector"], MOST_OVER_MATRICES * wanted["matrix"])
     return rates | wanted
@@ -140,12 +147,12 @@ def _features(head: Group) -> int:
 
 
 def _rate_of_lora(model: nn.Module) -> float:
-    """Returns the rate at which a step moves the adapted layers together by about the same, whatever their sizes."""
+    """Returns the rate at which a step changes the output of each adapted layer by about the same."""
     layers: list[Any] = [module for module in model.modules() if "lora_A" in module._modules]
     adapted = [(layer, name) for layer in layers for name in layer.active_adapters if name in layer.r]
     strength = max(layer.scaling[name] * layer.r[name] for layer, name in adapted)
-    widths = sum(layer.in_features + layer.out_features for layer, _ in adapted)
-    return float(OF_LORA / (strength * math.sqrt(widths)))
+    widths = [min(layer.in_features, layer.out_features) for layer, _ in adapted]
+    return float(OF_LORA * len(widths) / (strength * sum(widths)))
 
 
 @dataclass(frozen=True, eq=False)

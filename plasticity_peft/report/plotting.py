@@ -19,9 +19,9 @@ from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.report.text import heading
 
-# From Okabe & Ito's palette, which is safe for the color-blind; three colors are darker, for contrast with white.
+# Most are from Okabe & Ito's palette, and darker, for contrast with white. All stay apart for the color-blind.
 # Markers and line styles distinguish the kinds in grayscale.
-COLORS = ("#0072B2", "#C24F00", "#008A63", "#A8467C", "#8A6A00", "#56B4E9", "#000000")
+COLORS = ("#0072B2", "#C24F00", "#008A63", "#A8467C", "#4D2E00")
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
 NORMAL = 1.96
@@ -158,7 +158,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 color = "white" if norm(value) < 0.5 else "black"
-                ax.text(x, y, f"{value:.3g}", ha="center", va="center", fontsize="x-small", color=color)
+                ax.text(x, y, _short(value), ha="center", va="center", fontsize="x-small", color=color)
     blocks = [row.block_id for row in report.rows_of(KINDS[0])]
     _label_blocks(ax, report, blocks)
     chosen = selection.components if selection else ()
@@ -169,6 +169,15 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
             width *= 1 if len(blocks) <= MOST_TICKS else 0.6
             ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=color, linewidth=width))
     ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}{_sure(selection)}")
+
+
+def _short(value: float) -> str:
+    """Returns a number in at most six characters, so that it fits into a cell."""
+    from matplotlib.ticker import EngFormatter
+
+    if value >= 999.5:
+        return EngFormatter(places=1, sep="").format_eng(value)
+    return f"{value:.0e}" if 0 < value < 0.001 else f"{value:.3g}"
 
 
 DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {

@@ -102,7 +102,7 @@ def why_norms_lead(report: BaseReport, units: Iterable[RankedUnit]) -> str:
     return (
         f"{norms[0]} ranks high because a layer norm divides by the standard deviation of its input, which is "
         f"{report.input_std:.2g} in the tokens that enter block 0. Its rate of change is its gain divided by that "
-        "number, and does not show how well it trains. In four of the five experiments of examples/results norms "
+        "number, and does not show how well it trains. In seven of the eight experiments of examples/results norms "
         'gained less than attention. criterion="parameter_plasticity" does not depend on this scale, and '
         'candidates=("MHA", "FC1", "FC2") excludes the norms.'
     )

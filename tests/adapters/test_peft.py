@@ -396,7 +396,7 @@ def test_no_warning_is_ours(model: PreTrainedModel, training: str, tmp_path: Pat
 
 
 def test_every_architecture_was_run() -> None:
-    assert sorted(ARCHITECTURES) == ["deit", "dinov2", "vit"]
+    assert sorted(ARCHITECTURES) == ["deit", "dinov2", "vit"]  # as in conftest.py
 
 
 def test_where_transformers_refuses_its_own_method_for_a_newer_peft_the_model_is_as_found() -> None:

@@ -13,11 +13,8 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
 from plasticity_peft import PlasticityConfig, registration
 from plasticity_peft.registration import PEFT_TYPE, register_when_peft_is_imported
-from tests.support.forking import Parent, run_code
-from tests.support.processes import STRICT
+from tests.support.forking import TRANSFORMERS, run_code
 
-# What PEFT imports: most of the time that it takes is theirs.
-WITHOUT_PEFT = Parent("import accelerate, torch, transformers\nfrom transformers import PreTrainedModel", STRICT)
 LOAD = """
 import sys
 assert "peft" not in sys.modules
@@ -53,7 +50,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_a_saved_config_is_loaded_by_peft(imports: str, through_the_class: bool, saved: Path, tmp_path: Path) -> None:
     script = LOAD.format(imports=imports, through_the_class=through_the_class)
-    result = run_code(script, saved, folder=tmp_path, parent=WITHOUT_PEFT)
+    result = run_code(script, saved, folder=tmp_path, parent=TRANSFORMERS)
     assert result.returncode == 0, result.stderr
 
 

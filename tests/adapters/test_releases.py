@@ -5,8 +5,10 @@ The files under tests/support/releases were written by real releases, in environ
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +31,13 @@ RELEASES = sorted(path.name for path in ADAPTERS.glob("transformers-*"))
 CASES = ("lora", "full", "plain", "dora")
 
 
-def base(name: str) -> PreTrainedModel:
+@cache
+def loaded_once(name: str) -> PreTrainedModel:
     return AutoModelForImageClassification.from_pretrained(ADAPTERS / name).eval()
+
+
+def base(name: str) -> PreTrainedModel:
+    return copy.deepcopy(loaded_once(name))
 
 
 def expected(folder: Path) -> torch.Tensor:

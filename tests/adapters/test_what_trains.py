@@ -22,7 +22,7 @@ from plasticity_peft.adapters.what_trains import peft_names
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.errors import ConfigError, ModelError
 from tests.support.families import PLAIN
-from tests.support.forking import PEFT, Parent, run_code
+from tests.support.forking import STOCK, run_code
 from tests.support.models import REPOSITORY, backbone, random_images, tiny_model
 from tests.support.tasks import TASKS
 
@@ -347,7 +347,7 @@ def test_stock_peft_loads_it_into_a_model_with_another_head(name: str, training:
     assert not torch.allclose(answer(fresh), answer(adapted), atol=1e-3)
     if name in ("a class for a task", "parallel"):
         torch.save((fresh, IMAGES, answer(adapted)), tmp_path / "base.pt")
-        result = run_code(LOADING, tmp_path, REPOSITORY, folder=tmp_path, parent=Parent(PEFT))
+        result = run_code(LOADING, tmp_path, REPOSITORY, folder=tmp_path, parent=STOCK)
         assert result.returncode == 0, result.stderr
     torch.testing.assert_close(answer(PeftModel.from_pretrained(fresh, tmp_path / "adapter")), answer(adapted))
 

@@ -29,10 +29,9 @@ from plasticity_peft import PlasticityConfig, PlasticityReport, find_components,
 from plasticity_peft.cli import card, compare, measure, select, show
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
-from tests.support.forking import run_code
+from tests.support.forking import STOCK, run_code
 from tests.support.models import REPOSITORY, random_images, tiny_model
 from tests.support.processes import launch, python
-from tests.support.stock import STOCK
 
 COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,8 @@ from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images import sources
 from plasticity_peft.images.sampler import Batches
 from tests.support import oracles
-from tests.support.models import backbone, random_images, tiny_model
+from tests.support.crossing import crossed
+from tests.support.models import ARCHITECTURES, backbone, random_images, tiny_model
 from tests.support.processes import in_threads
 from tests.support.snapshots import assert_same, snapshot
 
@@ -38,10 +39,12 @@ LABELLED = [{"pixel_values": image, "labels": int(label)} for image, label in zi
 WITH_PROTOCOLS = {name for name, criterion in CRITERIA.items() if criterion.protocols}
 OF_WEIGHTS = {name for name, criterion in CRITERIA.items() if isinstance(criterion, WeightCriterion)}
 EACH = [(name, inputs) for name in CRITERIA for inputs in (oracles.PROTOCOLS if name in WITH_PROTOCOLS else (None,))]
-each_criterion = pytest.mark.parametrize(("criterion", "inputs"), EACH)
-each_that_looks_at_images = pytest.mark.parametrize(
-    ("criterion", "inputs"), [(name, inputs) for name, inputs in EACH if name not in OF_WEIGHTS]
-)
+OF_IMAGES = [(name, inputs) for name, inputs in EACH if name not in OF_WEIGHTS]
+
+
+def named(criteria: Iterable[tuple[str, str | None]]) -> list[Any]:
+    """Returns criteria with their inputs as an axis of `crossed`."""
+    return [pytest.param(each, id="-".join(filter(None, each))) for each in criteria]
 
 
 def measure(model: PreTrainedModel, criterion: str, inputs: str | None = None, **options: Any) -> PlasticityReport:
@@ -223,11 +226,12 @@ def test_every_criterion_has_a_definition() -> None:
     assert {*DEFINITIONS, "random"} == set(CRITERIA)
 
 
-@pytest.mark.parametrize(("criterion", "inputs"), [each for each in EACH if each[0] != "random"])
+@crossed(each=named(each for each in EACH if each[0] != "random"), architecture=ARCHITECTURES)
 def test_scores_are_those_of_the_definition(
-    model: PreTrainedModel, criterion: str, inputs: str | None, monkeypatch: pytest.MonkeyPatch
+    each: tuple[str, str | None], architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the components and of the kinds, whose values are the means over blocks; with their spread."""
+    (criterion, inputs), model = each, tiny_model(architecture)
     monkeypatch.setattr(sources, "BUFFER_IMAGES", 1)  # a buffer of one image keeps the order of a stream
     own = DEFINITIONS[criterion]
     data = DATA[own.observed]()
@@ -339,8 +343,9 @@ def test_inverse_turns_the_papers_ranking_round(model: PreTrainedModel, inputs: 
 # ---- the laws of all
 
 
-@each_criterion
-def test_every_criterion_leaves_the_model_as_found(model: PreTrainedModel, criterion: str, inputs: str | None) -> None:
+@crossed(each=named(EACH), architecture=ARCHITECTURES)
+def test_every_criterion_leaves_the_model_as_found(each: tuple[str, str | None], architecture: str) -> None:
+    (criterion, inputs), model = each, tiny_model(architecture)
     model.train()
     next(model.parameters()).requires_grad_(False)
     before = snapshot(model)
@@ -362,7 +367,7 @@ class Failing:
         return LABELLED[index]
 
 
-@each_that_looks_at_images
+@pytest.mark.parametrize(("criterion", "inputs"), OF_IMAGES)
 def test_every_criterion_leaves_the_model_as_found_when_it_fails(
     vit: PreTrainedModel, criterion: str, inputs: str | None
 ) -> None:
@@ -372,19 +377,21 @@ def test_every_criterion_leaves_the_model_as_found_when_it_fails(
     assert_same(before, snapshot(vit))
 
 
-@pytest.mark.parametrize(
-    ("criterion", "inputs", "processes"),
-    [
-        (*each, processes)
-        for each in EACH
-        for processes in (2, 3, 20)
-        # Twenty, of which most have nothing to do, for the default and the paper's measure.
-        if each[0] not in OF_WEIGHTS and (processes < 20 or each[0] in (DEFAULT, "rate_of_change"))
-    ],
-)
+@crossed(each=named(OF_IMAGES), processes=[2, 3])
 def test_several_processes_find_what_one_does(
-    vit: PreTrainedModel, criterion: str, inputs: str | None, processes: int
+    vit: PreTrainedModel, each: tuple[str, str | None], processes: int
 ) -> None:
+    check_several_processes(vit, *each, processes)
+
+
+@pytest.mark.parametrize(("criterion", "inputs"), [each for each in EACH if each[0] in (DEFAULT, "rate_of_change")])
+def test_twenty_processes_of_which_most_have_nothing_to_do(
+    vit: PreTrainedModel, criterion: str, inputs: str | None
+) -> None:
+    check_several_processes(vit, criterion, inputs, 20)
+
+
+def check_several_processes(vit: PreTrainedModel, criterion: str, inputs: str | None, processes: int) -> None:
     options = {"batch_size": 5, "settle": None}
     alone = measure(copy.deepcopy(vit), criterion, inputs, **options)
     models = [copy.deepcopy(vit) for _ in range(processes)]
@@ -408,11 +415,9 @@ def test_the_batch_size_does_not_matter_where_images_stand_for_themselves(
     assert one == pytest.approx(other, rel=1e-5)
 
 
-@each_criterion
-@pytest.mark.parametrize("training", ["lora", "full"])
-def test_a_config_takes_any_criterion(
-    model: PreTrainedModel, criterion: str, inputs: str | None, training: str
-) -> None:
+@crossed(each=named(EACH), architecture=ARCHITECTURES, training=["lora", "full"])
+def test_a_config_takes_any_criterion(each: tuple[str, str | None], architecture: str, training: str) -> None:
+    (criterion, inputs), model = each, tiny_model(architecture)
     config = PlasticityConfig(
         target_data=LABELLED, criterion=criterion, inputs=inputs, training=training, max_samples=12
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 import threading
 import time
@@ -144,12 +145,14 @@ ADAPTING = ("/plasticity_peft/adapters/model.py", "/plasticity_peft/adapters/rol
 
 
 def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_was() -> None:
+    """Both are chosen by what is quick to measure."""
+
     def add(model: Any) -> None:
-        model.add_adapter("second", PlasticityConfig(target_data=IMAGES, max_samples=2, settle=None))
+        model.add_adapter("second", PlasticityConfig(criterion="condition_number"))
 
     def adapted() -> Any:
         torch.manual_seed(0)
-        config = PlasticityConfig(target_data=IMAGES, max_samples=2, settle=None, init_lora_weights=False)
+        config = PlasticityConfig(criterion="condition_number", init_lora_weights=False)
         return get_peft_model(tiny_model(), config).eval()
 
     start = adapted()
@@ -157,7 +160,7 @@ def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_wa
     assert len(numbers) > 100
     with torch.no_grad():
         expected = start(pixel_values=IMAGES[:2]).logits
-    for number in numbers[:: max(1, len(numbers) // 40)]:
+    for number in numbers[:: math.ceil(len(numbers) / 40)]:
         model = copy.deepcopy(start)
         with interrupted(ADAPTING, number) as interrupter, pytest.raises(KeyboardInterrupt):
             add(model)

@@ -17,7 +17,16 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, PlasticityError, PlasticityReport, load_adapter, measure_plasticity
 from plasticity_peft.errors import ModelError
-from tests.support.families import FAMILIES, each_kind_of_family, every_family, family, items
+from tests.support.crossing import crossed
+from tests.support.families import (
+    FAMILIES,
+    KINDS_OF_FAMILY,
+    defined,
+    each_kind_of_family,
+    every_family,
+    family,
+    items,
+)
 from tests.support.injection import InjectedError, calls, injected
 from tests.support.measures import MEASURES, every_measure
 from tests.support.models import tiny_model
@@ -31,6 +40,8 @@ some_failures = pytest.mark.parametrize("most", [3, pytest.param(40, marks=pytes
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
 PEFT = ("/peft/",)
+PARTS = [pytest.param(OURS, id="ours"), pytest.param(THEIRS, id="the model's")]
+"""Whose calls fail while a model is measured, as an axis of `crossed`."""
 
 LAYOUTS = ("vit", "swin", "dinov2-swiglu")
 """Plain, in stages and windows, and gated: where more is tried than in every family."""
@@ -80,15 +91,12 @@ def clean_process() -> Iterator[None]:
 def measuring(name: str, measure: str) -> tuple[nn.Module, Callable[[], Any]]:
     """Returns a model, and the function that measures it."""
     found = family(name)
-    if measure == "embedding" and not found.embedding:
-        pytest.skip("the paper's protocol is not defined for it")
     model = lived_in(found.build())
     data = items(found.images(4))
     return model, lambda: measure_plasticity(model, data, max_samples=2, batch_size=2, **MEASURES[measure])
 
 
-@each_kind_of_family
-@every_measure
+@crossed(name=KINDS_OF_FAMILY, measure=MEASURES, possible=defined)
 def test_a_measurement_leaves_the_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     before = snapshot(model)
@@ -122,9 +130,12 @@ def total_calls(work: Callable[[], Any], parts: tuple[str, ...], warm: bool = Tr
     return calls(parts, work)
 
 
-@pytest.mark.parametrize("parts", [OURS, THEIRS], ids=["ours", "the model's"])
-@every_measure
-@pytest.mark.parametrize("name", LAYOUTS[:2])
+@crossed(
+    name=LAYOUTS[:2],
+    measure=MEASURES,
+    parts=[pytest.param(OURS, id="ours"), pytest.param(THEIRS, id="the model's")],
+    possible=defined,
+)
 def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str, parts: tuple[str, ...]) -> None:
     model, work = measuring(name, measure)
     total = total_calls(work, parts)
@@ -145,8 +156,7 @@ def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: 
 
 
 @pytest.mark.slow
-@every_family
-@every_measure
+@crossed(name=FAMILIES, measure=MEASURES, possible=defined)
 def test_every_failure_leaves_every_model_as_found(name: str, measure: str) -> None:
     model, work = measuring(name, measure)
     most = 10**9 if name in LAYOUTS else 60
@@ -179,9 +189,7 @@ SURROUNDINGS = {
 }
 
 
-@pytest.mark.parametrize("surrounding", SURROUNDINGS)
-@every_measure
-@pytest.mark.parametrize("fails", [False, True])
+@crossed(surrounding=SURROUNDINGS, measure=MEASURES, fails=[False, True])
 def test_it_does_not_matter_what_the_caller_is_in(measure: str, surrounding: str, fails: bool) -> None:
     model, work = measuring("vit", measure)
     expected = work()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -19,8 +18,9 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import DataError, ModelError
 from plasticity_peft.images.pairs import draw_pairs
 from tests.support import oracles
-from tests.support.families import FAMILIES, each_kind_of_family, family, items
-from tests.support.measures import MEASURES, PROTOCOLS, every_measure, means, rates
+from tests.support.crossing import crossed
+from tests.support.families import FAMILIES, KINDS_OF_FAMILY, defined, family, items
+from tests.support.measures import MEASURES, PROTOCOLS, means, rates
 from tests.support.models import logits, moved, random_images, tiny_model
 from tests.support.snapshots import assert_same, snapshot
 
@@ -33,11 +33,6 @@ LAYOUTS = ("vit", "dinov2-swiglu", "clip", "swin", "cvt", "hiera")
 
 def in_double(images: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: value.double() if value.is_floating_point() else value for name, value in images.items()}
-
-
-def known(name: str, measure: str) -> None:
-    if measure == "embedding" and not family(name).embedding:
-        pytest.skip("the paper's protocol is not defined for it")
 
 
 @cache
@@ -54,10 +49,8 @@ def measured(name: str, measure: str, batch_size: int, dtype: torch.dtype = torc
 # ----------------------------------------------------------------------------------- however they are computed
 
 
-@each_kind_of_family
-@pytest.mark.parametrize("inputs", PROTOCOLS)
+@crossed(name=KINDS_OF_FAMILY, inputs=PROTOCOLS, possible=defined)
 def test_the_order_of_pairs_and_within_a_pair_does_not_matter(name: str, inputs: str) -> None:
-    known(name, inputs)
     model = family(name).build().double()
     images = in_double(family(name).images(6))
     x, y = ({key: value[half] for key, value in images.items()} for half in (slice(0, 3), slice(3, 6)))
@@ -92,26 +85,20 @@ def test_the_order_in_which_pairs_arrive_does_not_matter(inputs: str, monkeypatc
         assert [row.std for row in report.kinds] == pytest.approx([row.std for row in reports[0].kinds], rel=1e-6)
 
 
-@every_measure
-@each_kind_of_family
+@crossed(name=KINDS_OF_FAMILY, measure=MEASURES, possible=defined)
 def test_the_size_of_a_batch_does_not_matter(name: str, measure: str) -> None:
-    known(name, measure)
     three = measured(name, measure, batch_size=3)
     assert three == pytest.approx(measured(name, measure, batch_size=1), rel=SINGLE)
 
 
-@every_measure
-@each_kind_of_family
+@crossed(name=KINDS_OF_FAMILY, measure=MEASURES, possible=defined)
 def test_single_and_double_precision_agree(name: str, measure: str) -> None:
-    known(name, measure)
     double = measured(name, measure, batch_size=1, dtype=torch.float64)
     assert measured(name, measure, batch_size=1) == pytest.approx(double, rel=SINGLE)
 
 
-@every_measure
-@pytest.mark.parametrize("name", LAYOUTS)
+@crossed(name=LAYOUTS, measure=MEASURES, possible=defined)
 def test_eager_and_sdpa_attention_agree_in_double_precision(name: str, measure: str) -> None:
-    known(name, measure)
     model, data = family(name).build().double(), items(in_double(family(name).images(4)))
     if not getattr(model, "_supports_sdpa", False):
         pytest.skip("it has one kind of attention")
@@ -150,7 +137,6 @@ COMPILED: dict[str, Callable[[nn.Module, str], nn.Module]] = {
 
 
 def assert_compiled_scores_alike(name: str, how: str, measure: str, backend: str, used: bool) -> None:
-    known(name, measure)
     data = items(family(name).images(4))
     expected = measure_plasticity(family(name).build(), data, max_samples=4, **MEASURES[measure])
     model = COMPILED[how](family(name).build(), backend)
@@ -161,18 +147,14 @@ def assert_compiled_scores_alike(name: str, how: str, measure: str, backend: str
     assert means(got) == means(expected)
 
 
-@every_measure
-@pytest.mark.parametrize("how", COMPILED)
-@pytest.mark.parametrize("used", [False, True])
+@crossed(how=COMPILED, measure=MEASURES, used=[False, True])
 @pytest.mark.filterwarnings("ignore")  # torch's compiler warns of what it meets in other packages
 def test_a_compiled_model_scores_as_it_does_uncompiled(how: str, measure: str, used: bool) -> None:
     assert_compiled_scores_alike("vit", how, measure, "eager", used)
 
 
 @pytest.mark.slow
-@every_measure
-@pytest.mark.parametrize("how", COMPILED)
-@pytest.mark.parametrize("name", LAYOUTS)
+@crossed(name=LAYOUTS, how=COMPILED, measure=MEASURES, possible=lambda name, _, measure: defined(name, measure))
 @pytest.mark.filterwarnings("ignore")
 def test_a_model_compiled_by_inductor_scores_as_it_does_uncompiled(name: str, how: str, measure: str) -> None:
     assert_compiled_scores_alike(name, how, measure, "inductor", used=True)
@@ -247,7 +229,6 @@ def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Modul
 
     If all get the embedding, the inputs of one do not depend on the other, and both are there to be changed at once.
     """
-    known(name, inputs)
     model, before = model_in_double(name), scores_before(name, inputs)
     parts = [part for part in find_components(model) if part.kind == kind]
     ends = list(dict.fromkeys((parts[0], parts[-1])))
@@ -255,9 +236,7 @@ def each_component(name: str, inputs: str, kind: str) -> Iterator[tuple[nn.Modul
         yield copy.deepcopy(model), chosen, before
 
 
-@each_kind_of_family
-@pytest.mark.parametrize("inputs", PROTOCOLS)
-@pytest.mark.parametrize("kind", ["LN1", "LN2", "FC1", "FC2"])
+@crossed(name=KINDS_OF_FAMILY, inputs=PROTOCOLS, kind=["LN1", "LN2", "FC1", "FC2"], possible=defined)
 def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> None:
     """Of a linear layer, and of the gains of a norm; the biases of a norm do not matter."""
     for model, parts, before in each_component(name, inputs, kind):
@@ -270,9 +249,7 @@ def test_a_score_scales_with_the_weights(name: str, inputs: str, kind: str) -> N
             assert all(after[other] == pytest.approx(before[other], rel=DOUBLE) for other in after.keys() - changed)
 
 
-@each_kind_of_family
-@pytest.mark.parametrize("inputs", PROTOCOLS)
-@pytest.mark.parametrize("projection", ["value", "output"])
+@crossed(name=KINDS_OF_FAMILY, inputs=PROTOCOLS, projection=["value", "output"], possible=defined)
 def test_attention_scales_with_its_value_and_output_projections(name: str, inputs: str, projection: str) -> None:
     """Rows of attention sum to 1, so that the bias of the values cancels, and that of the outputs does too."""
     for model, parts, before in each_component(name, inputs, "MHA"):
@@ -294,9 +271,7 @@ def scale_projection(model: nn.Module, part: Any, projection: str) -> None:
         scaled(model, part.modules[2:3], 3.0)
 
 
-@each_kind_of_family
-@pytest.mark.parametrize("inputs", PROTOCOLS)
-@pytest.mark.parametrize("kind", KINDS)
+@crossed(name=KINDS_OF_FAMILY, inputs=PROTOCOLS, kind=KINDS, possible=defined)
 def test_a_bias_changes_nothing(name: str, inputs: str, kind: str) -> None:
     """Of a norm, of the linear layers of an MLP, and of the values and outputs of attention."""
     for model, parts, before in each_component(name, inputs, kind):
@@ -340,15 +315,7 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     return moved(wrapped, seed=4).eval(), images
 
 
-def merging(name: str, mode: str, dtype: torch.dtype) -> Any:
-    """Returns a case: lower precision of another family than ViT is for the slow tests."""
-    marks = () if name == "vit" or dtype == torch.float32 else pytest.mark.slow
-    return pytest.param(name, mode, dtype, marks=marks, id=f"{name}-{mode}-{dtype}")
-
-
-@pytest.mark.parametrize(
-    ("name", "mode", "dtype"), [merging(*case) for case in itertools.product(FAMILIES_TO_MERGE, MODES, MERGED)]
-)
+@crossed(name=FAMILIES_TO_MERGE, mode=MODES, dtype=MERGED)
 def test_merging_is_exact_to_the_precision_of_the_weights(name: str, mode: str, dtype: torch.dtype) -> None:
     model, images = adapted(name, mode, dtype)
     expected = logits(model, images).float()

@@ -22,7 +22,7 @@ from plasticity_peft.measuring.costs import costs_of
 from plasticity_peft.report import cost as formula
 from plasticity_peft.report.cost import Costs, Trained
 from plasticity_peft.report.selection import CostBudget, SelectionRule
-from tests.support.families import FAMILIES, family
+from tests.support.families import each_kind_of_family, family
 from tests.support.models import random_images, tiny_model
 
 IMAGES = random_images(12)
@@ -50,7 +50,7 @@ def kept_bytes(model: nn.Module, architecture: Any, images: dict[str, torch.Tens
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@each_kind_of_family
 def test_the_activations_are_what_autograd_keeps(name: str) -> None:
     """Of random choices. What lies before the first trained component in its block is counted, and not kept."""
     model, images = family(name).build(), family(name).images(1)

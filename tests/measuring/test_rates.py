@@ -12,7 +12,14 @@ from torch import nn
 
 from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components
 from plasticity_peft.errors import ConfigError, DataError
-from plasticity_peft.measuring.rates import FALL, MOST_OVER_MATRICES, TO_FIT, USUAL_SHARE, trained_groups
+from plasticity_peft.measuring.rates import (
+    MOST_OVER_MATRICES,
+    OF_GRADIENT,
+    OF_LORA,
+    TO_FIT,
+    USUAL_SHARE,
+    trained_groups,
+)
 from tests.support.models import tiny_model
 
 LABELED = [
@@ -57,17 +64,18 @@ def test_a_model_without_an_adapter_has_groups_too() -> None:
     assert all(name.endswith("weight") for name in groups["matrix"])
 
 
-def test_a_step_of_what_trains_in_full_lowers_the_loss_by_the_same_whatever_trains() -> None:
-    """The rate is inversely proportional to the sum of the magnitudes of the gradient, computed here by hand."""
+def test_the_rate_of_what_trains_in_full_follows_from_its_gradient_and_its_number_of_parameters() -> None:
+    """It is inversely proportional to the root of their product; the gradient is computed here by hand."""
     for kind in ("MHA", "FC1", "FC2"):
         model = adapted(candidates=kind)
         before = {name: value.clone() for name, value in model.state_dict().items()}
         found = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED, batch_size=40))
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
         assert all(parameter.grad is None for parameter in model.parameters())
-        total = by_hand(model)
-        assert found["matrix"] == pytest.approx(FALL / total["matrix"], rel=1e-3)
-        expected = min(FALL / total["vector"], MOST_OVER_MATRICES * FALL / total["matrix"])
+        total, count = by_hand(model), {group.name: group.count for group in trained_groups(model)}
+        wanted = {name: OF_GRADIENT[name] / math.sqrt(count[name] * total[name]) for name in OF_GRADIENT}
+        assert found["matrix"] == pytest.approx(wanted["matrix"], rel=1e-3)
+        expected = min(wanted["vector"], MOST_OVER_MATRICES * wanted["matrix"])
         assert found["vector"] == pytest.approx(expected, rel=1e-3)
 
 
@@ -107,6 +115,7 @@ def test_lora_has_a_rate_that_follows_from_its_sizes() -> None:
         return rates(create_plasticity_optimizer(model, torch.optim.AdamW))["lora_B"]
 
     one = of(r=4, lora_alpha=8)
+    assert one == pytest.approx(OF_LORA / (8 * tiny_model().config.hidden_size))
     assert of(r=2, lora_alpha=8) == pytest.approx(one)  # the update has the same size
     assert of(r=4, lora_alpha=16) == pytest.approx(one / 2)
     assert of(r=4, lora_alpha=8, use_rslora=True) == pytest.approx(one / 2)

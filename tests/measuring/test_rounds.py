@@ -18,10 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.errors import ConfigError, ModelError
+from tests.support.crossing import crossed
+from tests.support.forking import STOCK, run_code
 from tests.support.logs import warned_of_selections
 from tests.support.measures import MEASURES, means
 from tests.support.models import REPOSITORY, random_images, tiny_model
-from tests.support.processes import python
 from tests.support.snapshots import assert_same, snapshot
 
 IMAGES = random_images(60)
@@ -237,8 +238,8 @@ for one, other in zip(found.scores, expected.scores):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory of a process as Linux does")
-def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
-    result = python("-c", REALLY_SHORT)
+def test_a_process_that_really_runs_out_of_memory_goes_on(tmp_path: Path) -> None:
+    result = run_code(REALLY_SHORT, folder=tmp_path, parent=STOCK)
     assert result.returncode == 0, result.stderr
     assert "Out of memory: measuring continues with 6 pairs per pass." in result.stderr
 
@@ -246,9 +247,9 @@ def test_a_process_that_really_runs_out_of_memory_goes_on() -> None:
 # ---- precision
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", torch.float16])
-@each_measure
-def test_lower_precision_gives_the_same_ranking(options: dict[str, str], dtype: Any) -> None:
+@crossed(measure=MEASURES, dtype=["bfloat16", torch.float16])
+def test_lower_precision_gives_the_same_ranking(measure: str, dtype: Any) -> None:
+    options = MEASURES[measure]
     model = AutoModelForImageClassification.from_pretrained(REPOSITORY / "examples" / "fashion-mnist-vit")
     size = model.config.image_size
     images = random_images(32, size=size) * 2 - 1

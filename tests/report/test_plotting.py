@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from matplotlib import colors, rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
@@ -194,6 +195,44 @@ def test_kinds_are_told_apart_in_grey_and_seen_on_white() -> None:
         assert marker != other_marker
     for color, *_ in looks:
         assert 1.05 / (luminance(color) + 0.05) >= 3  # what WCAG 2.2 asks of graphics
+
+
+PROTANOPIA = np.array([[0.152286, 1.052583, -0.204868], [0.114503, 0.786281, 0.099216],
+                       [-0.003882, -0.048116, 1.051998]])  # fmt: skip
+DEUTERANOPIA = np.array([[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413],
+                         [-0.011820, 0.042940, 0.968881]])  # fmt: skip
+"""What is seen, in linear RGB (Machado, Oliveira & Fernandes, 2009, severity 1)."""
+TO_XYZ = np.array([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
+                   [0.0193339, 0.1191920, 0.9503041]])  # fmt: skip
+
+
+def cielab(color: str, seen: np.ndarray) -> np.ndarray:
+    """Returns a color as somebody sees it, in CIELAB with the white of sRGB."""
+    linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colors.to_rgb(color)])
+    xyz = TO_XYZ @ np.clip(seen @ linear, 0, 1) / TO_XYZ.sum(axis=1)
+    x, y, z = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("seen", [np.eye(3), PROTANOPIA, DEUTERANOPIA], ids=["all", "protanopia", "deuteranopia"])
+def test_kinds_are_told_apart_by_the_color_blind(seen: np.ndarray) -> None:
+    assert np.linalg.norm(cielab("#FF0000", np.eye(3)) - [53.24, 80.09, 67.20]) < 0.1  # as everybody computes it
+    for one, other in combinations(COLORS, 2):
+        assert np.linalg.norm(cielab(one, seen) - cielab(other, seen)) >= 15, (one, other)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 0.001, 0.03, 1.0, 1290.0, 98765.0])
+def test_numbers_of_the_heat_map_do_not_run_into_each_other(scale: float) -> None:
+    report = make_report(12)
+    scores = [replace(row, mean=scale * (1 + place / 100)) for place, row in enumerate(report.scores)]
+    ax = replace(report, scores=tuple(scores)).plot(view="heatmap")
+    renderer = FigureCanvasAgg(ax.figure).get_renderer()
+    ax.figure.draw(renderer)
+    boxes = [text.get_window_extent(renderer) for text in ax.texts]
+    assert len(boxes) == 60
+    assert not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+    inside = ax.get_window_extent(renderer)
+    assert all(inside.x0 <= box.x0 and box.x1 <= inside.x1 for box in boxes)
 
 
 def test_the_heat_map_rises_in_grey() -> None:

@@ -42,6 +42,7 @@ from plasticity_peft.criteria.registry import CRITERIA
 from tests.support.families import FIVE
 from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
+from tests.support.pictures import one_picture_is_drawn  # noqa: F401
 
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 NOT_RUN = {"docs/publishing.md": ["publishes to the Hub"]}

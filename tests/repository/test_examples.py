@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
+import copy
+import importlib
 import json
 import re
-import sys
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -24,7 +24,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from plasticity_peft import PlasticityReport
 from plasticity_peft.errors import DataError
 from tests.support.forking import run_script
-from tests.support.models import REPOSITORY
+from tests.support.models import REPOSITORY, tiny_model
 from tests.support.processes import launch
 
 TRAIN = REPOSITORY / "examples" / "train.py"
@@ -177,74 +177,88 @@ def test_help_names_every_option_of_ours() -> None:
         assert option in text
 
 
-SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"]
-SMALL += ["--max_steps", "2", "--test_fraction", "0.05", "--validation_fraction", "0.05", "--max_samples", "16"]
-SMALL += [
-    "--per_device_train_batch_size",
-    "8",
-    "--learning_rates",
-    "1e-3",
-    "--criteria",
-    "parameter_plasticity",
-    "condition_number",
-]
+SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "64"]
+SMALL += ["--test_fraction", "0.05", "--validation_fraction", "0.05", "--max_samples", "16", "--timed_rounds", "1"]
+SMALL += ["--steps", "2", "--evaluations", "1", "--max_rates", "4", "--criteria", "parameter_plasticity", "bound"]
 
 
-def test_components_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
-    arguments = [*SMALL, "--output_dir", tmp_path]
-    log = run(*arguments, "--seeds", "0", "--groups", "default", script=COMPARE)
-    assert "2 of 2 runs to do" in log
-    first = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").iterdir()}
-    assert len(first) == 2
-    names = {json.loads(path.read_text())["method"] for path in first}
-    names |= {"head only", "LN1", "MHA", "LoRA on query and value r=10", "LN tuning"}
-    more = [*arguments, "--seeds", "0", "--full_learning_rates", "1e-3", "1e-2"]
-    assert "10 of 12 runs to do" in run(*more, "--methods", *names, script=COMPARE)
-    assert "2 of 2 runs to do" in run(*more, "--groups", "blocks", script=COMPARE)
-    assert {path: path.stat().st_mtime_ns for path in first} == first
-    runs = pd.read_csv(tmp_path / "runs.csv")
-    assert set(runs["group"]) == {"kind", "default", "blocks", "stock"}
-    assert (runs["trainable_parameters"] > runs["head_parameters"]).sum() == len(runs) - 2
-    assert runs[runs["method"] == "head only"]["gradient_norm_mean"].eq(0).all()
-    assert runs[runs["method"] != "head only"]["gradient_norm_mean"].gt(0).all()
-    assert runs["seconds"].gt(0).all()
-    methods = pd.read_csv(tmp_path / "methods.csv").set_index(["group", "method", "training"])
-    head = methods.loc[("kind", "head only", "full")]
-    for name, row in methods.iterrows():
-        own = runs[(runs["group"] == name[0]) & (runs["method"] == name[1]) & (runs["training"] == name[2])]
-        best = own.loc[own["validation_accuracy"].idxmax()]
-        assert row["test_accuracy"] == pytest.approx(best["test_accuracy"], rel=1e-4)
-        assert row["gain"] == pytest.approx(row["test_accuracy"] - head["test_accuracy"], abs=1e-5)
-    criteria = pd.read_csv(tmp_path / "criteria.csv")
-    assert len(criteria) == 4
-    assert criteria["regret_points"].dropna().ge(0).all()
-    assert criteria["regret_points"].notna().sum() == 2  # LN2, which the other criterion ranks first, was not trained
-    for name in ("results.md", "gain.png", "learning_rates.png"):
-        assert (tmp_path / name).stat().st_size > 1000
-    assert "LoRA on query and value" in (tmp_path / "results.md").read_text()
-    other = ["4" if option == "8" else option for option in arguments]
-    with pytest.raises(AssertionError, match=r"results of other settings \(per_device_train_batch_size changed\)"):
-        run(*other, script=COMPARE)
+def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
+    arguments = [*SMALL, "--seeds", "2", "--output_dir", tmp_path, "--methods"]
+    assert "1 of 1 methods to do" in run(*arguments, "MHA", script=COMPARE)
+    (first,) = (tmp_path / "runs").iterdir()
+    written = first.stat().st_mtime_ns
+    names = ["everything", "MHA", "LoRA+ on all linear layers, r=8"]
+    assert "2 of 3 methods to do" in run(*arguments, *names, script=COMPARE)
+    assert first.stat().st_mtime_ns == written
+    comparison = load_example("comparison").load(tmp_path)
+    for result in comparison.results.values():
+        tried = {run.factor: run.validation[-1] for run in result.tuned}
+        assert tried[result.best_factor] == max(tried.values())
+        # The best rate is not at an end, unless no more were tried.
+        assert len(tried) == 4 or min(tried) < result.best_factor < max(tried)
+        assert {(run.factor, run.seed) for run in result.runs} == {
+            (factor, seed) for factor in (result.best_factor, 1.0) for seed in (0, 1)
+        }
+        assert all(run.gradient_norm_first > 0 for run in result.runs)
+    everything, attention = comparison.results["everything (full)"], comparison.results["MHA (full)"]
+    assert everything.cost["memory"] == 1
+    assert attention.cost["activations"] == pytest.approx(attention.formula["activations"], abs=0.05)
+    assert attention.parameters == 6 * 4 * (96 * 96 + 96)
+    table = pd.read_csv(tmp_path / "methods.csv", index_col="name")
+    assert table.loc["MHA (full)", "test"] == pytest.approx(
+        np.mean(list(attention.tests(attention.best_factor).values())), rel=1e-4
+    )
+    assert "| LoRA+ on all linear layers, r=8 | lora |" in (tmp_path / "results.md").read_text()
+    other = ["3" if option == "2" else option for option in arguments]
+    with pytest.raises(AssertionError, match=r"results of other settings \(seeds, steps changed\)"):
+        run(*other, "MHA", script=COMPARE)
     run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("summarize.py"))
-    assert "Kendall's tau" in (tmp_path / "all" / "summary.md").read_text()
+    assert "Points lost by the recommended rates" in (tmp_path / "all" / "summary.md").read_text()
+    assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
 
 
-def test_components_are_compared_by_two_processes(tmp_path: Path) -> None:
-    log = run(
-        *SMALL, "--output_dir", tmp_path, "--seeds", "0", "--groups", "default", script=COMPARE, processes=2,
-    )  # fmt: skip
-    assert log.count("2 of 2 runs to do") == 1
-    assert len(pd.read_csv(tmp_path / "runs.csv")) == 2
+def test_processes_share_the_methods(tmp_path: Path) -> None:
+    names = ["--methods", "LN1", "attention output", "--seeds", "1"]
+    log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)
+    assert log.count("2 of 2 methods to do") == 1
+    assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
-def test_rank_correlation_and_its_interval_over_seeds() -> None:
-    gains = np.array([[1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 3.0, 4.0, 5.0], [1.0, 2.0, 3.0, 4.0, 5.0]])
+def test_stacked_runs_train_as_torch_does_one_by_one() -> None:
+    """The same batches, rates, clipping and schedule through torch's AdamW."""
+    stacked = load_example("stacked")
+    model = tiny_model().eval()
+    model.set_attn_implementation("eager")
+    images, labels = torch.randn(70, 3, 8, 8), torch.arange(70) % 3
+    rates = [{name: rate for name, _ in model.named_parameters()} for rate in (1e-3, 1e-2)]
+    runs = stacked.StackedRuns([model, model], rates)
+    order = stacked.Order(len(images), [0, 5])
+    rows = [order.batch(number) for number in range(4)]
+    norms = [runs.step(number, 4, images[rows[number]], labels[rows[number]]) for number in range(4)]
+    for one, rate in enumerate((1e-3, 1e-2)):
+        alone = copy.deepcopy(model)
+        optimizer = torch.optim.AdamW(alone.parameters(), lr=rate, weight_decay=0.0)
+        for number in range(4):
+            optimizer.param_groups[0]["lr"] = rate * stacked.scheduled(number, 4)
+            loss = alone(images[rows[number][one]], labels=labels[rows[number][one]]).loss
+            optimizer.zero_grad()
+            loss.backward()
+            norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
+            assert float(norms[number][one]) == pytest.approx(float(norm), rel=1e-3)
+            optimizer.step()
+        logits = runs.logits({name: values[one] for name, values in runs.values.items()}, images)
+        assert torch.allclose(logits, alone(images).logits, atol=2e-3)
+    assert len({int(row) for batch in rows[:2] for row in batch[0]}) == 64  # an epoch repeats no image
+
+
+def test_a_difference_has_students_interval() -> None:
+    from scipy import stats
+
     comparison = load_example("comparison")
-    tau, low, high, p = comparison.rank_correlation([10, 20, 30, 40, 50], gains)
-    assert (tau, high, p) == pytest.approx((1, 1, 2 / 120))
-    assert low == pytest.approx(0.8)
-    assert comparison.rank_correlation([50, 40, 30, 20, 10], gains)[0] == pytest.approx(-1)
-    assert np.isnan(comparison.rank_correlation([1, 2, 3, 4, 5], gains[:1])[1])
+    values = [0.1, 0.4, 0.2, 0.3]
+    expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    assert comparison.interval(values) == pytest.approx((expected.low, expected.high))
+    assert np.isnan(comparison.interval([1.0])).all()
 
 
 def test_a_shifted_dataset_keeps_its_labels(tmp_path: Path) -> None:
@@ -267,11 +281,10 @@ def test_a_shifted_dataset_keeps_its_labels(tmp_path: Path) -> None:
 
 
 def load_example(name: str) -> ModuleType:
-    specification = importlib.util.spec_from_file_location(name, REPOSITORY / "examples" / f"{name}.py")
-    module = importlib.util.module_from_spec(specification)
-    sys.modules[name] = module
-    specification.loader.exec_module(module)
-    return module
+    """Returns a module of the examples, which import each other as if they lay on the path."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(REPOSITORY / "examples")
+        return importlib.import_module(name)
 
 
 def test_the_model_of_the_demo_is_small_and_clean() -> None:

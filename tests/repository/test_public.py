@@ -18,6 +18,7 @@ from plasticity_peft import PlasticityConfig
 from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.criteria.registry import CRITERIA
 from tests.support.counting import PACKAGE, House, imported
+from tests.support.forking import STOCK, run_code
 from tests.support.processes import python
 
 GROUND = ("errors", "checks", "constraints", "deprecation", "extras", "files", "hub", "registration")
@@ -147,20 +148,22 @@ def test_the_files_that_touch_private_modules_of_peft() -> None:
     assert found == {"model.py", "originals.py", "peft_model.py", "preconditions.py"}
 
 
-@pytest.mark.parametrize(
-    ("before", "allowed"),
-    [
-        ("sys", {"plasticity_peft", "lazy_loader", "typing_extensions"}),
-        ("peft", {"plasticity_peft", "lazy_loader"}),
-    ],
-)
-def test_importing_brings_in_nothing_heavy(before: str, allowed: set[str]) -> None:
-    script = (
-        f"import sys, {before}\n"
-        "before = set(sys.modules)\n"
-        "import plasticity_peft\n"
-        "new = {name.split('.')[0] for name in set(sys.modules) - before} - sys.stdlib_module_names\n"
-        f"assert new <= {allowed}, new\n"
-    )
-    result = python("-c", script)
+IMPORTING = """
+import sys, {before}
+before = set(sys.modules)
+import plasticity_peft
+new = {{name.split(".")[0] for name in set(sys.modules) - before}} - sys.stdlib_module_names
+assert new <= {allowed}, new
+"""
+
+
+def test_importing_brings_in_nothing_heavy() -> None:
+    allowed = {"plasticity_peft", "lazy_loader", "typing_extensions"}
+    result = python("-c", IMPORTING.format(before="sys", allowed=allowed))
+    assert result.returncode == 0, result.stderr
+
+
+def test_importing_brings_in_nothing_heavy_if_peft_is_imported(tmp_path: Path) -> None:
+    allowed = {"plasticity_peft", "lazy_loader"}
+    result = run_code(IMPORTING.format(before="peft", allowed=allowed), folder=tmp_path, parent=STOCK)
     assert result.returncode == 0, result.stderr

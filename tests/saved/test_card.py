@@ -40,9 +40,8 @@ from plasticity_peft.report.plotting import png
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
-from tests.support.forking import PEFT, Parent, run_code
+from tests.support.forking import STOCK, hub_cache, run_code
 from tests.support.models import REPOSITORY, backbone, moved, random_images, tiny_model
-from tests.support.processes import STRICT
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
@@ -82,15 +81,17 @@ def cached(cache: Path, name: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def cache() -> Iterator[Path]:
     """A cache of the Hub with a base model, "org/base", and an adapter of each case, "user/<case>"."""
-    folder = tmp_path_factory.mktemp("hub")
+    folder = hub_cache()
     base = cached(folder, "org/base")
     tiny_model().save_pretrained(base)
     ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(base)
     for case, options in CASES.items():
         adapted(folder, case, **options).save_pretrained(cached(folder, f"user/{case}"))
-    return folder
+    yield folder
+    for repository in folder.iterdir():
+        shutil.rmtree(repository)
 
 
 def base_of(folder: Path, case: str) -> PreTrainedModel:
@@ -176,11 +177,6 @@ save_file(outputs, f"outputs-{sys.argv[2]}.safetensors")
 """
 
 
-def user_of(cache: Path) -> Parent:
-    """Returns the process of somebody who has PEFT, and this cache of the Hub."""
-    return Parent(PEFT, STRICT, (("HF_HUB_CACHE", str(cache)),))
-
-
 @pytest.mark.parametrize("how", ["stock", "ours"])
 def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -> None:
     """Their repository is the only thing in them that is replaced; it is in the cache of the Hub."""
@@ -192,7 +188,7 @@ def test_the_snippets_run_as_they_stand(cache: Path, how: str, tmp_path: Path) -
         text = both[0 if how == "stock" else 1]
         assert text.count('"user/repo"') == 1
         (tmp_path / f"{case}-{how}.py").write_text(text.replace("user/repo", f"user/{case}"))
-    result = run_code(RUNNER, tmp_path, how, *CASES, folder=tmp_path, parent=user_of(cache))
+    result = run_code(RUNNER, tmp_path, how, *CASES, folder=tmp_path, parent=STOCK)
     assert result.returncode == 0, result.stderr
     outputs = load_file(tmp_path / f"outputs-{how}.safetensors")
     for case, options in CASES.items():
@@ -219,7 +215,7 @@ def test_the_stock_snippet_loads_the_image_processor_of_the_adapter(cache: Path,
         processor.save_pretrained(folder)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "image.png")
     code = code.replace("user/repo", repository) + "print(image_processor.do_normalize)\n"
-    result = run_code(code, folder=tmp_path, parent=user_of(cache))
+    result = run_code(code, folder=tmp_path, parent=STOCK)
     assert result.returncode == 0, result.stderr
     assert result.stdout.split()[-1] == "False"
     update_card(folder)

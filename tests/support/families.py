@@ -274,14 +274,17 @@ block of a kind that none of these has. What is cheap is tried on all by default
 """
 
 
-def _case(name: str) -> Any:
-    return pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow)
-
-
+KINDS_OF_FAMILY = [pytest.param(name, marks=() if name in REPRESENTATIVES else pytest.mark.slow) for name in FAMILIES]
+"""All families, of which the slow tests try those that are no representatives; also an axis of `crossed`."""
 every_family = pytest.mark.parametrize("name", FAMILIES)
 """Runs a test on all families: for what is cheap, and for slow tests."""
-each_kind_of_family = pytest.mark.parametrize("name", [_case(name) for name in FAMILIES])
+each_kind_of_family = pytest.mark.parametrize("name", KINDS_OF_FAMILY)
 """Runs a test on the representatives, and on the other families if slow tests are asked for."""
+
+
+def defined(name: str, measure: str, *_: object) -> bool:
+    """Returns whether a measure of `MEASURES` can be taken of a family: the paper's protocol needs an embedding."""
+    return measure != "embedding" or FAMILIES[name].embedding
 
 
 def family(name: str) -> Family:

@@ -1,14 +1,17 @@
 """Scripts in processes that are forked from one that has imported what they import: each starts at once.
 
 A script that imports torch, transformers and PEFT takes up to ten seconds to start, and the examples more.
-Run as a script, this is the process that they are forked from. It reads requests from its standard input.
+Run as a script, this is the process that they are forked from. It reads requests from its standard input. One that
+imports more is itself forked from one that imports less, so that nothing is imported twice.
 """
 
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
+import re
 import runpy
 import signal
 import subprocess
@@ -19,10 +22,14 @@ import warnings
 from functools import cache
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 TIMEOUT = 480
 """Seconds after which a process is ended by default."""
+
+
+KNOWN = "`is_gradient_checkpointing` is deprecated"
+"""The warning of pyproject.toml that is nobody's here."""
 
 
 class Parent(NamedTuple):
@@ -30,12 +37,25 @@ class Parent(NamedTuple):
 
     imports: str
     """What it does first: Python."""
-    options: tuple[str, ...] = ()
-    """Of Python."""
+    base: Parent | None = None
+    """What it is forked from itself; a new process if this is None."""
+    strict: bool = False
+    """Whether every warning but a known one is an error, while it imports and in what is forked from it."""
     variables: tuple[tuple[str, str], ...] = ()
-    """Of the environment, for what libraries read when they are imported."""
+    """Of the environment."""
 
 
+TRANSFORMERS = Parent("import accelerate, torch, transformers\nfrom transformers import PreTrainedModel", strict=True)
+"""Has imported what PEFT imports."""
+STOCK = Parent(
+    """
+import peft, safetensors.torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTModel
+""",
+    TRANSFORMERS,
+    strict=True,
+)
+"""Has imported what users of stock PEFT import; this package is not among it."""
 EXAMPLES = Parent(
     """
 import pathlib, runpy, tests
@@ -47,14 +67,21 @@ for name in ("train.py", "compare_components.py"):
     runpy.run_path(str(examples / name), run_name="imported")
 transformers.AutoModelForImageClassification.from_pretrained(examples / "fashion-mnist-vit")  # fills caches
 """,
+    STOCK,
     variables=(("ACCELERATE_USE_CPU", "1"),),
 )
 """Has imported what the examples do."""
-PEFT = """
-import peft, safetensors.torch, torch, transformers
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, ViTModel
-"""
-"""What users of stock PEFT import; this package is not among it."""
+
+
+@cache
+def hub_cache() -> Path:
+    """Returns the folder in which the processes find what they once got from the Hub; nothing, unless it is put there.
+
+    It ends with this process.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="hub-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
 
 
 def run_script(
@@ -80,10 +107,7 @@ def run_script(
             }
             for rank in range(processes)
         ]
-        server = _started(parent)
-        server.stdin.write(json.dumps(requests) + "\n")
-        server.stdin.flush()
-        codes = json.loads(server.stdout.readline())
+        codes = _started(parent).ask(requests)
         texts = [[Path(path).read_text() for path in request["outputs"]] for request in requests]
     out, err = ("".join(parts) for parts in zip(*texts, strict=True))
     return CompletedProcess([str(script)], next((code for code in codes if code), 0), out, err)
@@ -98,14 +122,34 @@ def run_code(
     return run_script(script, *arguments, cwd=folder, parent=parent, timeout=timeout)
 
 
+class Server(NamedTuple):
+    """A process that others are forked from, while it runs."""
+
+    requests: IO[str]
+    answers: IO[str]
+
+    def ask(self, request: Any) -> Any:
+        """Returns what it answers."""
+        self.requests.write(json.dumps(request) + "\n")
+        self.requests.flush()
+        answer = self.answers.readline()
+        assert answer, "the process that scripts are forked from has ended; it wrote why"
+        return json.loads(answer)
+
+
 @cache
-def _started(parent: Parent) -> subprocess.Popen[str]:
-    """Returns the process that others are forked from, which ends with this one."""
+def _started(parent: Parent | None) -> Server:
+    """Returns the process that others are forked from, which ends with this one; one without imports for None."""
+    return _launched() if parent is None else _forked(parent)
+
+
+def _launched() -> Server:
+    """Returns a new process that has imported nothing."""
     from tests.support.processes import environment
 
-    server = subprocess.Popen(
-        [sys.executable, *parent.options, __file__, parent.imports],
-        env=environment(**dict(parent.variables)),
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        env=environment(HF_HUB_CACHE=str(hub_cache())),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -113,9 +157,28 @@ def _started(parent: Parent) -> subprocess.Popen[str]:
 
     @atexit.register
     def end() -> None:
-        server.stdin.close()
-        server.wait()
-        server.stdout.close()
+        process.stdin.close()
+        process.wait()
+        process.stdout.close()
+
+    return Server(process.stdin, process.stdout)
+
+
+def _forked(parent: Parent) -> Server:
+    """Returns a process that is forked from its base, and has imported more."""
+    base = _started(parent.base)
+    with tempfile.TemporaryDirectory() as folder:
+        pipes = [f"{folder}/{name}" for name in ("requests", "answers")]
+        for pipe in pipes:
+            os.mkfifo(pipe)
+        base.ask({"imports": parent.imports, "strict": parent.strict, "env": dict(parent.variables), "pipes": pipes})
+        server = Server(open(pipes[0], "w"), open(pipes[1]))  # noqa: SIM115 - closed when this process ends
+    assert server.answers.readline() == "ready\n", f"cannot do: {parent.imports}"
+
+    @atexit.register
+    def end() -> None:
+        server.requests.close()
+        server.answers.close()
 
     return server
 
@@ -149,7 +212,7 @@ def _child(request: dict[str, Any]) -> None:
 def _wait(pids: list[int]) -> list[int]:
     """Returns how processes ended; once one fails, the others are ended, as `torchrun` does."""
     codes: dict[int, int] = {}
-    while len(codes) < len(pids):
+    while not codes.keys() >= set(pids):
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
         if codes[pid]:
@@ -158,22 +221,61 @@ def _wait(pids: list[int]) -> list[int]:
     return [codes[pid] for pid in pids]
 
 
-def serve(imports: str) -> None:
-    """Imports, and runs what is asked for until the standard input ends."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what an import prints is no answer
-    exec(imports, {"sys": sys})
-    for line in sys.stdin:
-        pids = []
-        for request in json.loads(line):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Python warns of threads, and none of these holds a lock
-                pid = os.fork()
-            if pid == 0:
-                _child(request)
-            pids.append(pid)
-        print(json.dumps(_wait(pids)), file=answers, flush=True)
+def _fork() -> int:
+    """Returns the process id of a child, or 0 in the child."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python warns of threads, and none of these holds a lock
+        return os.fork()
+
+
+def _be_strict(strict: bool) -> None:
+    """Makes every warning but a known one an error, or takes back what that changed."""
+    ours = [("error", None, Warning, None, 0), ("ignore", re.compile(KNOWN, re.IGNORECASE), FutureWarning, None, 0)]
+    with warnings.catch_warnings():
+        pass  # Python forgets which warnings it has shown
+    warnings.filters[:] = [each for each in warnings.filters if each not in ours]
+    if strict:
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", KNOWN, FutureWarning)
+        assert warnings.filters[:2] == ours[::-1]
+
+
+def _serve_as(request: dict[str, Any]) -> None:
+    """Becomes a process that others are forked from, until nobody asks it any more."""
+    try:
+        with open(request["pipes"][0]) as requests, open(request["pipes"][1], "w") as answers:
+            os.environ.update(request["env"])
+            _be_strict(request["strict"])
+            exec(request["imports"], {"sys": sys})
+            gc.collect()
+            gc.freeze()  # or each process goes through all that was imported whenever garbage is collected
+            print("ready", file=answers, flush=True)
+            serve(requests, answers)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(0)
+
+
+def serve(requests: IO[str], answers: IO[str]) -> None:
+    """Runs what is asked for until there are no more requests: scripts, or to become another such process."""
+    for line in requests:
+        asked = json.loads(line)
+        if isinstance(asked, dict):
+            if _fork() == 0:
+                _serve_as(asked)
+            codes = []
+        else:
+            pids = []
+            for request in asked:
+                if (pid := _fork()) == 0:
+                    _child(request)
+                pids.append(pid)
+            codes = _wait(pids)
+        print(json.dumps(codes), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    to_parent = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what an import prints is no answer
+    serve(sys.stdin, to_parent)

@@ -21,7 +21,7 @@ from tests.support.hub_server import TOKEN, HubServer
 from tests.support.models import REPOSITORY
 
 WARM = """
-import json, os, sys, time, traceback, warnings
+import gc, json, os, sys, time, traceback, warnings
 import torch, transformers, peft, huggingface_hub
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification, pipeline
 with warnings.catch_warnings():
@@ -29,6 +29,8 @@ with warnings.catch_warnings():
     import datasets, evaluate, matplotlib.backends.backend_agg, matplotlib.figure, pydantic, scipy.stats  # used later
     import sklearn.datasets, sklearn.metrics, transformers.models.vit.modeling_vit
 torch.set_num_threads(1)
+gc.collect()
+gc.freeze()  # or each script goes through all that was imported whenever garbage is collected, and copies it
 print("ready", flush=True)
 for line in sys.stdin:
     job = json.loads(line)

@@ -18,13 +18,12 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support.forking import KNOWN
 from tests.support.models import REPOSITORY
 
 T = TypeVar("T")
 
-KNOWN = "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
-"""The warning of pyproject.toml that is nobody's here, as an option of `-W`."""
-STRICT = ("-W", "error", "-W", KNOWN)
+STRICT = ("-W", "error", "-W", f"ignore:{KNOWN}:FutureWarning")
 """Options of Python by which every other warning is an error."""
 
 

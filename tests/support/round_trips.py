@@ -16,16 +16,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from plasticity_peft import PlasticityConfig, load_adapter
+from tests.support.forking import STOCK, run_code
 from tests.support.models import moved
 from tests.support.outputs import answers, difference
-from tests.support.processes import python
 from tests.support.stock import WITHOUT_US
 from tests.support.tasks import Batch, Task
 
-STOCK = (
+SCRIPT = (
     WITHOUT_US
     + """
-import pathlib, warnings
+import pathlib, sys, warnings
 import torch, transformers
 from peft import PeftModel
 from tests.support.outputs import answers, difference
@@ -113,6 +113,6 @@ def save_case(task: Task, training: str, folder: Path, **options: Any) -> str | 
 
 def stock_answers(folders: list[Path]) -> dict[str, str]:
     """Returns what stock PEFT makes of each case, in one process without this package: "equal" or why not."""
-    result = python("-c", STOCK, *folders, cwd=folders[0], timeout=1200)
+    result = run_code(SCRIPT, *folders, folder=folders[0], parent=STOCK, timeout=1200)
     assert result.returncode == 0, result.stderr
     return dict(line.split("\t", 1) for line in result.stdout.splitlines())

@@ -7,11 +7,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.support.forking import PEFT, Parent, run_code
-from tests.support.processes import STRICT
-
-STOCK = Parent(PEFT, STRICT)
-"""A process that has imported PEFT, and not this package; warnings are errors."""
+from tests.support.forking import STOCK, run_code
 
 WITHOUT_US = """
 import sys

@@ -34,10 +34,10 @@ from plasticity_peft.components.uncalled import calling
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images.blank import blank_image
 from plasticity_peft.measuring.head import fit_head
-from tests.support.forking import run_code
+from tests.support.forking import STOCK, run_code
 from tests.support.models import disturbed
 from tests.support.snapshots import assert_same, snapshot
-from tests.support.stock import STOCK, WITHOUT_US
+from tests.support.stock import WITHOUT_US
 from tests.support.timm_like import STYLES, UNCALLED, Block, VisionTransformer, images, timm_like
 
 IMAGES = images()
