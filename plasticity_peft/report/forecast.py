@@ -59,11 +59,12 @@ class Forecast:
         >>> forecast = Forecast(model_type="vit", seed=0, head=head, head_error=0.018, sets=(norms,))
         >>> print(forecast)
         Forecast of vit, 640 images, seed 0
-        | trained     | accuracy | 80 % interval | gain |  80 % interval | parameters |
-        |-------------|----------|---------------|------|----------------|------------|
-        | head fitted |     68.4 |  66.1 to 70.7 |      |                |            |
-        | LN1 + LN2   |     69.0 |  66.3 to 71.7 | +0.6 |   -1.1 to +2.3 |        384 |
-        Finetuning is not expected to pay: no set is above the fitted head by more than its standard error. For images unlike those of pretraining, a forecast can be far too low.
+        | trained     | accuracy | 80 % interval | gain | 80 % interval | parameters |
+        |-------------|----------|---------------|------|---------------|------------|
+        | head fitted |     68.4 |  66.1 to 70.7 |      |               |            |
+        | LN1 + LN2   |     69.0 |  66.3 to 71.7 | +0.6 |  -1.1 to +2.3 |        384 |
+        Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.
+        For images unlike those of pretraining, a forecast can be far too low.
         >>> Forecast.from_dict(forecast.to_dict()) == forecast
         True
     """
@@ -125,7 +126,7 @@ class Forecast:
         chosen, best = self.recommended, self.best
         if chosen is None:
             return (
-                "Finetuning is not expected to pay: no set is above the fitted head by more than its standard error. "
+                "Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.\n"
                 "For images unlike those of pretraining, a forecast can be far too low."
             )
         reason = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
