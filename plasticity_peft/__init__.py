@@ -24,6 +24,7 @@ __all__ = [
     "create_plasticity_optimizer",
     "find_components",
     "fit_head",
+    "forecast_finetuning",
     "load_adapter",
     "load_pretrained",
     "measure_plasticity",

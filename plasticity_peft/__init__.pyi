@@ -21,6 +21,7 @@ from .components import register_architecture as register_architecture
 from .criteria import register_criterion as register_criterion
 from .errors import PlasticityError as PlasticityError
 from .measuring import fit_head as fit_head
+from .measuring import forecast_finetuning as forecast_finetuning
 from .measuring import measure_plasticity as measure_plasticity
 from .optimizers import create_plasticity_optimizer as create_plasticity_optimizer
 from .report import PlasticityReport as PlasticityReport

@@ -112,6 +112,16 @@ def _square(gradient: torch.Tensor) -> torch.Tensor:
     return norm.double() ** 2
 
 
+Reduce = Callable[[str, nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+"""Makes something of the gradient of a layer, image by image, from its path, the layer, its input and the gradient at
+its output."""
+
+
+def _with_last(values: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
+    """Returns each of the values, and whether it is the last one."""
+    return [(value, number == len(values) - 1) for number, value in enumerate(values)]
+
+
 class GradientsByImage:
     """Squared norms of each image's gradient with respect to the parameters of each component.
 
@@ -137,7 +147,32 @@ class GradientsByImage:
             recompute: True recomputes each block in the backward pass instead of keeping all activations. The result
                 is the same; it takes less memory and a third more time.
         """
-        taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), recompute)
+        (squares,) = self.reduced(images, lambda: scalar()[None], _squares_of, recompute)
+        # For a layer that the scalar does not depend on.
+        none = torch.zeros(images, dtype=torch.float64, device="cpu")
+        device = next(iter(squares.values()), none).device
+        columns = [
+            [squares.get(path, none).to(device) for path in component.modules]
+            for component in self._architecture.components
+        ]
+        return torch.stack([torch.stack(own).sum(dim=0) for own in columns], dim=1)
+
+    def reduced(
+        self, images: int, scalars: Callable[[], torch.Tensor], reduce: Reduce, recompute: bool = False
+    ) -> list[dict[str, torch.Tensor]]:
+        """Returns what `reduce` makes of the gradient of each layer, by path, for each of some sums over the images.
+
+        One forward pass serves all sums, and each takes a backward pass. A layer on which a sum does not depend is
+        missing.
+
+        Args:
+            images: number of images in the pass.
+            scalars: function that runs the model and returns the sums: a tensor of shape (sums,).
+            reduce: function of the path of a layer, the layer, its input (images, tokens, inputs) and the gradient at
+                its output (images, tokens, outputs).
+            recompute: as in `__call__`.
+        """
+        taps = _Taps(self._layers, lambda path, values: self._rows(path, values, images), reduce, recompute)
         # If no parameter requires gradients, none are recorded. This is 0, and makes torch record them.
         root = torch.zeros((), requires_grad=True, device="cpu", dtype=torch.float32)
 
@@ -152,19 +187,20 @@ class GradientsByImage:
             hooked(self._layers, taps.forward),
             recomputed(blocks if recompute else ()),
         ):
-            total = scalar()
-            reached = total.requires_grad and torch.autograd.grad(total, root, allow_unused=True)[0] is not None
-            taps.settle()
+            totals = scalars()
+            return [self._backward(total, root, taps, last) for total, last in _with_last(totals)]
+
+    def _backward(self, total: torch.Tensor, root: torch.Tensor, taps: _Taps, last: bool) -> dict[str, torch.Tensor]:
+        """Runs one backward pass, and returns what the taps made of it."""
+        taps.start(last)
+        reached = total.requires_grad and (
+            torch.autograd.grad(total, root, allow_unused=True, retain_graph=not last)[0] is not None
+        )
+        taps.settle()
         if not reached:
             raise ModelError(f"{type(self._model).__name__}: its output {_DETACHED}")
         taps.check_complete()
-        # For a layer that the scalar does not depend on.
-        none = torch.zeros(images, dtype=torch.float64, device="cpu")
-        columns = [
-            [taps.squares.get(path, none).to(total.device) for path in component.modules]
-            for component in self._architecture.components
-        ]
-        return torch.stack([torch.stack(own).sum(dim=0) for own in columns], dim=1)
+        return taps.reduced
 
     def _find_dimensions(self, example: Inputs) -> dict[str, int]:
         """Returns the dimension of the images in the input of each layer: the one that grows with their number.
@@ -201,15 +237,24 @@ class _Taps:
     """
 
     def __init__(
-        self, layers: Mapping[str, nn.Module], rows: Callable[[str, torch.Tensor], torch.Tensor], recompute: bool
+        self,
+        layers: Mapping[str, nn.Module],
+        rows: Callable[[str, torch.Tensor], torch.Tensor],
+        reduce: Reduce,
+        recompute: bool,
     ) -> None:
         """Prepares the layers, by path. `rows` reshapes the tensors of a layer to (images, tokens, features)."""
-        self.squares: dict[str, torch.Tensor] = {}
-        """Squared norms by path: float64 of shape (images,)."""
-        self._layers, self._rows, self._recompute = layers, rows, recompute
+        self.reduced: dict[str, torch.Tensor] = {}
+        """What `reduce` made of the gradient of each layer, by path, in the present backward pass."""
+        self._layers, self._rows, self._reduce, self._recompute = layers, rows, reduce, recompute
         self._given: dict[str, torch.Tensor] = {}
         self._back: dict[str, torch.Tensor] = {}
         self._calls = dict.fromkeys(layers, 0)
+        self._last = True
+
+    def start(self, last: bool) -> None:
+        """Prepares for a backward pass. Before the last one, the inputs of the layers are kept for the next."""
+        self.reduced, self._last = {}, last
 
     def forward(self, path: str, call: Call, output: Any) -> None:
         """Collects one call of a layer; this is the hook for `hooked`."""
@@ -219,7 +264,7 @@ class _Taps:
             if not returned.requires_grad:
                 raise ModelError(f"{path}: its output {_DETACHED}")
             returned.register_hook(partial(self._backward, path))  # type: ignore[no-untyped-call]
-        if self._calls[path] == 1 + self._recompute:  # later calls are those of `_squares`
+        if self._calls[path] == 1 + self._recompute:  # later calls are those of `reduce`
             self._given[path] = call.tokens.detach()
 
     def _backward(self, path: str, gradient: torch.Tensor) -> None:
@@ -229,9 +274,10 @@ class _Taps:
     def settle(self) -> None:
         """Reduces the layers whose input and gradient were both collected."""
         for path in self._back.keys() & self._given.keys():
-            with torch.no_grad(), full_precision(self._back[path]):
-                tokens, gradients = (self._rows(path, held.pop(path)) for held in (self._given, self._back))
-                self.squares[path] = _squares(unwrap(self._layers[path]), tokens, gradients)
+            back, given = self._back.pop(path), self._given.pop(path) if self._last else self._given[path]
+            with torch.no_grad(), full_precision(back):
+                tokens, gradients = self._rows(path, given), self._rows(path, back)
+                self.reduced[path] = self._reduce(path, unwrap(self._layers[path]), tokens, gradients)
 
     def check_complete(self) -> None:
         """Raises ModelError if there is a layer whose gradient came, and whose input did not."""
@@ -240,6 +286,10 @@ class _Taps:
                 f"{path}: its block was not recomputed as far as this layer. Another thread, or the code around this "
                 "call, uses torch.utils.checkpoint.set_checkpoint_early_stop. Measure outside of it."
             )
+
+
+def _squares_of(path: str, layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
+    return _squares(layer, tokens, gradients)
 
 
 def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -257,10 +307,18 @@ def _squares(layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor) ->
         normalised = F.layer_norm(tokens, layer.normalized_shape, eps=layer.eps)
         found = _sums((normalised * gradients).sum(dim=1))
         return found if layer.bias is None else found + _sums(gradients.sum(dim=1))
+    each = gradients_of_rows(layer, tokens, gradients)
+    return torch.stack([torch.stack([_square(slope) for slope in slopes]).sum() for slopes in each])
+
+
+def gradients_of_rows(
+    layer: nn.Module, tokens: torch.Tensor, gradients: torch.Tensor
+) -> list[tuple[torch.Tensor, ...]]:
+    """Returns the gradients of the parameters of any layer, image by image. Arguments are those of `_squares`."""
     own = {name: parameter.detach() for name, parameter in layer.named_parameters(recurse=False)}
     if not all(parameter.is_floating_point() for parameter in own.values()):
         raise ModelError(f"{type(layer).__name__}: its weights are not floating-point numbers, and have no gradient.")
-    return torch.stack([_sum_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)])
+    return [_by_autograd(layer, own, *rows) for rows in zip(tokens, gradients, strict=True)]
 
 
 def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Tensor:
@@ -283,14 +341,13 @@ def _product_squares(tokens: torch.Tensor, gradients: torch.Tensor) -> torch.Ten
     return torch.cat(found)
 
 
-def _sum_by_autograd(
+def _by_autograd(
     layer: nn.Module, parameters: dict[str, torch.Tensor], tokens: torch.Tensor, gradient: torch.Tensor
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, ...]:
     with torch.enable_grad():
         copies = {name: parameter.to(tokens.dtype).requires_grad_() for name, parameter in parameters.items()}
         output = torch.func.functional_call(layer, copies, (tokens[None],))
-        slopes = torch.autograd.grad(output, list(copies.values()), gradient[None].to(output.dtype))
-    return torch.stack([_square(slope) for slope in slopes]).sum()
+        return torch.autograd.grad(output, list(copies.values()), gradient[None].to(output.dtype))
 
 
 def _sums(values: torch.Tensor) -> torch.Tensor:

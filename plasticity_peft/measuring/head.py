@@ -188,17 +188,17 @@ def fitted_head(
     def collected() -> tuple[nn.Linear, str, tuple[Any, Any, Any]]:
         with trainable_after(model):
             with failing_together(share):
-                sampler = _sampler(model, architecture, dataset, max_samples, batch_size, seed)
+                sampler = labeled_images(model, architecture, dataset, max_samples, batch_size, seed)
                 path = final_layer(model, architecture, sampler.example())
-                layer = _linear(model, path)
+                layer = linear_at(model, path)
                 count = sampler.available(max_samples)
-                problem = _problem_type(model, sampler)
+                problem = problem_type(model, sampler)
             same(share, "number of images", count)
             return layer, problem, _collect(model, architecture, path, sampler, share, problem)
 
     layer, problem, seen = run_left_as_found(collected, model, seed, options["dtype"], dataset)
     sums, features, targets = seen
-    fit = _solve(sums, features, targets, wanted, share, problem)
+    fit = solve(sums, features, targets, wanted, share, problem)
     weights, biases = Ridge(sums).weights(fit.penalty)
     return FittedHead(layer, weights * fit.temperature, biases * fit.temperature, fit)
 
@@ -221,7 +221,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
         if isinstance(module, nn.Linear)
     }
     outputs: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
-    hooks: dict[str, nn.Module] = {path: _linear(model, path) for path in linears}
+    hooks: dict[str, nn.Module] = {path: linear_at(model, path) for path in linears}
     with hooked(hooks, lambda path, call, output: outputs[path].append(output)):
         output = run(model, architecture, example)
     logits = getattr(output, "logits", output)  # a model of timm returns them alone
@@ -239,7 +239,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
     return ends[0]
 
 
-def _linear(model: nn.Module, path: str) -> nn.Linear:
+def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """Returns the linear layer at a path of the base model, or the copy that an enabled adapter trains."""
     current: nn.Module = model
     for name in path.split("."):
@@ -260,9 +260,10 @@ def _active(module: nn.Module) -> nn.Module:
     return trained[0] if trained else original
 
 
-def _sampler(
+def labeled_images(
     model: nn.Module, architecture: Architecture, dataset: Any, max_samples: int, batch_size: int, seed: int
 ) -> SingleImages:
+    """Returns a sampler of labeled images. Raises ConfigError if there are none."""
     if dataset is None:
         raise ConfigError("dataset must be labeled images to fit the head on. Got None.")
     names = input_names(model, architecture)
@@ -286,7 +287,7 @@ def sampler_of(
     )
 
 
-def _problem_type(model: nn.Module, sampler: SingleImages) -> str:
+def problem_type(model: nn.Module, sampler: SingleImages) -> str:
     """Returns the problem type of the config, or that of the first labels, as transformers infers it."""
     config = getattr(model, "config", None)
     named = getattr(config, "problem_type", None)
@@ -302,7 +303,7 @@ def _collect(
     model: nn.Module, architecture: Architecture, path: str, sampler: SingleImages, share: Share, problem: str
 ) -> tuple[Sums, np.ndarray, np.ndarray]:
     """Returns the sums over all processes, and the features and targets that this process keeps, as float32."""
-    layer = _linear(model, path)
+    layer = linear_at(model, path)
     held = -(-MOST_HELD // share.world_size)
     sums, kept, count = Sums.of(np.empty((0, layer.in_features)), np.empty((0, layer.out_features))), [], 0
     numbers = share.of(range(sampler.available(sampler.max_samples)))
@@ -317,8 +318,8 @@ def _collect(
             with hooked({path: layer}, keep):
                 run(model, architecture, batch.images)
             features = seen[0].float().cpu().numpy()
-            _check_finite(features, path)
-            targets = _targets(sampler.labels(batch), layer.out_features, problem)
+            check_finite(features, path)
+            targets = targets_of(sampler.labels(batch), layer.out_features, problem)
             sums = sums.merge(Sums.of(features, targets))
             if count < held:
                 kept.append((features[: held - count], targets[: held - count]))
@@ -332,7 +333,8 @@ def _collect(
     return sums, np.concatenate([x for x, _ in kept]), np.concatenate([y for _, y in kept])
 
 
-def _check_finite(features: np.ndarray, path: str) -> None:
+def check_finite(features: np.ndarray, path: str) -> None:
+    """Raises NonFiniteError, which names the layer at `path`, if a feature that it gets is NaN or infinite."""
     if not np.isfinite(features).all():
         raise NonFiniteError(
             f"The features that {path} receives are NaN or infinite. In half precision this is often overflow: run "
@@ -340,7 +342,7 @@ def _check_finite(features: np.ndarray, path: str) -> None:
         )
 
 
-def _targets(labels: torch.Tensor, outputs: int, problem: str) -> np.ndarray:
+def targets_of(labels: torch.Tensor, outputs: int, problem: str) -> np.ndarray:
     """Returns the targets, (n, outputs): -1 and 1 for labels, and the numbers themselves for a regression."""
     given = labels.cpu().numpy()
     if problem == "single_label_classification":
@@ -360,7 +362,7 @@ def _targets(labels: torch.Tensor, outputs: int, problem: str) -> np.ndarray:
     return np.asarray(2 * given - 1)
 
 
-def _solve(
+def solve(
     sums: Sums, features: np.ndarray, targets: np.ndarray, penalties: list[float] | None, share: Share, problem: str
 ) -> HeadFit:
     """Returns the penalty and the temperature with the smallest leave-one-out errors, and these errors."""

@@ -48,6 +48,7 @@ PUBLIC = [
     "create_plasticity_optimizer",
     "find_components",
     "fit_head",
+    "forecast_finetuning",
     "load_adapter",
     "load_pretrained",
     "measure_plasticity",

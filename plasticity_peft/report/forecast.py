@@ -1,0 +1,166 @@
+"""What finetuning sets of components is expected to give; see `plasticity_peft.forecast_finetuning`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, ClassVar
+
+from annotated_types import Len
+
+from plasticity_peft.constraints import STRICT, Chance, NonNegative, PositiveCount, Seed, Text, read_as
+from plasticity_peft.errors import ReportError
+from plasticity_peft.report.cost import Cost
+from plasticity_peft.report.head import HeadFit
+from plasticity_peft.report.text import table
+
+COVERAGE = 0.8
+"""Probability that an interval contains the value that it is for."""
+HALF_WIDTH = 1.2816
+"""Half of the width of such an interval, in standard errors of a normal distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SetForecast:
+    """What finetuning one set of components is expected to give."""
+
+    name: Text
+    """The units of the set, such as "MHA + FC1", or "everything"."""
+    components: Annotated[tuple[Text, ...], Len(1)]
+    """Canonical ids of its components, in the order of the blocks."""
+    parameters: PositiveCount
+    """Number of their weights and biases."""
+    accuracy: Chance
+    """Expected accuracy on new images after the set was finetuned in full, from 0 to 1."""
+    error: NonNegative
+    """Standard error of `accuracy`."""
+    gain: float
+    """Expected accuracy, less that of the fitted head."""
+    gain_error: NonNegative
+    """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
+    cost: Cost | None = None
+    """What a training step costs. None if it could not be counted."""
+
+    @property
+    def price(self) -> float:
+        """What orders sets from cheap to expensive: the time of a step, or the parameters if it is unknown."""
+        return float(self.parameters) if self.cost is None else self.cost.time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """What `forecast_finetuning` expects of several sets of components.
+
+    Examples:
+        >>> head = HeadFit("single_label_classification", score=0.684, loss=0.91, penalty=31.6, temperature=4.1,
+        ...                images=640, features=96, outputs=10)
+        >>> norms = SetForecast(name="LN1 + LN2", components=("0.LN1", "0.LN2"), parameters=384, accuracy=0.69,
+        ...                     error=0.021, gain=0.006, gain_error=0.013)
+        >>> forecast = Forecast(model_type="vit", seed=0, head=head, head_error=0.018, sets=(norms,))
+        >>> print(forecast)
+        Forecast of vit, 640 images, seed 0
+        | trained     | accuracy | 80 % interval | gain | 80 % interval | parameters |
+        |-------------|----------|---------------|------|---------------|------------|
+        | head fitted |     68.4 |  66.1 to 70.7 |      |               |            |
+        | LN1 + LN2   |     69.0 |  66.3 to 71.7 | +0.6 |  -1.1 to +2.3 |        384 |
+        Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.
+        For images unlike those of pretraining, a forecast can be far too low.
+        >>> Forecast.from_dict(forecast.to_dict()) == forecast
+        True
+    """
+
+    model_type: Text
+    """`config.model_type` of the backbone."""
+    seed: Seed
+    """Seed of the drawing of images and of the directions."""
+    head: HeadFit
+    """The head that is fitted in closed form, with which finetuning is compared. The model does not get it."""
+    head_error: NonNegative
+    """Standard error of its leave-one-out accuracy."""
+    sets: Annotated[tuple[SetForecast, ...], Len(1)]
+    """In the order in which they were given."""
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
+
+    @property
+    def best(self) -> SetForecast:
+        """The set of the highest expected accuracy; the cheapest of equals."""
+        return min(self.sets, key=lambda one: (-one.gain, one.price))
+
+    @property
+    def pays(self) -> bool:
+        """Whether finetuning is expected to pay: the best set gains more than its standard error."""
+        return self.best.gain > self.best.gain_error
+
+    @property
+    def recommended(self) -> SetForecast | None:
+        """The cheapest set that is within one standard error of the best; None if finetuning does not pay.
+
+        The cheapest has the shortest training step, or the fewest parameters if costs are unknown.
+        """
+        if not self.pays:
+            return None
+        near = [one for one in self.sets if one.gain >= self.best.gain - self.best.gain_error]
+        return min(near, key=lambda one: (one.price, -one.gain))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the forecast as values that JSON can represent."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Forecast:
+        """Returns the forecast that `to_dict` converted.
+
+        Raises:
+            ReportError: a value is missing or is not allowed.
+        """
+        found: Forecast = read_as(cls, values, ReportError)
+        return found
+
+    def __str__(self) -> str:
+        title = f"Forecast of {self.model_type}, {self.head.images} images, seed {self.seed}"
+        return "\n".join([table(title, self._columns(), self._rows()), self.advice()])
+
+    def advice(self) -> str:
+        """Returns what is recommended, in a sentence."""
+        chosen, best = self.recommended, self.best
+        if chosen is None:
+            return (
+                "Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.\n"
+                "For images unlike those of pretraining, a forecast can be far too low."
+            )
+        reason = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
+        return f"Recommended: {chosen.name}, {reason}."
+
+    def _columns(self) -> tuple[str, ...]:
+        interval = f"{COVERAGE:.0%} interval".replace("%", " %")
+        columns = ("trained", "accuracy", interval, "gain", interval, "parameters")
+        return (*columns, "time", "memory") if self._costs_known else columns
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        head: tuple[str, ...] = (
+            "head fitted",
+            f"{100 * self.head.score:.1f}",
+            _interval(self.head.score, self.head_error),
+            "",
+            "",
+            "",
+        )
+        rows = [(*head, "", "") if self._costs_known else head]
+        for one in self.sets:
+            gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
+            row = one.name, f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error), *gain
+            cost = () if one.cost is None else (f"{one.cost.time:.2f}", f"{one.cost.memory:.2f}")
+            rows.append((*row, f"{one.parameters:,}", *cost))
+        return rows
+
+    @property
+    def _costs_known(self) -> bool:
+        return all(one.cost is not None for one in self.sets)
+
+
+def _interval(value: float, error: float, sign: str = "") -> str:
+    """Returns the interval of a share, in percent; that of an accuracy ends at 0 and 100."""
+    ends = [100 * (value + side * HALF_WIDTH * error) for side in (-1, 1)]
+    low, high = ends if sign else [min(max(end, 0.0), 100.0) for end in ends]
+    return f"{low:{sign}.1f} to {high:{sign}.1f}"

@@ -1,0 +1,262 @@
+"""The forecast: kernels are those of exact gradients, leave-one-out is n fits, and the result needs no luck."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from sklearn.kernel_ridge import KernelRidge
+from sklearn.preprocessing import KernelCenterer
+from torch import nn
+
+from plasticity_peft import find_components, fit_head, forecast_finetuning
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.criteria.gradients import GradientsByImage
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.measuring.kernel_ridge import left_out
+from plasticity_peft.measuring.tangents import Sketcher, Tangents
+from tests.measuring.test_head import labeled
+from tests.support.forking import run_script
+from tests.support.models import tiny_model
+
+COUNT = 6
+IMAGES = torch.rand(COUNT, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+DIRECTIONS = torch.randn(2, 16, generator=torch.Generator().manual_seed(4))
+ITEMS = labeled(30, [number % 3 for number in range(30)])
+
+
+def features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Returns what the classifier of a ViT receives."""
+    return model.vit(pixel_values=images).last_hidden_state[:, 0]
+
+
+def sketches(model: nn.Module, width: int, seed: int = 0) -> dict[str, np.ndarray]:
+    """Returns the sketches of the gradients of `IMAGES` by the code under test."""
+    architecture = find_architecture(model)
+    layers = [path for part in architecture.components for path in part.modules]
+    gradients = GradientsByImage(model, architecture, {"pixel_values": IMAGES[:1]})
+
+    def projected() -> torch.Tensor:
+        return (features(model, IMAGES) @ DIRECTIONS.T).sum(dim=0)
+
+    found = gradients.reduced(COUNT, projected, Sketcher(layers, seed, width))
+    return {path: torch.stack([each[path] for each in found], dim=1).numpy() for path in layers}
+
+
+def exact(model: nn.Module) -> dict[str, np.ndarray]:
+    """Returns the gradients by layer, (images, directions, parameters), computed one by one by torch alone."""
+    paths = [path for part in find_components(model) for path in part.modules]
+    own = [list(model.get_submodule(path).parameters()) for path in paths]
+    rows = []
+    for value in (features(model, IMAGES) @ DIRECTIONS.T).flatten():
+        flat = iter(torch.autograd.grad(value, [each for group in own for each in group], retain_graph=True))
+        rows.append([torch.cat([next(flat).flatten() for _ in group]) for group in own])
+    return {
+        path: torch.stack([row[number] for row in rows]).reshape(COUNT, 2, -1).numpy()
+        for number, path in enumerate(paths)
+    }
+
+
+def inner(values: np.ndarray) -> np.ndarray:
+    """Returns the inner products of all pairs of images, mean over directions."""
+    return np.einsum("idp,jdp->ij", values, values) / values.shape[1]
+
+
+def test_a_sketch_that_is_wide_enough_keeps_every_inner_product() -> None:
+    model = tiny_model()
+    found, theirs = sketches(model, width=100), exact(model)
+    for path, values in theirs.items():
+        np.testing.assert_allclose(inner(found[path]), inner(values), rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_narrow_sketches_have_the_right_inner_products_in_the_mean() -> None:
+    model = tiny_model()
+    path, norm = (find_components(model)[row].modules[0] for row in (3, 2))
+    theirs = exact(model)
+    many = [sketches(model, width=4, seed=seed) for seed in range(40)]
+    assert many[0][path].shape == (COUNT, 2, 16)
+    for layer in (path, norm):
+        mean = np.mean([inner(each[layer]) for each in many], axis=0)
+        size = np.diag(inner(theirs[layer])).mean()
+        assert np.abs(mean - inner(theirs[layer])).max() < 0.25 * size
+    assert not np.allclose(many[0][path], many[1][path])
+
+
+def test_kernels_are_centered_and_weighted_as_adam_would() -> None:
+    model = tiny_model()
+    architecture = find_architecture(model)
+    theirs = exact(model)
+    expected = {}
+    for part in architecture.components:
+        total = 0.0
+        for path in part.modules:
+            kernel = inner(theirs[path])
+            total = total + kernel / np.sqrt(np.trace(kernel) / COUNT / theirs[path].shape[2])
+        expected[part.id] = KernelCenterer().fit_transform(total)
+    whole = sum(np.trace(kernel) / COUNT for kernel in expected.values())
+    found = Tangents(sketches(model, width=100)).kernels(architecture)
+    assert list(found) == [part.id for part in architecture.components]
+    for name, kernel in expected.items():
+        np.testing.assert_allclose(found[name], kernel / whole, atol=2e-3 * np.abs(kernel / whole).max())
+
+
+def test_leave_one_out_is_kernel_ridge_without_each_image_in_turn() -> None:
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(14, 5)), rng.normal(size=(14, 3))
+    kernel = x @ x.T
+    for row, predicted in enumerate(left_out(kernel, y)):
+        others = np.arange(14) != row
+        centerer = KernelCenterer().fit(kernel[np.ix_(others, others)])
+        means = y[others].mean(axis=0)
+        fitted = KernelRidge(alpha=1.0, kernel="precomputed")
+        fitted.fit(centerer.transform(kernel[np.ix_(others, others)]), y[others] - means)
+        theirs = means + fitted.predict(centerer.transform(kernel[[row]][:, others]))[0]
+        np.testing.assert_allclose(predicted, theirs, rtol=1e-8)
+
+
+def test_the_fitted_head_of_a_forecast_is_that_of_fit_head_and_is_not_set() -> None:
+    model = tiny_model()
+    before = copy.deepcopy(model.state_dict())
+    forecast = forecast_finetuning(model, ITEMS)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    theirs = fit_head(model, ITEMS)
+    assert forecast.head.score == pytest.approx(theirs.score)
+    assert forecast.head.loss == pytest.approx(theirs.loss, rel=1e-3)
+    assert [one.name for one in forecast.sets] == [
+        *("LN1", "MHA", "LN2", "FC1", "FC2"),
+        *("LN1 + LN2", "MHA + FC1", "MHA + FC2", "FC1 + FC2", "everything"),
+    ]
+    for one in forecast.sets:
+        assert one.accuracy == pytest.approx(min(1, max(0, forecast.head.score + one.gain)))
+        assert 0 < one.gain_error < one.error + 0.1
+        assert one.cost is not None
+    everything = forecast.sets[-1]
+    assert everything.parameters == sum(part.parameters for part in find_components(model))
+
+
+def test_a_set_is_the_same_by_any_name_and_after_adapters_were_added() -> None:
+    model = tiny_model()
+    sets = ["MHA", ("0.MHA", "1.MHA"), ("LN1", "MHA", "LN2", "FC1", "FC2")]
+    first = forecast_finetuning(model, ITEMS, sets=sets)
+    kind, ids, everything = first.sets
+    assert (kind.gain, kind.components) == (ids.gain, ids.components)
+    assert (ids.name, everything.name) == ("0.MHA + 1.MHA", "everything")
+    query = find_components(model)[1].modules[0]
+    adapted = get_peft_model(model, LoraConfig(target_modules=[query], modules_to_save=["classifier"]))
+    second = forecast_finetuning(adapted, ITEMS, sets=sets)
+    assert [one.gain for one in second.sets] == [one.gain for one in first.sets]
+
+
+def test_what_cannot_reach_the_features_is_forecast_to_gain_nothing() -> None:
+    """The second layers of the MLP are zero, so the first ones have no influence, and no gradient."""
+    model = tiny_model()
+    for part in find_components(model):
+        if part.kind == "FC2":
+            nn.init.zeros_(model.get_submodule(part.modules[0]).weight)
+    forecast = forecast_finetuning(model, ITEMS, sets=["FC1", "LN2", "MHA"])
+    first, norm, attention = forecast.sets
+    assert first.gain == norm.gain == 0.0
+    assert attention.gain != 0.0
+
+
+def test_finetuning_does_not_pay_where_the_head_is_always_right() -> None:
+    colors = torch.eye(3)[:, :, None, None]
+    items = [{**item, "pixel_values": item["pixel_values"] / 10 + 3 * colors[item["labels"]]} for item in ITEMS]
+    forecast = forecast_finetuning(tiny_model(), items)
+    assert forecast.head.score == 1.0
+    assert not forecast.pays
+    assert forecast.recommended is None
+    assert "not expected to pay" in str(forecast)
+
+
+def test_the_recommended_set_is_the_cheapest_one_near_the_best() -> None:
+    forecast = forecast_finetuning(tiny_model(), ITEMS, sets=["LN1", "MHA", "FC1"])
+    norm, attention, first = (
+        replace(one, gain=gain, gain_error=0.02) for one, gain in zip(forecast.sets, (0.01, 0.1, 0.09), strict=True)
+    )
+    cheap = replace(first, cost=replace(first.cost, time=attention.cost.time - 0.01))
+    assert replace(forecast, sets=(norm, attention, cheap)).recommended is cheap
+    dear = replace(first, cost=replace(first.cost, time=attention.cost.time + 0.01))
+    assert replace(forecast, sets=(norm, attention, dear)).recommended is attention
+    unknown = [replace(one, cost=None) for one in (norm, replace(attention, parameters=10**9), first)]
+    assert replace(forecast, sets=tuple(unknown)).recommended == unknown[2]
+    assert f"Recommended: {cheap.name}, the cheapest" in str(replace(forecast, sets=(norm, attention, cheap)))
+
+
+@pytest.mark.parametrize("batch_size", [1, 7])
+def test_the_size_of_a_pass_changes_nothing(batch_size: int) -> None:
+    one = forecast_finetuning(tiny_model(), ITEMS[:15], sets=["MHA"])
+    other = forecast_finetuning(tiny_model(), ITEMS[:15], sets=["MHA"], batch_size=batch_size)
+    assert [each.gain for each in other.sets] == [each.gain for each in one.sets]
+
+
+@pytest.mark.parametrize("name", ["deit", "dinov2"])
+def test_other_architectures(name: str) -> None:
+    forecast = forecast_finetuning(tiny_model(name), ITEMS[:12], sets=[("MHA", "0.FC1")])
+    assert forecast.sets[0].components == ("0.MHA", "0.FC1", "1.MHA")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"sets": "MHA"}, ConfigError, "sets must be a list of sets"),
+        ({"sets": []}, ConfigError, "at least one set"),
+        ({"sets": [()]}, ConfigError, "must be made of kinds"),
+        ({"sets": ["5.MHA"]}, ConfigError, r"canonical ids \(0.LN1, ..., 1.FC2\). Got \('5.MHA',\)"),
+        ({"sets": [3]}, ConfigError, "must be made of kinds"),
+        ({"max_samples": 5000}, ConfigError, "max_samples must be a whole number from 2 to 4096"),
+        ({"dataset": None}, ConfigError, "dataset must be labeled images"),
+        ({"dataset": [{"pixel_values": item["pixel_values"]} for item in ITEMS]}, DataError, "label"),
+    ],
+)
+def test_wrong_arguments(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        forecast_finetuning(tiny_model(), **{"dataset": ITEMS, **options})
+
+
+def test_what_cannot_be_forecast_is_refused_by_name() -> None:
+    regression = tiny_model(num_labels=1)
+    with pytest.raises(ModelError, match="one class per image"):
+        forecast_finetuning(regression, labeled(8, [0.5 * number for number in range(8)]))
+    broken = tiny_model()
+    with torch.no_grad():
+        broken.get_submodule(find_components(broken)[1].modules[0]).weight.fill_(float("nan"))
+    with pytest.raises(NonFiniteError):
+        forecast_finetuning(broken, ITEMS)
+
+
+SCRIPT = """
+import json
+import sys
+from pathlib import Path
+from accelerate import PartialState
+from plasticity_peft import forecast_finetuning
+from tests.measuring.test_forecast import ITEMS, tiny_model
+state = PartialState(cpu=True)
+forecast = forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4)
+Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(forecast.to_dict()))
+state.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_several_processes_forecast_what_one_does(processes: int, tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT)
+    run = run_script(tmp_path / "script.py", tmp_path, cwd=tmp_path, processes=processes)
+    assert run.returncode == 0, run.stderr
+    rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(processes)]
+    one = json.loads(json.dumps(forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4).to_dict()))
+    for row in rows:
+        assert row == rows[0]
+        for mine, theirs in zip(row["sets"], one["sets"], strict=True):
+            assert (mine["name"], mine["cost"]) == (theirs["name"], theirs["cost"])
+            numbers = ("accuracy", "error", "gain", "gain_error")
+            assert [mine[name] for name in numbers] == pytest.approx([theirs[name] for name in numbers], abs=1e-6)
