@@ -16,7 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from plasticity_peft import __version__
-from plasticity_peft.cli import card, compare, measure, select, show
+from plasticity_peft.cli import card, compare, forecast, measure, select, show
 from plasticity_peft.errors import PlasticityError
 
 
@@ -48,6 +48,7 @@ app = typer.Typer(
 )
 for module, command in (
     (measure, measure.measure),
+    (forecast, forecast.forecast),
     (show, show.show),
     (select, select.select),
     (compare, compare.compare),

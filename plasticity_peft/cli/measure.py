@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from plasticity_peft.checks import DTYPES, PROTOCOLS
+from plasticity_peft.cli import images as named
 from plasticity_peft.cli import options
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
@@ -39,16 +40,11 @@ def measure(
     source: Annotated[
         str | None, typer.Option("--source", help="Pretraining-like images for the other half of each pair.")
     ] = None,
-    split: Annotated[str, typer.Option("--split", help="Split of both datasets.")] = "train",
-    dataset_config_name: Annotated[
-        str | None, typer.Option("--dataset_config_name", help="Configuration of the dataset on the Hub.")
-    ] = None,
-    image_column: Annotated[str, typer.Option("--image_column", help="Column of the images.")] = "image",
-    label_column: Annotated[str, typer.Option("--label_column", help="Column of the labels, if any.")] = "label",
-    image_size: Annotated[
-        int | None,
-        typer.Option("--image_size", help="Side of the images in pixels. By default the size in the model's config."),
-    ] = None,
+    split: named.Split = "train",
+    dataset_config_name: named.Configuration = None,
+    image_column: named.ImageColumn = "image",
+    label_column: named.LabelColumn = "label",
+    image_size: named.ImageSize = None,
     revision: options.Revision = None,
     plugin: options.Plugin = None,
     fit_head: Annotated[
@@ -90,13 +86,13 @@ def measure(
     max_samples = _max_samples(max_samples, pairs)
     check_file(output, "--output")
     check_picture(plot)
-    state = _state()
-    target = _Images(data, split, image_column, label_column, dataset_config_name)
-    others = _Images(source, split, image_column, label_column)
+    state = named.processes()
+    target = named.NamedImages(data, split, image_column, label_column, dataset_config_name)
+    others = named.NamedImages(source, split, image_column, label_column)
     with state.main_process_first():
         target.load()
         others.load()
-    loaded = _load_model(model, target, seed, revision).to("cpu" if state.device.type == "mps" else state.device)
+    loaded = named.load_for(target, model, state, seed, revision)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
@@ -142,56 +138,6 @@ def _fit_head(model: Any, images: Any, state: PartialState, **options: Any) -> N
     found = fit_head(model, images, **options)
     if state.is_main_process:
         typer.echo(str(found), err=True)
-
-
-def _state() -> PartialState:
-    """Returns the processes that `accelerate launch` started, or this one."""
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-
-
-class _Images:
-    """The dataset of an option, if the option is given."""
-
-    def __init__(
-        self, name: str | None, split: str, image_column: str, label_column: str, configuration: str | None = None
-    ) -> None:
-        self.name, self.split, self.configuration = name, split, configuration
-        self.columns = {"image_column": image_column, "label_column": label_column}
-        self.rows: Any = None
-
-    def load(self) -> None:
-        """Reads the dataset, or downloads it."""
-        from plasticity_peft.images.datasets import choose_split, load_image_dataset
-
-        if self.name is not None:
-            self.rows = choose_split(load_image_dataset(self.name, self.configuration), self.split, self.name)
-
-    def labels(self) -> list[str] | None:
-        """Returns the names of the labels; None if the dataset has none."""
-        from plasticity_peft.images.datasets import label_names
-
-        return None if self.rows is None else label_names(self.rows, self.columns["label_column"])
-
-    def prepared(self, processor: Any) -> Any:
-        """Returns the images in the form that the model takes; None without a dataset."""
-        from plasticity_peft.images.datasets import with_pixel_values
-
-        if self.rows is None:
-            return None
-        return with_pixel_values(self.rows, processor, name=str(self.name), **self.columns)
-
-
-def _load_model(name: str, target: _Images, seed: int, revision: str | None) -> Any:
-    """Returns the model. A new head gets random weights from `seed`."""
-    from accelerate.utils import set_seed
-
-    from plasticity_peft.cli.models import load_model
-
-    set_seed(seed)
-    return load_model(name, target.labels(), revision=revision)
 
 
 def _hand_out(report: PlasticityReport, output: Path | None, plot: Path | None, view: str, as_json: bool) -> None:

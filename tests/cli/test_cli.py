@@ -25,15 +25,22 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 import plasticity_peft
-from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
-from plasticity_peft.cli import card, compare, measure, select, show
+from plasticity_peft import (
+    PlasticityConfig,
+    PlasticityReport,
+    find_components,
+    forecast_finetuning,
+    measure_plasticity,
+)
+from plasticity_peft.cli import card, compare, forecast, measure, select, show
 from plasticity_peft.cli.app import app
 from plasticity_peft.components.component import KINDS
+from plasticity_peft.report.forecast import Forecast
 from tests.support.forking import STOCK, run_code
 from tests.support.models import REPOSITORY, random_images, tiny_model
 from tests.support.processes import launch, python
 
-COMMANDS = {"measure": measure, "show": show, "select": select, "compare": compare, "card": card}
+COMMANDS = {"measure": measure, "forecast": forecast, "show": show, "select": select, "compare": compare, "card": card}
 PNG = b"\x89PNG"
 
 
@@ -565,3 +572,22 @@ def test_the_head_is_fitted_before_a_criterion_with_gradients() -> None:
     assert json.loads(fitted.stdout)["scores"] != json.loads(fresh.stdout)["scores"]
     assert re.search(r"^head fitted on \d+ images: leave-one-out accuracy [\d.]+ %$", fitted.stderr, re.MULTILINE)
     assert "--fit_head needs labeled images" in run("measure", "model", "--fit_head", code=1).output
+
+
+def test_forecasts_as_the_library_does(tmp_path: Path) -> None:
+    result = run(
+        "forecast", "model", "images", "--set", "MHA", "--set", "0.FC1, 1.FC1", "--json", "--output", "a.json"
+    )
+    found = Forecast.from_dict(json.loads(result.stdout))
+    assert found == Forecast.from_dict(json.loads(written.read_text()))
+    model = AutoModelForImageClassification.from_pretrained("model", num_labels=2, ignore_mismatched_sizes=True)
+    processor = AutoImageProcessor.from_pretrained("model")
+    rows = load_dataset("imagefolder", data_dir="images")["train"]
+    pixels = processor(images=[image.convert("RGB") for image in rows["image"]], return_tensors="pt")["pixel_values"]
+    items = [{"pixel_values": x, "labels": y} for x, y in zip(pixels, rows["label"], strict=True)]
+    expected = forecast_finetuning(model, items, sets=["MHA", ("0.FC1", "1.FC1")])
+    assert [(one.name, one.components) for one in found.sets] == [(one.name, one.components) for one in expected.sets]
+    for one, other in zip(found.sets, expected.sets, strict=True):
+        assert (one.gain, one.error, one.cost) == (pytest.approx(other.gain), pytest.approx(other.error), other.cost)
+    assert "Forecast of vit, 14 images" in run("forecast", "model", "images", "--set", "MHA").stdout
+    assert "kinds" in run("forecast", "model", "images", "--set", "MHB", code=1).output

@@ -1,0 +1,91 @@
+"""`plasticity-peft forecast`: says what finetuning sets of components will give, before anything trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from plasticity_peft.checks import DTYPES
+from plasticity_peft.cli import images as named
+from plasticity_peft.cli import options
+
+if TYPE_CHECKING:
+    from plasticity_peft.report.forecast import Forecast
+
+EXAMPLES = """\b
+Examples:
+  plasticity-peft forecast google/vit-base-patch16-224-in21k beans
+  plasticity-peft forecast facebook/dinov2-small path/to/images --image_size 98 --set MHA --set MHA,FC1
+  accelerate launch -m plasticity_peft forecast path/to/model path/to/images --output forecast.json
+"""
+
+
+def forecast(
+    model: Annotated[str, typer.Argument(help="Hub name or folder of a vision transformer.")],
+    data: Annotated[
+        str, typer.Argument(help="Hub name of an image dataset with labels, a folder of images, or a parquet file.")
+    ],
+    split: named.Split = "train",
+    dataset_config_name: named.Configuration = None,
+    image_column: named.ImageColumn = "image",
+    label_column: named.LabelColumn = "label",
+    image_size: named.ImageSize = None,
+    revision: options.Revision = None,
+    plugin: options.Plugin = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="Kinds and components that train together, separated by commas. May be given several times. By "
+            "default each kind, pairs of kinds, and everything.",
+        ),
+    ] = None,
+    max_samples: Annotated[int, typer.Option("--max_samples", help="Largest number of images to use.")] = 1024,
+    batch_size: Annotated[int, typer.Option("--batch_size", help=options.HELP["batch_size"])] = 32,
+    seed: Annotated[int, typer.Option("--seed", help=options.HELP["seed"])] = 0,
+    dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
+    backbone: options.Backbone = None,
+    forward_kwargs: options.ForwardKwargs = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """Forecasts the accuracy of finetuning sets of components, with intervals and costs, and recommends one."""
+    from plasticity_peft.cli.models import load_processor
+    from plasticity_peft.cli.reports import check_file
+    from plasticity_peft.measuring.forecast import forecast_finetuning
+
+    check_file(output, "--output")
+    state = named.processes()
+    target = named.NamedImages(data, split, image_column, label_column, dataset_config_name)
+    with state.main_process_first():
+        target.load()
+    found = forecast_finetuning(
+        named.load_for(target, model, state, seed, revision),
+        target.prepared(load_processor(model, image_size, revision)),
+        sets=[options.several(each) for each in sets] if sets else None,
+        max_samples=max_samples,
+        batch_size=batch_size,
+        seed=seed,
+        dtype=dtype,
+        backbone=backbone,
+        forward_kwargs=forward_kwargs,
+    )
+    if state.is_main_process:
+        _hand_out(found, output, as_json)
+    state.destroy_process_group()
+
+
+def _hand_out(found: Forecast, output: Path | None, as_json: bool) -> None:
+    from plasticity_peft.cli.reports import print_json
+    from plasticity_peft.files import write_text
+
+    values: dict[str, Any] = found.to_dict()
+    if output is not None:
+        write_text(output, json.dumps(values, indent=2) + "\n")
+    if as_json:
+        print_json(values)
+    else:
+        typer.echo(str(found))
