@@ -575,9 +575,8 @@ def test_the_head_is_fitted_before_a_criterion_with_gradients() -> None:
 
 
 def test_forecasts_as_the_library_does(tmp_path: Path) -> None:
-    result = run(
-        "forecast", "model", "images", "--set", "MHA", "--set", "0.FC1, 1.FC1", "--json", "--output", "a.json"
-    )
+    written, sets = tmp_path / "a.json", ["--set", "MHA", "--set", "0.FC1, 1.FC1"]
+    result = run("forecast", "model", "images", *sets, "--json", "--output", written)
     found = Forecast.from_dict(json.loads(result.stdout))
     assert found == Forecast.from_dict(json.loads(written.read_text()))
     model = AutoModelForImageClassification.from_pretrained("model", num_labels=2, ignore_mismatched_sizes=True)
