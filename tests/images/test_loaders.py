@@ -35,6 +35,7 @@ from plasticity_peft.errors import ConfigError, DataError
 from plasticity_peft.images import sources
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Batches, Pairs, SingleImages
+from tests.support.crossing import crossed
 from tests.support.models import random_images
 
 IMAGES = random_images(48)
@@ -90,8 +91,14 @@ SAMPLERS = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("collate", [None, stacked, default_data_collator])
-@pytest.mark.parametrize("name", SAMPLERS)
+@crossed(
+    name=SAMPLERS,
+    collate=[
+        pytest.param(None, id="torch's"),
+        pytest.param(stacked, id="stacked"),
+        pytest.param(default_data_collator, id="transformers'"),
+    ],
+)
 def test_only_the_images_of_the_sampler_are_measured(
     vit: PreTrainedModel, name: str, collate: Callable[..., Any] | None
 ) -> None:

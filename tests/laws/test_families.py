@@ -106,7 +106,7 @@ def test_the_head_is_found(name: str) -> None:
     assert find_architecture(found.build()).heads == expected
 
 
-@every_family
+@each_kind_of_family
 def test_a_component_called_again_gives_what_it_gave(name: str) -> None:
     """Also where position biases, masks or rotary embeddings arrive as arguments."""
     found = family(name)
@@ -128,8 +128,7 @@ def test_a_component_called_again_gives_what_it_gave(name: str) -> None:
             torch.testing.assert_close(tensor(output), tensor(seen[path].output))
 
 
-@every_family
-@pytest.mark.parametrize("inputs", PROTOCOLS)
+@crossed(name=FAMILIES, inputs=PROTOCOLS)
 def test_rates_of_change_are_those_of_the_definition(name: str, inputs: str) -> None:
     found = family(name)
     model = found.build().double()

@@ -218,9 +218,9 @@ def test_a_thread_that_runs_the_model_does_not_matter(measure: str, vit: PreTrai
             outputs.append(vit(pixel_values=images).logits)
 
     with Running(infer) as thread:
-        found = [[row.mean for row in measure_plasticity(vit, LABELED, **options).scores] for _ in range(3)]
+        found = [[row.mean for row in measure_plasticity(vit, LABELED, **options).scores] for _ in range(2)]
     assert not thread.errors
-    assert thread.times > 3
+    assert thread.times > 1
     assert all(torch.equal(output, logits) for output in outputs)
     for means in found:
         np.testing.assert_array_equal(means, expected)

@@ -22,9 +22,9 @@ from tests.support.families import (
     FAMILIES,
     KINDS_OF_FAMILY,
     defined,
-    each_kind_of_family,
     every_family,
     family,
+    few_families,
     items,
 )
 from tests.support.injection import InjectedError, calls, injected
@@ -143,7 +143,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str
     fails_at(model, work, parts, spread(total, 4, len(name)))
 
 
-@each_kind_of_family
+@few_families
 def test_a_measurement_and_a_failure_somewhere_leave_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     measure = list(MEASURES)[number % 3] if FAMILIES[name].embedding else list(MEASURES)[1 + number % 2]
@@ -325,7 +325,7 @@ def test_every_injection_that_fails_leaves_every_model_as_found(name: str, train
 
 
 @frozen_in_part
-@each_kind_of_family
+@few_families
 def test_an_injection_that_fails_half_way_leaves_every_model_as_found(name: str) -> None:
     number = list(FAMILIES).index(name)
     model, work = adapting(name, ("lora", "full")[number % 2], "get_peft_model")

@@ -94,7 +94,7 @@ def full(dinov2: PreTrainedModel, images: torch.Tensor, options: dict[str, str])
     return measure_plasticity(dinov2, images[:12], max_samples=12, settle=None, **options)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", slow("float16")])
+@pytest.mark.parametrize("dtype", [slow("bfloat16"), slow("float16")])
 @pytest.mark.parametrize(
     "options", [{}, slow({"inputs": "embedding"}), slow({"inputs": "activation"})], ids=str, scope="module"
 )

@@ -135,7 +135,7 @@ def test_the_arguments_may_be_in_a_file(tmp_path: Path) -> None:
         run(path)
 
 
-@pytest.mark.parametrize("form", ["folder", "parquet"])
+@pytest.mark.parametrize("form", ["folder", pytest.param("parquet", marks=pytest.mark.slow)])
 def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     if form == "folder":
         for index in range(40):
@@ -217,6 +217,7 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)

@@ -280,6 +280,12 @@ every_family = pytest.mark.parametrize("name", FAMILIES)
 """Runs a test on all families: for what is cheap, and for slow tests."""
 each_kind_of_family = pytest.mark.parametrize("name", KINDS_OF_FAMILY)
 """Runs a test on the representatives, and on the other families if slow tests are asked for."""
+FEW = ("vit", "dinov2-swiglu", "swin", "clip")
+few_families = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in FAMILIES]
+)
+"""Runs a test on a plain, a gated, a windowed and a wrapped family, and on the others if slow tests are asked for: for
+what takes seconds with each, and goes through the same code with all, such as failures at many places."""
 
 
 def defined(name: str, measure: str, *_: object) -> bool:
