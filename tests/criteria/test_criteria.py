@@ -384,7 +384,14 @@ def test_several_processes_find_what_one_does(
     check_several_processes(vit, *each, processes)
 
 
-@pytest.mark.parametrize(("criterion", "inputs"), [each for each in EACH if each[0] in (DEFAULT, "rate_of_change")])
+@pytest.mark.parametrize(
+    ("criterion", "inputs"),
+    [
+        pytest.param(*each, marks=() if each[1] != "embedding" else pytest.mark.slow)
+        for each in EACH
+        if each[0] in (DEFAULT, "rate_of_change")
+    ],
+)
 def test_twenty_processes_of_which_most_have_nothing_to_do(
     vit: PreTrainedModel, criterion: str, inputs: str | None
 ) -> None:

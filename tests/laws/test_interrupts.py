@@ -204,7 +204,9 @@ class Running(threading.Thread):
         self.join(timeout=60)
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(
+    "measure", [pytest.param(name, marks=pytest.mark.slow if name == "embedding" else ()) for name in MEASURES]
+)
 def test_a_thread_that_runs_the_model_does_not_matter(measure: str, vit: PreTrainedModel) -> None:
     options = {"max_samples": 16, "settle": None, **MEASURES[measure]}
     expected = [row.mean for row in measure_plasticity(vit, LABELED, **options).scores]

@@ -140,7 +140,7 @@ def test_a_failure_at_any_call_leaves_the_model_as_found(name: str, measure: str
     model, work = measuring(name, measure)
     total = total_calls(work, parts)
     assert total > 20
-    fails_at(model, work, parts, spread(total, 4, len(name)))
+    fails_at(model, work, parts, spread(total, 3, len(name)))
 
 
 @few_families

@@ -182,6 +182,7 @@ SMALL += ["--test_fraction", "0.05", "--validation_fraction", "0.05", "--max_sam
 SMALL += ["--steps", "2", "--evaluations", "1", "--max_rates", "4", "--criteria", "parameter_plasticity", "bound"]
 
 
+@pytest.mark.slow
 def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
     arguments = [*SMALL, "--seeds", "2", "--output_dir", tmp_path, "--methods"]
     assert "1 of 1 methods to do" in run(*arguments, "MHA", script=COMPARE)
@@ -217,7 +218,6 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
 
 
-@pytest.mark.slow
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)
