@@ -11,9 +11,7 @@ import multiprocessing
 import os
 import platform
 import resource
-import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,6 +22,9 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from plasticity_peft.report.text import table
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from step_cost import in_turns as in_turns
 
 SIZES = {
     "ViT-S": {"hidden_size": 384, "num_hidden_layers": 12},
@@ -78,18 +79,6 @@ def training_step(model: nn.Module, images: torch.Tensor) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
-
-
-def in_turns(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Returns the median time of each function in seconds. Each round runs all of them. A first round warms up."""
-    found: dict[str, list[float]] = {name: [] for name in ways}
-    for number in range(rounds + 1):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            if number:
-                found[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def peak_above(prepare: Callable[[], Callable[[], object]]) -> float:
