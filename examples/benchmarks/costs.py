@@ -27,6 +27,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "MHA, full": {"candidates": ("MHA",), "training": "full"},
     "FC1, full": {"candidates": ("FC1",), "training": "full"},
     "FC2, full": {"candidates": ("FC2",), "training": "full"},
+    "MHA and FC1, full": {"candidates": ("MHA", "FC1"), "top_k": 2, "training": "full"},
     "norms": {"candidates": ("LN1", "LN2"), "top_k": 2, "training": "full"},
     "MHA in 0.6 of the time, full": {"budget": "0.6 time", **LATE, "candidates": ("MHA",)},
     "all in 0.5 of the time, full": {"budget": "0.5 time", **LATE},
