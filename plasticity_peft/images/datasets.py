@@ -16,7 +16,8 @@ def load_image_dataset(name: str, config_name: str | None = None) -> Any:
     """Returns the splits of a dataset as a datasets.DatasetDict.
 
     Args:
-        name: a parquet file, a folder of images (one subfolder per class, if they have labels), or a name on the Hub.
+        name: a parquet file, a folder of images (one subfolder per class, if they have labels) or of parquet files, or
+            a name on the Hub.
         config_name: configuration of a dataset on the Hub.
 
     Raises:
@@ -28,7 +29,7 @@ def load_image_dataset(name: str, config_name: str | None = None) -> Any:
     try:
         if Path(name).suffix == ".parquet":
             return datasets.load_dataset("parquet", data_files=name)
-        if Path(name).is_dir():
+        if Path(name).is_dir() and not any(Path(name).rglob("*.parquet")):
             return datasets.load_dataset("imagefolder", data_dir=name)
         return datasets.load_dataset(name, config_name)
     except (OSError, ValueError, datasets.exceptions.DatasetGenerationError) as error:
