@@ -14,7 +14,7 @@ A forecast is too low if finetuning moves the features far. `docs/forecast.md` c
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,10 +23,10 @@ from torch import nn
 
 from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import check_count, shown
-from plasticity_peft.components.architecture import Architecture, find_architecture
+from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.components.quantized import trainable_after
+from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
 from plasticity_peft.components.wrappers import bare
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
@@ -44,6 +44,7 @@ from plasticity_peft.measuring.head import (
 from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
+from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full
 from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.measuring.tangents import Sketcher, Tangents
@@ -132,7 +133,8 @@ def forecast_finetuning(
     wanted = named_sets(sets, architecture.components)
     observer = _Observer(model, architecture, dataset, max_samples, batch_size, seed)
     seen, costs = run_left_as_found(observer.observed, model, seed, options["dtype"], dataset)
-    return _Forecaster(architecture, seen, costs, seed).forecast(wanted)
+    rates = _Rates.of(model, architecture, Gradient(model, dataset, batch_size, seed, backbone, forward_kwargs))
+    return _Forecaster(architecture, seen, costs, rates, seed).forecast(wanted)
 
 
 def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Component, ...]]:
@@ -322,12 +324,46 @@ def _check_classes(model: nn.Module, problem: str) -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class _Rates:
+    """What the recommended learning rates of a set follow from; empty for a model that cannot train in full."""
+
+    counts: Mapping[str, Mapping[str, int]]
+    """Number of parameters by component, and by group of parameters."""
+    sums: Mapping[str, float]
+    """Sums of the absolute values of their gradient, by component and group: "0.MHA matrix"."""
+
+    @classmethod
+    def of(cls, model: nn.Module, architecture: Architecture, gradient: Gradient) -> _Rates:
+        """Computes the gradient once, for all sets."""
+        modules = [module for part in architecture.components for module in weights_of(model, part)]
+        if not all(map(holds_plain_weights, modules)):
+            return cls({}, {})
+        groups = groups_in_full(model, architecture.components)
+        named = [replace(group, name=f"{part} {name}") for part, own in groups.items() for name, group in own.items()]
+        counts = {part: {name: group.count for name, group in own.items()} for part, own in groups.items()}
+        return cls(counts, gradient.sums_of_magnitudes(named))
+
+    def of_set(self, parts: Sequence[Component], features: int) -> dict[str, float] | None:
+        """Returns the rates of a set, and of a fitted head that trains along; None if they are unknown."""
+        if not self.counts:
+            return None
+        counts: dict[str, int] = {}
+        sums: dict[str, float] = {}
+        for part in parts:
+            for group, count in self.counts[part.id].items():
+                counts[group] = counts.get(group, 0) + count
+                sums[group] = sums.get(group, 0.0) + self.sums[f"{part.id} {group}"]
+        return {"head": rate_of_fitted_head(features), **rates_in_full(counts, sums)}
+
+
+@dataclass(frozen=True, eq=False)
 class _Forecaster:
     """Forecasts from what was seen. The model takes no part."""
 
     architecture: Architecture
     seen: _Seen
     costs: Costs | None
+    rates: _Rates
     seed: int
 
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
@@ -373,6 +409,7 @@ class _Forecaster:
             gain=float(gains.mean()),
             gain_error=float(np.hypot(np.std(gains) / count**0.5, MODEL_ERROR)),
             cost=None if self.costs is None else self.costs.of(trained),
+            rates=self.rates.of_set(parts, fit.features),
         )
 
 

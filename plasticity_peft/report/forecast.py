@@ -40,6 +40,9 @@ class SetForecast:
     """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
     cost: Cost | None = None
     """What a training step costs. None if it could not be counted."""
+    rates: dict[Text, NonNegative] | None = None
+    """Recommended learning rates: of the "head", of each "matrix", and of each "vector". None if the components cannot
+    train in full as they are."""
 
     @property
     def price(self) -> float:

@@ -16,7 +16,7 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.preprocessing import KernelCenterer
 from torch import nn
 
-from plasticity_peft import find_components, fit_head, forecast_finetuning
+from plasticity_peft import create_plasticity_optimizer, find_components, fit_head, forecast_finetuning
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -189,6 +189,22 @@ def test_the_recommended_set_is_the_cheapest_one_near_the_best() -> None:
     unknown = [replace(one, cost=None) for one in (norm, replace(attention, parameters=10**9), first)]
     assert replace(forecast, sets=tuple(unknown)).recommended == unknown[2]
     assert f"Recommended: {cheap.name}, the cheapest" in str(replace(forecast, sets=(norm, attention, cheap)))
+
+
+@pytest.mark.parametrize("kinds", [("MHA",), ("LN1", "FC2"), ("LN1",)])
+def test_the_rates_of_a_set_are_those_that_are_recommended_once_it_trains(kinds: tuple[str, ...]) -> None:
+    model = tiny_model()
+    (found,) = forecast_finetuning(model, ITEMS, sets=[kinds]).sets
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    fit_head(model, ITEMS)
+    model.requires_grad_(False)
+    for path in (
+        "classifier",
+        *(path for part in find_components(model) if part.kind in kinds for path in part.modules),
+    ):
+        model.get_submodule(path).requires_grad_(True)
+    optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=ITEMS)
+    assert found.rates == pytest.approx({group["name"]: group["lr"] for group in optimizer.param_groups})
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])
