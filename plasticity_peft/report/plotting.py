@@ -149,7 +149,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
 
     rows = [[row.mean for row in report.rows_of(kind)] for kind in KINDS]
     values = [value for row in rows for value in row]
-    norm = (LogNorm if _is_wide(values) else Normalize)(min(values), max(values))
+    norm = (LogNorm if is_wide(values) else Normalize)(min(values), max(values))
     image = ax.imshow(rows, cmap="cividis", norm=norm, aspect="auto")
     bar = ax.figure.colorbar(image, ax=ax, label=_unit(report))
     _scale(bar.ax.yaxis, values)
@@ -227,7 +227,7 @@ def _certainty(report: BaseReport, shown_as: str) -> str:
     return "exact" if report.observed == "weights" else f"95 % confidence {shown_as}"
 
 
-def _is_wide(values: Sequence[float]) -> bool:
+def is_wide(values: Sequence[float]) -> bool:
     """Returns whether values need a logarithmic scale: they are positive, and the highest is 5 times the lowest."""
     return min(values) > 0 and max(values) > 5 * min(values)
 
@@ -236,7 +236,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
     """Makes an axis logarithmic if the values need it, with ticks at 1, 2, 5, 10, ... in plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    if not _is_wide(values):
+    if not is_wide(values):
         return
     if axis.get_scale() != "log":
         (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")

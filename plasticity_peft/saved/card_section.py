@@ -23,8 +23,11 @@ TAG = "plasticity_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
-    """Returns a card that consists of the section about an adapter; `picture` is the path of its picture, if any."""
+def section_of(adapter: TrainedAdapter, *, picture: str | None, page: str | None) -> ModelCard:
+    """Returns a card that consists of the section about an adapter.
+
+    `picture` and `page` are the paths of its picture and of the page of its report, if there are any.
+    """
     report, selection = adapter.report, adapter.selection
     rows = report.ranking(selection.granularity)
     most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "component" else len(rows)
@@ -43,6 +46,7 @@ def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         how_trained=_how_trained(adapter),
         count=_count(adapter),
         picture=picture,
+        page=page,
         picture_text=_cell(heading(report)),
         ranking=[_ranked(adapter, rank, row) for rank, row in enumerate(rows[:most], start=1)],
         left_out=len(rows[most:]),
