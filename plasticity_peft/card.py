@@ -117,7 +117,7 @@ def _write_page(path: Path, adapter: TrainedAdapter) -> bool:
         rule = rule_of(adapter.options, adapter.selection.granularity, adapter.training)
         page = _page(adapter.report, rule, selection=adapter.selection)
     except (ImportError, AdapterError) as error:
-        logger.info("The model card has no page: %s", error)
+        logger.debug("The model card has no page: %s", error)
         return False
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page)

@@ -18,7 +18,6 @@ from plasticity_peft.report.format import reading
 from plasticity_peft.report.page import as_page
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection, SelectionRule
-from plasticity_peft.saved.options import rule_of
 from plasticity_peft.saved.record import AdapterRecord
 
 
@@ -90,6 +89,8 @@ def read_forecast(path: Path) -> Forecast:
 
 def save_page(path: Path, source: str, record: AdapterRecord, forecast: Path | None, revision: str | None) -> None:
     """Writes the page of the report in `record`, which was read from `source`; see `PlasticityReport.to_html`."""
+    from plasticity_peft.saved.options import rule_of  # imports peft
+
     adapter, shown = record.adapter, None if forecast is None else read_forecast(forecast)
     rule = SelectionRule()
     if adapter is not None:

@@ -31,7 +31,7 @@ def show(
 ) -> None:
     """Shows the scores of a report, or of an adapter and what it trains, as a table, a picture, a page or JSON."""
     from plasticity_peft.cli.reports import check_page, check_picture, print_json, read_record, save_page, save_picture
-    from plasticity_peft.report.confidence import in_words
+    from plasticity_peft.report.text import sure_in_words
 
     check_picture(plot)
     check_page(html)
@@ -52,4 +52,4 @@ def show(
         typer.echo(f"Selected: {units} ({adapter.training}, {parameters:,} parameters without the head)")
         if adapter.cost is not None:
             typer.echo(f"Cost: {adapter.cost}")
-        typer.echo(f"Confidence of the selection: {in_words(adapter.selection.confidence, adapter.selection.tied)}")
+        typer.echo(f"Confidence of the selection: {sure_in_words(found, adapter.selection)}")

@@ -11,9 +11,10 @@ from typing import Any
 
 from plasticity_peft.checks import GRANULARITIES
 from plasticity_peft.components.component import KINDS
+from plasticity_peft.report.confidence import NORMAL
 from plasticity_peft.report.cuts import Series
 from plasticity_peft.report.forecast import HALF_WIDTH, Forecast
-from plasticity_peft.report.plotting import COLORS, NORMAL, is_wide
+from plasticity_peft.report.plotting import COLORS, is_wide
 from plasticity_peft.report.scores import BaseReport
 
 SHAPES = ("circle", "square", "triangle-up", "diamond", "triangle-down")

@@ -15,12 +15,19 @@ from typing import Any
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.extras import require
 from plasticity_peft.report.charts import charts, heights
-from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.cuts import LIMITS, Cut, Series, every_series
 from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection, SelectionRule
-from plasticity_peft.report.text import heading, how_it_ended, how_sure, observed, where_from, why_norms_lead
+from plasticity_peft.report.text import (
+    heading,
+    how_it_ended,
+    how_sure,
+    observed,
+    sure_in_words,
+    where_from,
+    why_norms_lead,
+)
 
 FOLDER = Path(__file__).parent
 LIMIT_NAMES = {
@@ -135,7 +142,7 @@ def _described(report: BaseReport, rule: SelectionRule, series: Series, cut: Cut
             "time": unknown if cost is None else f"{cost.time:.2f} of finetuning everything",
             "memory": unknown if cost is None else f"{cost.memory:.2f} of finetuning everything",
             "file": unknown if cost is None else cost.file_size,
-            "confidence": in_words(selection.confidence, selection.tied),
+            "confidence": sure_in_words(report, selection),
             "call": _call(rule, series, cut),
         },
     }

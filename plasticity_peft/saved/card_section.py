@@ -10,10 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
-from plasticity_peft.report.text import heading, how_it_ended, observed
+from plasticity_peft.report.text import heading, how_it_ended, observed, sure_in_words
 from plasticity_peft.saved.options import readable
 from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
@@ -150,7 +149,7 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
         "settled",
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
-    yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
+    yield "confidence of the selection", sure_in_words(report, adapter.selection)
     yield "cost by formula, without the head", str(adapter.selection.cost or "")
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")

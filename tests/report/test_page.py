@@ -217,12 +217,12 @@ def test_without_the_extra_the_card_has_no_page(
     library.cache_clear()
     logger = logging.getLogger("transformers.plasticity_peft.card")
     logger.addHandler(caplog.handler)
-    with caplog.at_level("INFO", logger.name):
+    with caplog.at_level("DEBUG", logger.name):
         get_peft_model(tiny_model("vit"), PlasticityConfig(criterion="bound", r=3)).save_pretrained(tmp_path)
     logger.removeHandler(caplog.handler)
     assert not (tmp_path / "plasticity.html").exists()
     assert "plasticity.html" not in (tmp_path / "README.md").read_text()
-    assert {record.levelname for record in caplog.records if "no page" in record.message} == {"INFO"}
+    assert {record.levelname for record in caplog.records if "no page" in record.message} == {"DEBUG"}
 
 
 @pytest.mark.usefixtures("pages_have_no_library")
