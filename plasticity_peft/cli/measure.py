@@ -116,7 +116,8 @@ def measure(
         r=r,
     )
     if state.is_main_process:
-        _hand_out(report, output, plot, view, as_json)
+        rule = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
+        _hand_out(report, {**rule, "candidates": options.several(candidates)}, output, plot, view, as_json)
     state.destroy_process_group()
 
 
@@ -140,13 +141,17 @@ def _fit_head(model: Any, images: Any, state: PartialState, **options: Any) -> N
         typer.echo(str(found), err=True)
 
 
-def _hand_out(report: PlasticityReport, output: Path | None, plot: Path | None, view: str, as_json: bool) -> None:
+def _hand_out(
+    report: PlasticityReport, rule: dict[str, Any], output: Path | None, plot: Path | None, view: str, as_json: bool
+) -> None:
     from plasticity_peft.cli.reports import print_json, save_picture
+    from plasticity_peft.report.selecting import selected_by
+    from plasticity_peft.report.selection import SelectionRule
 
     if output is not None:
         report.save(output)
     if plot is not None:
-        save_picture(report, plot, view)
+        save_picture(report, plot, view, selected_by(report, SelectionRule(**rule)))
     if as_json:
         print_json(report.to_dict())
     else:

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.confidence import confidence, in_words, tied
+from plasticity_peft.report.confidence import SURE, confidence, in_words, overlap, tied
 from plasticity_peft.report.cost import Cost
 from plasticity_peft.report.scores import BaseReport, Score
-from plasticity_peft.report.selection import Choice, RankedUnit, SelectionRule, TopK
+from plasticity_peft.report.selection import Choice, RankedUnit, Selection, SelectionRule, TopK
+
+PAIRED = "paired comparison: 95 % intervals overlap"
+"""Said of a selection that is sure although a picture of it does not look like it."""
 
 
 def heading(report: BaseReport) -> str:
@@ -65,15 +68,34 @@ def how_it_ended(report: BaseReport) -> str:
 def how_sure(report: BaseReport) -> str:
     """Returns the confidence of each number of kinds; "" if it is known that all of them are exact."""
     ranking = report.ranking()
-    choices = [TopK(tuple(row.unit for row in ranking), top_k) for top_k in range(1, len(ranking))]
-    found = [
-        "tie" if tied(choice, ranking) else in_words(confidence_of(report, choice, ranking)) for choice in choices
-    ]
+    names = tuple(row.unit for row in ranking)
+    found, paired = [], False
+    for choice in (TopK(names, top_k) for top_k in range(1, len(names))):
+        sure = confidence_of(report, choice, ranking)
+        is_tie = bool(tied(choice, ranking))
+        found.append("tie" if is_tie else in_words(sure))
+        paired |= not is_tie and (sure or 0) >= SURE and overlap(choice.chosen(names), ranking)
     if report.observed == "weights" and "tie" not in found:
         return ""
     if set(found) == {"unknown"}:
         return "Confidence of each top_k: unknown, because the report is of an older release."
-    return f"Confidence of top_k={', '.join(str(choice.top_k) for choice in choices)}: {', '.join(found)}."
+    numbers = ", ".join(map(str, range(1, len(names))))
+    return f"Confidence of top_k={numbers}: {', '.join(found)}{f' ({PAIRED})' if paired else ''}."
+
+
+def is_paired(report: BaseReport, selection: Selection) -> bool:
+    """Returns whether a selection is sure although 95 % intervals overlap, because units are compared by pairs.
+
+    It is said, because a reader of a picture would be puzzled otherwise.
+    """
+    sure = not selection.tied and (selection.confidence or 0) >= SURE
+    return sure and overlap(selection.units, report.ranking(selection.granularity))
+
+
+def sure_in_words(report: BaseReport, selection: Selection) -> str:
+    """Returns the confidence of a selection as text, and whether it is that of a paired comparison."""
+    paired = f" ({PAIRED})" if is_paired(report, selection) else ""
+    return in_words(selection.confidence, selection.tied) + paired
 
 
 def what_costs_mean(report: BaseReport) -> str:

@@ -10,10 +10,9 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
-from plasticity_peft.report.text import heading, how_it_ended, observed
+from plasticity_peft.report.text import heading, how_it_ended, observed, sure_in_words
 from plasticity_peft.saved.options import readable
 from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
@@ -23,8 +22,11 @@ TAG = "plasticity_peft"
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
-    """Returns a card that consists of the section about an adapter; `picture` is the path of its picture, if any."""
+def section_of(adapter: TrainedAdapter, *, picture: str | None, page: str | None) -> ModelCard:
+    """Returns a card that consists of the section about an adapter.
+
+    `picture` and `page` are the paths of its picture and of the page of its report, if there are any.
+    """
     report, selection = adapter.report, adapter.selection
     rows = report.ranking(selection.granularity)
     most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "component" else len(rows)
@@ -43,6 +45,7 @@ def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         how_trained=_how_trained(adapter),
         count=_count(adapter),
         picture=picture,
+        page=page,
         picture_text=_cell(heading(report)),
         ranking=[_ranked(adapter, rank, row) for rank, row in enumerate(rows[:most], start=1)],
         left_out=len(rows[most:]),
@@ -146,7 +149,7 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
         "settled",
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
-    yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
+    yield "confidence of the selection", sure_in_words(report, adapter.selection)
     yield "cost by formula, without the head", str(adapter.selection.cost or "")
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")
