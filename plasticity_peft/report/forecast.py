@@ -12,7 +12,7 @@ from plasticity_peft.constraints import STRICT, Chance, NonNegative, PositiveCou
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.cost import Cost
 from plasticity_peft.report.head import HeadFit
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 COVERAGE = 0.8
 """Probability that an interval contains the value that it is for."""
@@ -122,7 +122,7 @@ class Forecast:
 
     def __str__(self) -> str:
         title = f"Forecast of {self.model_type}, {self.head.images} images, seed {self.seed}"
-        return "\n".join([table(title, self._columns(), self._rows()), self.advice()])
+        return "\n".join([table(title, self.columns(), self.rows()), self.advice()])
 
     def advice(self) -> str:
         """Returns what is recommended, in a sentence."""
@@ -135,31 +135,37 @@ class Forecast:
         reason = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
         return f"Recommended: {chosen.name}, {reason}."
 
-    def _columns(self) -> tuple[str, ...]:
+    def columns(self) -> tuple[str, ...]:
+        """Returns the names of the columns of its table. Costs and rates are left out if they are unknown."""
         interval = f"{COVERAGE:.0%} interval".replace("%", " %")
-        columns = ("trained", "accuracy", interval, "gain", interval, "parameters")
-        return (*columns, "time", "memory") if self._costs_known else columns
+        costs = ("time", "memory") if self._costs_known else ()
+        rates = ("rate of matrices", "of vectors") if self._rates_known else ()
+        return ("trained", "accuracy", interval, "gain", interval, "parameters", *costs, *rates)
 
-    def _rows(self) -> list[tuple[str, ...]]:
-        head: tuple[str, ...] = (
-            "head fitted",
-            f"{100 * self.head.score:.1f}",
-            _interval(self.head.score, self.head_error),
-            "",
-            "",
-            "",
+    def rows(self) -> list[tuple[str, ...]]:
+        """Returns the rows of its table: the fitted head, then the sets, in percent."""
+        accuracy = f"{100 * self.head.score:.1f}", _interval(self.head.score, self.head_error)
+        head = ("head fitted", *accuracy, *[""] * (len(self.columns()) - 3))
+        return [head, *map(self._row, self.sets)]
+
+    def _row(self, one: SetForecast) -> tuple[str, ...]:
+        accuracy = f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error)
+        gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
+        cost = (f"{one.cost.time:.2f}", f"{one.cost.memory:.2f}") if self._costs_known and one.cost else ()
+        rates = (
+            [f"{one.rates[name]:.1e}" if name in one.rates else "" for name in ("matrix", "vector")]
+            if (self._rates_known and one.rates)
+            else []
         )
-        rows = [(*head, "", "") if self._costs_known else head]
-        for one in self.sets:
-            gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
-            row = one.name, f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error), *gain
-            cost = () if one.cost is None else (f"{one.cost.time:.2f}", f"{one.cost.memory:.2f}")
-            rows.append((*row, f"{one.parameters:,}", *cost))
-        return rows
+        return (one.name, *accuracy, *gain, f"{one.parameters:,}", *cost, *rates)
 
     @property
     def _costs_known(self) -> bool:
         return all(one.cost is not None for one in self.sets)
+
+    @property
+    def _rates_known(self) -> bool:
+        return all(one.rates is not None for one in self.sets)
 
 
 def _interval(value: float, error: float, sign: str = "") -> str:
