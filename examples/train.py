@@ -137,7 +137,10 @@ class DataArguments:
 class PlasticityArguments:
     """How to measure and what to train; see PlasticityConfig."""
 
-    training: str = field(default="lora", metadata={"help": "lora or full", "choices": ["lora", "full"]})
+    training: str = field(
+        default="full",
+        metadata={"help": "full, or lora with --r, --lora_alpha and --lora_dropout", "choices": ["full", "lora"]},
+    )
     fit_head: bool = field(
         default=True, metadata={"help": "Fit the head to frozen features in closed form before training."}
     )

@@ -214,9 +214,10 @@ ARGUMENTS: Mapping[str, Argument] = {
         _or_none(_check_budget),
     ),
     "training": Argument(
-        "How the selected components train: 'lora' (LoRA on their linear layers; a layer norm, which LoRA cannot "
-        "adapt, trains in full) or 'full' (all of their weights).",
-        partial(check_choice, allowed=TRAINING_MODES),
+        "How the selected components train: 'full' (all of their weights) or 'lora' (LoRA on their linear layers; a "
+        "layer norm, which LoRA cannot adapt, trains in full). By default 'lora' if an option of LoRA has another "
+        "value than in LoraConfig(), such as r=16 or lora_alpha=16, else 'full'.",
+        _or_none(partial(check_choice, allowed=TRAINING_MODES)),
     ),
     "max_samples": Argument(
         "Largest number of samples to measure on. A sample is a pair of images, an image or a batch of images, "

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from torch import nn
 
 from plasticity_peft.adapters.chosen import Chosen, fingerprint
@@ -38,6 +38,14 @@ CHOSEN_FOR_THE_USER = (
     "layers_pattern",
     "target_parameters",
 )
+
+SET_BY_PEFT = ("modules_to_save", "fan_in_fan_out", "runtime_config", "ensure_weight_tying", "trainable_token_indices")
+OPTIONS_OF_LORA = tuple(
+    each.name
+    for each in fields(LoraConfig)
+    if each.name not in {*(base.name for base in fields(PeftConfig)), *CHOSEN_FOR_THE_USER, *SET_BY_PEFT}
+)
+"""Fields of LoraConfig that say how LoRA trains, and not what."""
 
 
 def _described(name: str) -> dict[str, str]:
@@ -100,7 +108,7 @@ class PlasticityConfig(LoraConfig):
     candidates: tuple[str, ...] = field(default=KINDS, metadata=_described("candidates"))
     top_k: int | None = field(default=None, metadata=_described("top_k"))
     budget: float | str | None = field(default=None, metadata=_described("budget"))
-    training: str = field(default="lora", metadata=_described("training"))
+    training: str | None = field(default=None, metadata=_described("training"))
     max_samples: int = field(default=1024, metadata=_described("max_samples"))
     batch_size: int = field(default=32, metadata=_described("batch_size"))
     seed: int = field(default=0, metadata=_described("seed"))
@@ -123,6 +131,7 @@ class PlasticityConfig(LoraConfig):
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"PEFT refuses the options of LoRA: {error}") from error
         self.task_type = self.task_type or PEFT_TYPE
+        self.training = self.training or ("lora" if self._has_options_of_lora() else "full")
         if self.report is None or (self.criterion, self.inputs) != (None, None):
             self.criterion, self.inputs = resolve(self.criterion, self.inputs)
         if not isinstance(self.chosen, (Chosen, type(None))):
@@ -147,6 +156,11 @@ class PlasticityConfig(LoraConfig):
     def id2label(self) -> dict[int, str] | None:
         """Names of the labels of the model that was adapted, from its config."""
         return None if self.chosen is None else self.chosen.id2label
+
+    def _has_options_of_lora(self) -> bool:
+        """Returns whether an option of LoRA has another value than in `LoraConfig()`."""
+        usual = LoraConfig()
+        return any(getattr(self, name) != getattr(usual, name) for name in OPTIONS_OF_LORA)
 
     def check_modules_are_not_named(self) -> None:
         """Raises ConfigError if an option of LoRA names the modules that the ranking selects.

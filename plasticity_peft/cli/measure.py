@@ -68,7 +68,7 @@ def measure(
     budget: options.Budget = None,
     granularity: options.Granularity = "kind",
     candidates: options.Candidates = options.ALL_KINDS,
-    training: options.Training = "lora",
+    training: options.Training = None,
     r: options.Rank = 8,
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,

@@ -110,7 +110,7 @@ Budget = Annotated[str | None, typer.Option("--budget", help=HELP["budget"])]
 FORMER_GRANULARITIES = {"block": "component"}
 Granularity = Annotated[str, one_of("--granularity", GRANULARITIES, HELP["granularity"], FORMER_GRANULARITIES)]
 Candidates = Annotated[str, typer.Option("--candidates", help=f"{HELP['candidates']} Separated by commas.")]
-Training = Annotated[str, one_of("--training", TRAINING_MODES, HELP["training"])]
+Training = Annotated[str | None, one_of("--training", TRAINING_MODES, HELP["training"])]
 Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
 Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
 Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]

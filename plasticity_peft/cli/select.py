@@ -26,7 +26,7 @@ def select(
     budget: options.Budget = None,
     granularity: options.Granularity = "kind",
     candidates: options.Candidates = options.ALL_KINDS,
-    training: options.Training = "lora",
+    training: options.Training = None,
     r: options.Rank = 8,
     lora_alpha: options.Alpha = 8,
     model: Annotated[
@@ -61,6 +61,7 @@ def select(
 
     found = read_report(report, revision)
     kinds = options.several(candidates)
+    training = training or ("lora" if (r, lora_alpha) != (8, 8) else "full")
     selection = found.select(top_k, budget, granularity=granularity, candidates=kinds, training=training, r=r)
     components: Any = found.scores
     heads = options.several(head)

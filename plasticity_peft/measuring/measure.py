@@ -77,7 +77,7 @@ def measure_plasticity(
     budget: float | str | None = None,
     granularity: str = "kind",
     candidates: Iterable[str] = KINDS,
-    training: str = "lora",
+    training: str | None = None,
     r: int = 8,
     rank_pattern: Mapping[str, int] | None = None,
     use_dora: bool = False,

@@ -80,7 +80,7 @@ class PlasticityReport(BaseReport):
         *,
         granularity: str = "kind",
         candidates: Iterable[str] = KINDS,
-        training: str = "lora",
+        training: str | None = None,
         r: int = 8,
         rank_pattern: Mapping[str, int] | None = None,
         use_dora: bool = False,
@@ -100,7 +100,8 @@ class PlasticityReport(BaseReport):
                 there; `granularity="component"` can select them.
             granularity: "kind" or "component", as in `ranking`.
             candidates: kinds that may be selected; all five by default.
-            training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it.
+            training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it. By
+                default "lora" if one of the next arguments has another value than in `LoraConfig()`, else "full".
             r: rank of LoRA, as in `peft.LoraConfig`. This and the next three arguments determine the number of LoRA
                 parameters.
             rank_pattern: see `r`.

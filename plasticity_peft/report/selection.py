@@ -112,8 +112,9 @@ class SelectionRule:
     """"kind" or "component"."""
     candidates: tuple[str, ...] = KINDS
     """Kinds that may be selected."""
-    training: str = "lora"
-    """"lora" or "full"."""
+    training: str | None = None
+    """"lora" or "full". By default "lora" if one of the next fields has another value than in `LoraConfig()`, else
+    "full"."""
     r: int = 8
     rank_pattern: Mapping[str, int] | None = field(default=None, hash=False)
     use_dora: bool = False
@@ -122,6 +123,9 @@ class SelectionRule:
     def __post_init__(self) -> None:
         for name, value in check_arguments(vars(self)).items():
             object.__setattr__(self, name, value)
+        if self.training is None:
+            of_lora = self.r != 8 or self.rank_pattern or self.use_dora or self.lora_bias
+            object.__setattr__(self, "training", "lora" if of_lora else "full")
 
     def unit_of(self, component: Component) -> str:
         """Returns the unit that a component belongs to: its kind or its canonical id."""

@@ -46,7 +46,7 @@ def adapted(how: str, base: PreTrainedModel | None = None, **options: Any) -> to
     if how == "everything":
         return base
     settings = {"target_data": IMAGES, "max_samples": 8, "training": "full" if how == "full" else "lora", "top_k": 4}
-    config = PlasticityConfig(**{**settings, "lora_dropout": 0.2, **options})
+    config = PlasticityConfig(**{"training": "lora", **settings, "lora_dropout": 0.2, **options})
     torch.manual_seed(1)
     if how == "add_adapter":
         base.add_adapter(config)
@@ -189,7 +189,7 @@ def test_resumed_training_goes_on_measuring(tmp_path: Path) -> None:
     model = adapted("lora")
     _, whole = trained(model, folder, IMAGES, callback={"every": 1}, save_strategy="epoch")
     config = PlasticityConfig(
-        report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, max_samples=8
+        training="lora", report=folder / "checkpoint-6" / "plasticity.json", lora_dropout=0.2, top_k=4, max_samples=8
     )
     resumed = get_peft_model(dropping(), config)
     trainer = trainer_of(resumed, tmp_path / "resumed", logging_strategy="epoch", save_strategy="no", **SHORT)

@@ -24,14 +24,14 @@ RENAMED = "is deprecated and will be removed in a later release. Use .* instead"
 )
 def test_former_names_are_accepted_with_a_warning(former: dict[str, Any], new: dict[str, Any]) -> None:
     with pytest.warns(FutureWarning, match=RENAMED) as caught:
-        config = PlasticityConfig(criterion="bound", **former)
+        config = PlasticityConfig(criterion="bound", **{"training": "lora", **former})
     assert len(caught) == 1
     assert caught[0].filename == __file__ or "granularity" in former
-    assert config == PlasticityConfig(criterion="bound", **new)
+    assert config == PlasticityConfig(criterion="bound", **{"training": "lora", **new})
 
 
 def test_the_former_name_of_an_option_is_read_and_written_with_a_warning() -> None:
-    config = PlasticityConfig(criterion="bound", max_samples=8)
+    config = PlasticityConfig(training="lora", criterion="bound", max_samples=8)
     with pytest.warns(FutureWarning, match=RENAMED):
         assert config.pairs == 8  # type: ignore[attr-defined]
     with pytest.warns(FutureWarning, match=RENAMED):
@@ -41,11 +41,13 @@ def test_the_former_name_of_an_option_is_read_and_written_with_a_warning() -> No
 
 def test_both_names_of_an_option_are_one_too_many() -> None:
     with pytest.raises(TypeError, match="both pairs and max_samples"):
-        PlasticityConfig(criterion="bound", pairs=8, max_samples=8)
+        PlasticityConfig(training="lora", criterion="bound", pairs=8, max_samples=8)
 
 
 def test_a_config_that_was_saved_with_former_names_is_loaded(tmp_path: Path) -> None:
-    PlasticityConfig(criterion="bound", max_samples=8, granularity="component").save_pretrained(str(tmp_path))
+    PlasticityConfig(training="lora", criterion="bound", max_samples=8, granularity="component").save_pretrained(
+        str(tmp_path)
+    )
     path = tmp_path / "adapter_config.json"
     values = json.loads(path.read_text())
     values |= {"pairs": values.pop("max_samples"), "granularity": "block"}
@@ -58,7 +60,9 @@ def test_a_config_that_was_saved_with_former_names_is_loaded(tmp_path: Path) -> 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, dataclasses.replace], ids=lambda each: each.__name__)
 def test_a_copy_measures_what_the_original_does(copied: Any) -> None:
     images = random_images()
-    config = PlasticityConfig(target_data=images, max_samples=8, top_k=2, candidates=("MHA", "FC1", "LN2"))
+    config = PlasticityConfig(
+        training="lora", target_data=images, max_samples=8, top_k=2, candidates=("MHA", "FC1", "LN2")
+    )
     again = copied(config)
     assert again == config
     configs = [config, again, dataclasses.replace(again, top_k=1)]
@@ -76,7 +80,7 @@ def test_arguments_come_back_in_their_canonical_form() -> None:
     assert check_arguments(given) == {
         "candidates": ("MHA", "FC1"), "dtype": "bfloat16", "modules_to_save": ["a", "b"], "settle": None,
     }  # fmt: skip
-    config = PlasticityConfig(criterion="bound", **given)
+    config = PlasticityConfig(criterion="bound", **{"training": "lora", **given})
     canonical = check_arguments({name: getattr(config, name) for name in given})
     assert canonical == check_arguments(given)
     with pytest.raises(ConfigError, match=r"Give top_k or budget, not both. Got top_k=1 and budget=0.5"):

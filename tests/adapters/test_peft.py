@@ -28,7 +28,7 @@ IMAGES = random_images()
 def config(**options: object) -> PlasticityConfig:
     """Returns a config that measures on few images, unless it is given a report."""
     data = {} if "report" in options else {"target_data": IMAGES, "max_samples": 8}
-    return PlasticityConfig(**{"r": 2, "lora_alpha": 4, **data, **options})
+    return PlasticityConfig(**{"training": "lora", "r": 2, "lora_alpha": 4, **data, **options})
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -278,7 +278,7 @@ def test_adapters_that_transformers_could_not_switch_between_are_refused(vit: Pr
 
 def test_a_failing_add_adapter_leaves_a_model_that_takes_one(vit: PreTrainedModel) -> None:
     with pytest.raises(ValueError, match="needs images to measure on"):
-        vit.add_adapter(PlasticityConfig())
+        vit.add_adapter(PlasticityConfig(training="lora"))
     vit.add_adapter(config())
     assert list(vit.peft_config) == ["default"]
 

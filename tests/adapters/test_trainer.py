@@ -61,7 +61,9 @@ def test_resumed_is_the_same_as_uninterrupted_without_probing(
 
 def test_loggers_that_write_down_configs_take_ours(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    model = get_peft_model(saved_base(tmp_path / "base"), PlasticityConfig(target_data=IMAGES, max_samples=4))
+    model = get_peft_model(
+        saved_base(tmp_path / "base"), PlasticityConfig(training="lora", target_data=IMAGES, max_samples=4)
+    )
     trainer_of(model, tmp_path / "out", report_to="tensorboard", num_train_epochs=1).train()
     assert list((tmp_path / "out").rglob("events.out.tfevents*"))
 
@@ -120,7 +122,9 @@ def test_two_processes_choose_the_same_and_train_together(training: str, two: Pa
     folder = two / training
     first, second = (json.loads((folder / f"report-{rank}.json").read_text()) for rank in range(2))
     assert first == second
-    alone = PlasticityConfig(target_data=IMAGES, max_samples=7, batch_size=2, **CHOICE[training])
+    alone = PlasticityConfig(
+        target_data=IMAGES, max_samples=7, batch_size=2, **{"training": "lora", **CHOICE[training]}
+    )
     get_peft_model(tiny_model(), alone)
     assert first["samples"] == 7
     for row, expected in zip(first["scores"], alone.report.scores, strict=True):

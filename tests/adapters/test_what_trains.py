@@ -32,7 +32,9 @@ LOGGER = "transformers.plasticity_peft.adapters.what_trains"
 
 def config(**options: object) -> PlasticityConfig:
     """Returns a config that needs no images."""
-    return PlasticityConfig(**{"criterion": "bound", "candidates": ("MHA", "FC1", "FC2"), "r": 2, **options})
+    return PlasticityConfig(
+        **{"training": "lora", "criterion": "bound", "candidates": ("MHA", "FC1", "FC2"), "r": 2, **options}
+    )
 
 
 def adapt(model: nn.Module, **options: object) -> PeftModel:

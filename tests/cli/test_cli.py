@@ -169,7 +169,7 @@ def test_weights_are_measured_without_images() -> None:
 def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     report = PlasticityReport.load("first.json")
     assert run("show", "first.json").stdout == f"{report}\n"
-    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model = get_peft_model(tiny_model(), PlasticityConfig(training="lora", report="first.json"))
     model.save_pretrained(tmp_path / "adapter")
     (unit,) = model.peft_config["default"].selection.units
     told = rf"Selected: {unit} \(lora, [\d,]+ parameters without the head\)\nCost: .*\n"
@@ -188,7 +188,7 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
 
 
 def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    get_peft_model(tiny_model(), PlasticityConfig(training="lora", report="first.json")).save_pretrained(tmp_path)
     asked = []
 
     def download(repo: str, name: str, **options: object) -> str:
@@ -201,7 +201,7 @@ def test_shows_what_lies_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
-    get_peft_model(tiny_model(), PlasticityConfig(report="first.json")).save_pretrained(tmp_path)
+    get_peft_model(tiny_model(), PlasticityConfig(training="lora", report="first.json")).save_pretrained(tmp_path)
     path = tmp_path / "plasticity.json"
     values = json.loads(path.read_text())
     values["adapter"]["training"] = ["lora"]
@@ -210,7 +210,7 @@ def test_an_adapter_that_does_not_say_how_it_trains(tmp_path: Path) -> None:
 
 
 def test_writes_the_card_of_an_adapter_anew(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_model(), PlasticityConfig(report="first.json"))
+    model = get_peft_model(tiny_model(), PlasticityConfig(training="lora", report="first.json"))
     model.save_pretrained(tmp_path / "adapter")
     path = tmp_path / "adapter" / "README.md"
     path.write_text("---\nlibrary_name: peft\n---\n\n# Mine\n\nA person wrote this.\n")
@@ -258,7 +258,7 @@ def test_stock_peft_trains_what_was_selected() -> None:
         result = run("select", "first.json", *options, *naming, "--format", form)
         assert not result.stderr
         texts[name] = result.stdout
-        config = PlasticityConfig(report="first.json", **chosen)
+        config = PlasticityConfig(report="first.json", **{"training": "lora", **chosen})
         model = get_peft_model(tiny_model(), config)
         linears = config.target_modules
         expected[name] = {

@@ -152,13 +152,13 @@ class OwnHead(nn.Module):
 
 def test_the_head_of_a_wrapped_model_is_found_too() -> None:
     assert find_architecture(Wrapped()).heads == ("scale", "net.classifier")
-    model = get_peft_model(Wrapped(), PlasticityConfig(criterion="bound", r=2))
+    model = get_peft_model(Wrapped(), PlasticityConfig(training="lora", criterion="bound", r=2))
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".")[2] for name in trained if "lora" not in name} == {"scale", "net"}
     assert any("net.classifier" in name for name in trained)
 
 
 def test_the_head_of_a_model_whose_images_have_another_name_is_found_too() -> None:
-    model = get_peft_model(OwnHead(), PlasticityConfig(criterion="bound", r=2))
+    model = get_peft_model(OwnHead(), PlasticityConfig(training="lora", criterion="bound", r=2))
     assert model.peft_config["default"].modules_to_save[-1] == "head"
     assert any("head" in name for name, parameter in model.named_parameters() if parameter.requires_grad)

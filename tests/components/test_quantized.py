@@ -95,7 +95,9 @@ def test_the_matrix_of_a_layer_is_what_it_multiplies_with(way: str, folder: Path
 def test_lora_on_a_quantised_model_trains_and_loads(way: str, folder: Path, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in load(folder, way).state_dict().items()}
     model = load(folder, way)
-    config = PlasticityConfig(target_data=DATA, max_samples=8, candidates=("MHA", "FC1", "FC2"), top_k=2)
+    config = PlasticityConfig(
+        training="lora", target_data=DATA, max_samples=8, candidates=("MHA", "FC1", "FC2"), top_k=2
+    )
     model = get_peft_model(model, config)
     base = {name: value for name, value in model.get_base_model().state_dict().items() if "lora" not in name}
     for name, value in base.items():
@@ -134,7 +136,7 @@ def test_full_training_is_refused_and_changes_nothing(way: str, folder: Path) ->
 def test_a_quantised_head_is_refused(way: str, folder: Path) -> None:
     model = load(folder, way, llm_int8_skip_modules=["nothing"])
     with pytest.raises(ModelError, match=r"classifier, a part of the head, is quantized .*llm_int8_skip_modules"):
-        get_peft_model(model, PlasticityConfig(target_data=DATA, max_samples=8))
+        get_peft_model(model, PlasticityConfig(training="lora", target_data=DATA, max_samples=8))
 
 
 def test_gradients_by_quantised_weights_are_refused(folder: Path) -> None:

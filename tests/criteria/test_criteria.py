@@ -441,7 +441,7 @@ def test_a_config_takes_any_criterion(each: tuple[str, str | None], architecture
 
 def test_the_default_is_the_same_in_one_step_and_in_two(vit: PreTrainedModel) -> None:
     report = measure_plasticity(vit, IMAGES)
-    config = PlasticityConfig(target_data=IMAGES)
+    config = PlasticityConfig(training="lora", target_data=IMAGES)
     get_peft_model(vit, config)
     assert report.criterion == config.criterion == DEFAULT
     assert config.report == report
@@ -449,7 +449,7 @@ def test_the_default_is_the_same_in_one_step_and_in_two(vit: PreTrainedModel) ->
 
 @pytest.mark.parametrize("criterion", sorted(OF_WEIGHTS))
 def test_what_reads_only_weights_needs_no_images(vit: PreTrainedModel, criterion: str) -> None:
-    config = PlasticityConfig(criterion=criterion)
+    config = PlasticityConfig(training="lora", criterion=criterion)
     get_peft_model(vit, config)
     assert config.report == measure_plasticity(tiny_model(), criterion=criterion)
     assert {row.standard_error for row in config.report.scores} == {0}
@@ -459,7 +459,7 @@ def test_a_protocol_alone_asks_for_the_papers_measure(vit: PreTrainedModel) -> N
     report = measure_plasticity(vit, IMAGES, inputs="embedding")
     assert (report.criterion, report.inputs) == ("rate_of_change", "embedding")
     assert report == measure_plasticity(vit, IMAGES, criterion="rate_of_change")
-    assert PlasticityConfig(inputs="activation", target_data=IMAGES).criterion == "rate_of_change"
+    assert PlasticityConfig(training="lora", inputs="activation", target_data=IMAGES).criterion == "rate_of_change"
 
 
 def test_the_papers_measure_selects_what_it_ranks_first_with_a_warning(vit: PreTrainedModel) -> None:
@@ -470,7 +470,7 @@ def test_the_papers_measure_selects_what_it_ranks_first_with_a_warning(vit: PreT
     assert report.input_std == pytest.approx(float(spread), rel=1e-5)
     best = report.ranking()[0].unit
     assert best.startswith("LN")
-    config = PlasticityConfig(target_data=IMAGES, criterion="rate_of_change")
+    config = PlasticityConfig(training="lora", target_data=IMAGES, criterion="rate_of_change")
     with pytest.warns(UserWarning, match=f"{best} ranks high because a layer norm divides by the standard deviation"):
         get_peft_model(vit, config)
     assert config.selection.units == (best,)

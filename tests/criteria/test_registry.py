@@ -87,7 +87,7 @@ def test_a_criterion_of_ones_own_ranks_in_every_interface(given: Any, tmp_path: 
     report = measure_plasticity(tiny_model(), images, criterion="output_norm", max_samples=8, settle=None)
     assert (report.criterion, report.title, report.observed) == ("output_norm", "norm of the output", "images")
     assert min(row.mean for row in report.scores) > 0
-    config = PlasticityConfig(target_data=images, criterion="output_norm", max_samples=8, settle=None)
+    config = PlasticityConfig(training="lora", target_data=images, criterion="output_norm", max_samples=8, settle=None)
     model = get_peft_model(tiny_model(), config)
     assert config.report.scores == report.scores
     model.save_pretrained(tmp_path)
@@ -97,12 +97,12 @@ def test_a_criterion_of_ones_own_ranks_in_every_interface(given: Any, tmp_path: 
     assert loaded == config.report
     assert "norm of the output" in str(loaded)
     assert loaded.ranking() == report.ranking()
-    again = PlasticityConfig(report=loaded)
+    again = PlasticityConfig(training="lora", report=loaded)
     get_peft_model(tiny_model(), again)
     assert again.selection == config.selection
     load_adapter(tiny_model(), tmp_path)
     with pytest.raises(ConfigError, match=r"criterion must be one of .*, or a name that register_criterion added"):
-        PlasticityConfig(target_data=images, criterion="output_norm")
+        PlasticityConfig(training="lora", target_data=images, criterion="output_norm")
 
 
 def test_a_criterion_of_weights_needs_no_images() -> None:
@@ -183,9 +183,11 @@ def test_every_sampler_is_accepted(sampler: type[Sampler]) -> None:
 
 def test_protocols_are_those_of_the_registered_criterion() -> None:
     register_criterion(variant(OutputNorm, protocols=True))
-    assert PlasticityConfig(target_data=random_images(), criterion="output_norm").inputs == "embedding"
+    assert (
+        PlasticityConfig(training="lora", target_data=random_images(), criterion="output_norm").inputs == "embedding"
+    )
     with pytest.raises(ConfigError, match=r"inputs selects what .*'output_norm' feed to the components"):
-        PlasticityConfig(criterion="bound", inputs="embedding")
+        PlasticityConfig(training="lora", criterion="bound", inputs="embedding")
 
 
 def test_a_report_of_an_unknown_criterion_ranks() -> None:

@@ -466,7 +466,7 @@ def test_images_of_another_size_are_measured_with_forward_kwargs(vit: PreTrained
 
 def test_forward_kwargs_in_a_config(vit: PreTrainedModel) -> None:
     expected = means(measure_plasticity(vit, LARGE, max_samples=4, forward_kwargs=INTERPOLATED))
-    config = PlasticityConfig(target_data=LARGE, forward_kwargs=INTERPOLATED)
+    config = PlasticityConfig(training="lora", target_data=LARGE, forward_kwargs=INTERPOLATED)
     assert config.to_dict()["forward_kwargs"] == INTERPOLATED
     get_peft_model(vit, config)
     assert len(means(config.report)) == len(expected)
@@ -493,7 +493,7 @@ def test_forward_kwargs_that_the_model_does_not_take_are_refused(vit: PreTrained
     with pytest.raises(ConfigError, match=text):
         measure_plasticity(vit, IMAGES, forward_kwargs=value)
     with pytest.raises(ConfigError, match=text):
-        get_peft_model(vit, PlasticityConfig(target_data=IMAGES, forward_kwargs=value))
+        get_peft_model(vit, PlasticityConfig(training="lora", target_data=IMAGES, forward_kwargs=value))
 
 
 @pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4 logs and checks sizes otherwise")

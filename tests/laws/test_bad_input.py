@@ -190,7 +190,7 @@ WHEN_USED = {
 def test_a_config_that_cannot_be_carried_out_is_refused_when_written(name: str, tmp_path: Path) -> None:
     case = WHEN_WRITTEN[name]
     with pytest.raises(PlasticityError, match=case.text) as raised:
-        PlasticityConfig(**case.options(tmp_path))
+        PlasticityConfig(**{"training": "lora", **case.options(tmp_path)})
     assert isinstance(raised.value, ValueError)
 
 
@@ -199,7 +199,7 @@ def test_a_config_that_cannot_be_carried_out_is_refused_when_written(name: str, 
 def test_bad_input_leaves_the_model_as_it_was(name: str, how: str, tmp_path: Path) -> None:
     case = WHEN_USED[name]
     model = case.model().train()
-    config = PlasticityConfig(**case.options(tmp_path))
+    config = PlasticityConfig(**{"training": "lora", **case.options(tmp_path)})
     before = snapshot(model)
     expected = OSError if "dataset" in name else PlasticityError
     with pytest.raises(expected, match=re.compile(case.text, re.DOTALL)):
@@ -208,9 +208,9 @@ def test_bad_input_leaves_the_model_as_it_was(name: str, how: str, tmp_path: Pat
 
 
 def test_a_second_adapter_that_fails_leaves_the_first() -> None:
-    model = get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES, max_samples=4)).train()
+    model = get_peft_model(tiny_model(), PlasticityConfig(training="lora", target_data=IMAGES, max_samples=4)).train()
     before = snapshot(model)
     with pytest.raises(PlasticityError, match="at least 2 images"):
-        model.add_adapter("second", PlasticityConfig(target_data=IMAGES[:1], max_samples=4))
+        model.add_adapter("second", PlasticityConfig(training="lora", target_data=IMAGES[:1], max_samples=4))
     assert_same(before, snapshot(model))
     assert list(model.peft_config) == ["default"]

@@ -264,7 +264,7 @@ def test_attention_that_does_not_call_its_projections_takes_no_lora() -> None:
     found = FAMILIES["videomae"]
     report = measure_plasticity(found.build(), items(found.images()), max_samples=4)
     with pytest.raises(ModelError, match=r"0\.MHA was chosen, and LoRA on \S+query would have no effect"):
-        get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",)))
+        get_peft_model(found.build(), PlasticityConfig(training="lora", report=report, candidates=("MHA",)))
     model = get_peft_model(found.build(), PlasticityConfig(report=report, candidates=("MHA",), training="full"))
     model(**found.images(), labels=torch.zeros(4, dtype=torch.long)).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -332,7 +332,7 @@ def test_a_module_whose_path_ends_like_a_chosen_one_is_not_trained_along() -> No
     inner.add_module(name.split(".")[-1], nn.Linear(2, 2))
     report = measure_plasticity(model, criterion="bound")
     with pytest.raises(ModelError, match=rf"extra.{name} would train together with {name}"):
-        get_peft_model(model, PlasticityConfig(report=report, candidates=("FC1",)))
+        get_peft_model(model, PlasticityConfig(training="lora", report=report, candidates=("FC1",)))
 
 
 class Config:

@@ -137,7 +137,9 @@ def test_killed_at_random_moments_it_ends_as_if_it_had_not_been(tmp_path: Path) 
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Returns the output folder of a Trainer with two checkpoints."""
     folder = tmp_path_factory.mktemp("trained")
-    model = get_peft_model(saved_base(folder / "base"), PlasticityConfig(target_data=random_images(), max_samples=4))
+    model = get_peft_model(
+        saved_base(folder / "base"), PlasticityConfig(training="lora", target_data=random_images(), max_samples=4)
+    )
     trainer_of(model, folder / "out", num_train_epochs=2, load_best_model_at_end=False).train()
     return folder / "out"
 
@@ -233,7 +235,7 @@ def test_a_checkpoint_of_another_number_of_processes_is_whole_if_each_saved_its_
 
 
 def test_a_trainer_goes_on_from_a_checkpoint_of_weights_alone(trained: Path, tmp_path: Path) -> None:
-    config = PlasticityConfig(target_data=random_images(), max_samples=4)
+    config = PlasticityConfig(training="lora", target_data=random_images(), max_samples=4)
     model = get_peft_model(saved_base(tmp_path / "base"), config)
     out = tmp_path / "out"
     options = {"save_only_model": True, "load_best_model_at_end": False, "num_train_epochs": 2}
@@ -252,7 +254,7 @@ def test_a_trainer_goes_on_from_a_checkpoint_of_weights_alone(trained: Path, tmp
 
 @pytest.fixture
 def adapter(tmp_path: Path) -> Path:
-    model = get_peft_model(tiny_model(), PlasticityConfig(criterion="bound", init_lora_weights=False))
+    model = get_peft_model(tiny_model(), PlasticityConfig(training="lora", criterion="bound", init_lora_weights=False))
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
 
@@ -284,7 +286,7 @@ def test_the_config_comes_last(adapter: Path, monkeypatch: pytest.MonkeyPatch) -
     order: list[str] = []
     replace = os.replace
     monkeypatch.setattr(os, "replace", lambda a, b: (order.append(Path(b).name), replace(a, b)))
-    get_peft_model(tiny_model(), PlasticityConfig(criterion="bound")).save_pretrained(adapter)
+    get_peft_model(tiny_model(), PlasticityConfig(training="lora", criterion="bound")).save_pretrained(adapter)
     assert order[-1] == "adapter_config.json"
     assert "plasticity.json" in order
     assert not [*adapter.glob(".*"), *adapter.glob("_*")]

@@ -148,11 +148,11 @@ def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_wa
     """Both are chosen by what is quick to measure."""
 
     def add(model: Any) -> None:
-        model.add_adapter("second", PlasticityConfig(criterion="condition_number"))
+        model.add_adapter("second", PlasticityConfig(training="lora", criterion="condition_number"))
 
     def adapted() -> Any:
         torch.manual_seed(0)
-        config = PlasticityConfig(criterion="condition_number", init_lora_weights=False)
+        config = PlasticityConfig(training="lora", criterion="condition_number", init_lora_weights=False)
         return get_peft_model(tiny_model(), config).eval()
 
     start = adapted()

@@ -392,7 +392,7 @@ def test_options_that_peft_refuses_leave_the_model_as_found() -> None:
     model = lived_in(tiny_model())
     report = measure_plasticity(model, criterion="random")
     before = snapshot(model)
-    config = PlasticityConfig(report=report, candidates="MHA", init_lora_weights="no such beginning")
+    config = PlasticityConfig(training="lora", report=report, candidates="MHA", init_lora_weights="no such beginning")
     with pytest.raises(ValueError, match=r"no such beginning|init_lora_weights|[Uu]nknown"):
         get_peft_model(model, config)
     assert_same(before, snapshot(model))

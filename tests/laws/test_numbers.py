@@ -166,15 +166,17 @@ def test_a_model_is_adapted_before_it_is_compiled() -> None:
     model = torch.compile(tiny_model(), backend="eager")
     before = snapshot(model)
     with pytest.raises(ModelError, match=r"before it is compiled: torch.compile\(get_peft_model"):
-        get_peft_model(model, PlasticityConfig(**config))
+        get_peft_model(model, PlasticityConfig(**{"training": "lora", **config}))
     assert_same(before, snapshot(model))
     for compiled in (compiled_in_place, compiled_blocks):
-        adapted = get_peft_model(compiled(tiny_model(), "eager"), PlasticityConfig(**config))
+        adapted = get_peft_model(compiled(tiny_model(), "eager"), PlasticityConfig(**{"training": "lora", **config}))
         trained = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
         assert any("lora_" in name for name in trained)
         assert any("classifier" in name for name in trained)
         assert logits(adapted).isfinite().all()
-    whole = torch.compile(get_peft_model(tiny_model(), PlasticityConfig(**config)), backend="eager")
+    whole = torch.compile(
+        get_peft_model(tiny_model(), PlasticityConfig(**{"training": "lora", **config})), backend="eager"
+    )
     assert [part.id for part in find_components(whole)] == [part.id for part in find_components(tiny_model())]
 
 
@@ -309,7 +311,9 @@ def adapted(name: str, mode: str, dtype: torch.dtype) -> tuple[nn.Module, dict[s
     model = family(name).build()
     report = measure_plasticity(model, items(family(name).images(2)), criterion="random")
     wrapped = get_peft_model(
-        model.to(dtype), PlasticityConfig(report=report, r=4, **MODES[mode]), autocast_adapter_dtype=False
+        model.to(dtype),
+        PlasticityConfig(report=report, r=4, **{"training": "lora", **MODES[mode]}),
+        autocast_adapter_dtype=False,
     )
     images = {k: v.to(dtype) if v.is_floating_point() else v for k, v in family(name).images(4).items()}
     return moved(wrapped, seed=4).eval(), images

@@ -195,7 +195,7 @@ def test_a_config_takes_a_budget_of_time() -> None:
 @pytest.mark.parametrize("budget", ["time", "0.6 hours", "0 time", "120% memory", "nan time", "0.5 0.5", "", "- time"])
 def test_other_texts_are_refused(budget: str) -> None:
     with pytest.raises(ConfigError, match=r"budget must be a share of the model's parameters.*'0\.6 time'"):
-        PlasticityConfig(target_data=IMAGES, budget=budget)
+        PlasticityConfig(training="lora", target_data=IMAGES, budget=budget)
 
 
 def test_a_report_without_costs_says_so(scores: PlasticityReport) -> None:

@@ -217,7 +217,7 @@ def test_a_config_fits_the_head_before_it_measures() -> None:
     by_hand = tiny_model()
     found = fit_head(by_hand, items, batch_size=8)
     expected = measure_plasticity(by_hand, items, **options)
-    config = PlasticityConfig(target_data=items, fit_head=True, **options)
+    config = PlasticityConfig(target_data=items, fit_head=True, **{"training": "lora", **options})
     model = get_peft_model(tiny_model(), config)
     assert config.head_fit == found
     assert config.report.scores == expected.scores
@@ -229,7 +229,7 @@ def test_a_config_fits_the_head_before_it_measures() -> None:
 
 def test_what_was_found_is_saved_beside_the_adapter(tmp_path: Path) -> None:
     items = labeled(20, [number % 3 for number in range(20)])
-    config = PlasticityConfig(target_data=items, fit_head=True, criterion="bound")
+    config = PlasticityConfig(training="lora", target_data=items, fit_head=True, criterion="bound")
     get_peft_model(tiny_model(), config).save_pretrained(str(tmp_path))
     assert AdapterRecord.read(tmp_path).adapter.head_fit == config.head_fit
 
@@ -237,12 +237,12 @@ def test_what_was_found_is_saved_beside_the_adapter(tmp_path: Path) -> None:
 def test_a_report_and_images_to_fit_the_head_go_together() -> None:
     items = labeled(20, [number % 3 for number in range(20)])
     report = measure_plasticity(tiny_model(), items, max_samples=8)
-    config = PlasticityConfig(report=report, target_data=items, fit_head=True)
+    config = PlasticityConfig(training="lora", report=report, target_data=items, fit_head=True)
     get_peft_model(tiny_model(), config)
     assert config.report == report
     assert config.head_fit.images == 20
     with pytest.raises(ConfigError, match="fit_head=True needs labeled images"):
-        get_peft_model(tiny_model(), PlasticityConfig(report=report, fit_head=True))
+        get_peft_model(tiny_model(), PlasticityConfig(training="lora", report=report, fit_head=True))
 
 
 def test_a_head_that_was_fitted_in_vain_is_as_it_was() -> None:
@@ -250,7 +250,9 @@ def test_a_head_that_was_fitted_in_vain_is_as_it_was() -> None:
     model = tiny_model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ConfigError, match="top_k"):  # found out after measuring
-        get_peft_model(model, PlasticityConfig(target_data=items, fit_head=True, top_k=9, max_samples=8))
+        get_peft_model(
+            model, PlasticityConfig(training="lora", target_data=items, fit_head=True, top_k=9, max_samples=8)
+        )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -258,7 +260,7 @@ def test_a_further_adapter_leaves_the_head_of_the_first_alone() -> None:
     items = labeled(20, [number % 3 for number in range(20)])
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=[QUERY], modules_to_save=["classifier"]))
     first = logits(model, items)
-    config = PlasticityConfig(target_data=items, fit_head=True, criterion="bound", candidates="FC1")
+    config = PlasticityConfig(training="lora", target_data=items, fit_head=True, criterion="bound", candidates="FC1")
     model.add_adapter("fitted", config)
     np.testing.assert_array_equal(logits(model, items), first)
     model.set_adapter("fitted")

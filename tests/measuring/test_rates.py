@@ -131,7 +131,9 @@ def test_without_labels_the_rates_follow_from_the_number_of_parameters() -> None
 def test_a_head_that_was_fitted_gets_smaller_steps_than_a_fresh_one() -> None:
     found = []
     for fit_head in (False, True):
-        config = PlasticityConfig(target_data=LABELED, fit_head=fit_head, candidates="MHA", max_samples=8)
+        config = PlasticityConfig(
+            training="lora", target_data=LABELED, fit_head=fit_head, candidates="MHA", max_samples=8
+        )
         model = get_peft_model(tiny_model(), config)
         found.append(rates(create_plasticity_optimizer(model, torch.optim.AdamW))["head"])
     assert found[0] == pytest.approx(10 * found[1])

@@ -74,7 +74,7 @@ def test_a_tie_goes_to_the_end_and_is_reported() -> None:
 
 
 def test_the_config_settles_what_it_chooses() -> None:
-    config = PlasticityConfig(target_data=IMAGES, inputs="embedding", max_samples=100, top_k=2)
+    config = PlasticityConfig(training="lora", target_data=IMAGES, inputs="embedding", max_samples=100, top_k=2)
     with pytest.warns(UserWarning, match="ranks high because"):
         get_peft_model(tied_model(), config)
     assert config.report.samples == 32
@@ -85,14 +85,17 @@ def test_the_config_settles_what_it_chooses() -> None:
     get_peft_model(tiny_model(), config)
     assert set(config.report.ending.units) == set(config.selection.units)
     assert (config.report.ending.granularity, config.report.ending.planned) == ("component", 60)
-    config = PlasticityConfig(target_data=IMAGES, settle=None)
+    config = PlasticityConfig(training="lora", target_data=IMAGES, settle=None)
     get_peft_model(tiny_model(), config)
     assert (config.report.samples, config.report.ending) == (60, None)
 
 
 @pytest.mark.parametrize("settle", [0, 1, 1.5, -0.1, "0.95", True])
 def test_what_is_no_confidence_is_refused(vit: PreTrainedModel, settle: Any) -> None:
-    for make in (lambda: measure_plasticity(vit, IMAGES, settle=settle), lambda: PlasticityConfig(settle=settle)):
+    for make in (
+        lambda: measure_plasticity(vit, IMAGES, settle=settle),
+        lambda: PlasticityConfig(training="lora", settle=settle),
+    ):
         with pytest.raises(ConfigError, match="settle must be a confidence above 0 and below 1"):
             make()
 
@@ -266,10 +269,13 @@ def test_lower_precision_gives_the_same_ranking(measure: str, dtype: Any) -> Non
 
 @pytest.mark.parametrize("dtype", ["float32", "int8", torch.float64, 16])
 def test_what_is_no_precision_to_measure_in_is_refused(vit: PreTrainedModel, dtype: Any) -> None:
-    for make in (lambda: measure_plasticity(vit, IMAGES, dtype=dtype), lambda: PlasticityConfig(dtype=dtype)):
+    for make in (
+        lambda: measure_plasticity(vit, IMAGES, dtype=dtype),
+        lambda: PlasticityConfig(training="lora", dtype=dtype),
+    ):
         with pytest.raises(ConfigError, match="dtype must be one of 'bfloat16', 'float16', or None"):
             make()
-    assert PlasticityConfig(dtype=torch.bfloat16).dtype == "bfloat16"
+    assert PlasticityConfig(training="lora", dtype=torch.bfloat16).dtype == "bfloat16"
 
 
 # ---- weights that are elsewhere

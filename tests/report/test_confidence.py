@@ -334,7 +334,7 @@ def test_the_confidence_is_shown(tmp_path: Path) -> None:
 
 
 def test_a_model_card_shows_the_confidence(tmp_path: Path) -> None:
-    model = get_peft_model(tiny_model(), PlasticityConfig(target_data=IMAGES))
+    model = get_peft_model(tiny_model(), PlasticityConfig(training="lora", target_data=IMAGES))
     model.save_pretrained(str(tmp_path))
     card = (tmp_path / "README.md").read_text()
     assert f"| confidence of the selection | {in_words(model.peft_config['default'].selection.confidence)} |" in card

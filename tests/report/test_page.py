@@ -193,7 +193,7 @@ def test_without_the_extra_an_error_says_what_to_install(
 def test_an_adapter_is_saved_with_its_page_which_the_card_links_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = PlasticityConfig(criterion="bound", top_k=3, granularity="component", r=2)
+    config = PlasticityConfig(training="lora", criterion="bound", top_k=3, granularity="component", r=2)
     model = get_peft_model(tiny_model("vit"), config)
     folder = tmp_path / "adapter"
     model.save_pretrained(folder)
@@ -218,7 +218,9 @@ def test_without_the_extra_the_card_has_no_page(
     logger = logging.getLogger("transformers.plasticity_peft.card")
     logger.addHandler(caplog.handler)
     with caplog.at_level("DEBUG", logger.name):
-        get_peft_model(tiny_model("vit"), PlasticityConfig(criterion="bound", r=3)).save_pretrained(tmp_path)
+        get_peft_model(tiny_model("vit"), PlasticityConfig(training="lora", criterion="bound", r=3)).save_pretrained(
+            tmp_path
+        )
     logger.removeHandler(caplog.handler)
     assert not (tmp_path / "plasticity.html").exists()
     assert "plasticity.html" not in (tmp_path / "README.md").read_text()

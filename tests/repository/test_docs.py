@@ -83,7 +83,7 @@ def save_adapter(folder: str, base: str = "base") -> None:
     """Writes an adapter of the model in the folder `base`, with its image processor."""
     labels = {"id2label": {0: "daisy", 1: "tulip", 2: "rose"}}
     model = AutoModelForImageClassification.from_pretrained(base, ignore_mismatched_sizes=True, **labels)
-    get_peft_model(model, PlasticityConfig(criterion="bound")).save_pretrained(folder)
+    get_peft_model(model, PlasticityConfig(training="lora", criterion="bound")).save_pretrained(folder)
     processor(model.config.image_size).save_pretrained(folder)
 
 
@@ -92,7 +92,7 @@ def shared() -> dict[str, Any]:
     base = save_model("base")
     rows = [{"pixel_values": image, "labels": 0} for image in random_images(12)]
     arguments = TrainingArguments("outputs", use_cpu=True, report_to="none", max_steps=1, save_strategy="no")
-    adapted = get_peft_model(save_model("base"), PlasticityConfig(criterion="bound"))
+    adapted = get_peft_model(save_model("base"), PlasticityConfig(training="lora", criterion="bound"))
     return {
         "model": base,
         "base_model": ViTForImageClassification.from_pretrained("base"),
@@ -137,7 +137,10 @@ def architectures() -> dict[str, Any]:
 
 
 def distributed() -> dict[str, Any]:
-    return {**model_and_images(), "model": get_peft_model(save_model("base"), PlasticityConfig(criterion="bound"))}
+    return {
+        **model_and_images(),
+        "model": get_peft_model(save_model("base"), PlasticityConfig(training="lora", criterion="bound")),
+    }
 
 
 def large_models() -> dict[str, Any]:

@@ -100,7 +100,7 @@ def test_public_modules_are_attributes() -> None:
 
 
 def test_a_config_can_be_pickled() -> None:
-    config = PlasticityConfig(criterion="bound", top_k=2)
+    config = PlasticityConfig(training="lora", criterion="bound", top_k=2)
     assert pickle.loads(pickle.dumps(config)) == config
 
 

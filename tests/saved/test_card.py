@@ -69,7 +69,9 @@ def pictures_are_drawn_once() -> Iterator[None]:
 
 
 def config(**options: Any) -> PlasticityConfig:
-    return PlasticityConfig(**{"target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options})
+    return PlasticityConfig(
+        **{"training": "lora", "target_data": IMAGES, "max_samples": 8, "r": 2, "lora_alpha": 4, **options}
+    )
 
 
 def cached(cache: Path, name: str) -> Path:

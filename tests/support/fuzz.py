@@ -70,9 +70,9 @@ def valid_folders(folder: Path) -> list[Path]:
     report = measure_plasticity(tiny_model(), IMAGES, inputs="embedding", max_samples=4)
     options: dict[str, Any] = {"report": report, "r": 2, "top_k": 2, "candidates": ("MHA", "LN1")}
     configs: dict[str, Any] = {
-        "lora": PlasticityConfig(**options),
+        "lora": PlasticityConfig(**{"training": "lora", **options}),
         "full": PlasticityConfig(training="full", **options),
-        "dora": PlasticityConfig(use_dora=True, granularity="component", **options),
+        "dora": PlasticityConfig(use_dora=True, granularity="component", **{"training": "lora", **options}),
     }
     paths = [path for part in find_components(tiny_model()) if part.kind == "FC1" for path in part.modules]
     configs["plain"] = LoraConfig(

@@ -150,7 +150,7 @@ def test_what_was_trained_is_loaded_by_stock_peft_and_by_load_adapter(
     report = report_of(make(name), criterion="random")
     if refused:
         with pytest.raises(ModelError, match=r"0\.MHA was chosen, and LoRA on \S+\.attn\.qkv would have no effect"):
-            get_peft_model(make(name), PlasticityConfig(report=report, candidates=("MHA",)))
+            get_peft_model(make(name), PlasticityConfig(training="lora", report=report, candidates=("MHA",)))
     kinds = ("LN1", "FC1", "FC2") if refused else KINDS
     config = PlasticityConfig(report=report, training=training, candidates=kinds, top_k=len(kinds), r=2)
     model = get_peft_model(make(name), config)

@@ -198,7 +198,9 @@ def test_what_was_trained_is_loaded_by_stock_peft_and_by_load_adapter(
 
 
 def test_the_card_has_a_picture_and_says_what_trained(tmp_path: Path) -> None:
-    config = PlasticityConfig(report=report_of(timm_like("eva02"), criterion="random"), candidates=("FC1",))
+    config = PlasticityConfig(
+        training="lora", report=report_of(timm_like("eva02"), criterion="random"), candidates=("FC1",)
+    )
     get_peft_model(timm_like("eva02"), config).save_pretrained(tmp_path)
     assert (tmp_path / "plasticity.png").read_bytes().startswith(b"\x89PNG")
     card = " ".join((tmp_path / "README.md").read_text().split())
@@ -239,7 +241,7 @@ def test_lora_on_a_layer_that_is_not_called_is_refused_by_name(style: str) -> No
     given = ({"report": report}, {"target_data": IMAGES, "max_samples": 4, "settle": None})
     for source in given:
         with pytest.raises(ModelError, match=refused_in(style)):
-            get_peft_model(model, PlasticityConfig(**source, candidates=("MHA",)))
+            get_peft_model(model, PlasticityConfig(**{"training": "lora", **source}, candidates=("MHA",)))
     before["random"] = snapshot(model)["random"]
     assert_same(before, snapshot(model))
     for candidates, training in ((("FC1", "LN2"), "lora"), (("MHA",), "full")):
@@ -252,18 +254,18 @@ def test_it_is_refused_by_a_sign_where_no_pass_is_possible() -> None:
     with torch.device("meta"):
         model = VisionTransformer(STYLES["beit"])
     with pytest.raises(ModelError, match=refused_in("beit")):
-        get_peft_model(model, PlasticityConfig(report=report, candidates=("MHA",)))
+        get_peft_model(model, PlasticityConfig(training="lora", report=report, candidates=("MHA",)))
     unsized = timm_like("beit")
     unsized.patch_embed.img_size, unsized.pretrained_cfg = None, {}
     with pytest.raises(ModelError, match=refused_in("beit")):
-        get_peft_model(unsized, PlasticityConfig(report=report, candidates=("MHA",)))
+        get_peft_model(unsized, PlasticityConfig(training="lora", report=report, candidates=("MHA",)))
 
 
 def test_an_attention_that_calls_its_layer_in_spite_of_its_biases_takes_lora() -> None:
     """`qkv_bias_separate=True` of timm."""
     model = timm_like(replace(STYLES["beit"], calls_layer=True))
     report = report_of(model, criterion="random")
-    adapted = get_peft_model(model, PlasticityConfig(report=report, candidates=("MHA",)))
+    adapted = get_peft_model(model, PlasticityConfig(training="lora", report=report, candidates=("MHA",)))
     assert any("attn.qkv.lora_A" in name for name, p in adapted.named_parameters() if p.requires_grad)
 
 

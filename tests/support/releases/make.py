@@ -67,7 +67,7 @@ def configs(name: str, model: nn.Module) -> dict[str, LoraConfig]:
     present = {path.rpartition(".")[2] for part in find_components(model) for path in part.modules}
     layers = [layer for layer in LAYERS[name] if layer in present]
     return {
-        "lora": PlasticityConfig(**ours, candidates=("MHA", "FC1", "LN2")),
+        "lora": PlasticityConfig(**{"training": "lora", **ours}, candidates=("MHA", "FC1", "LN2")),
         "full": PlasticityConfig(**ours, candidates=("MHA", "FC1", "LN2"), training="full"),
         "plain": LoraConfig(
             r=2, lora_alpha=6, target_modules=layers, modules_to_save=["classifier"], use_rslora=True,
