@@ -367,5 +367,5 @@ class PlasticityConfig(LoraConfig):
         with replaced_when_whole(save_directory, last=CONFIG_NAME) as folder:
             super().save_pretrained(str(folder), **kwargs)
             if isinstance(self.report, PlasticityReport) and self.selection is not None and self.is_as_chosen:
-                adapter = AdapterDescription.of(self.selection, self.training, self.id2label, self.head_fit)
+                adapter = AdapterDescription.of(self.selection, str(self.training), self.id2label, self.head_fit)
                 AdapterRecord(self.report, adapter, present_results(save_directory)).write(folder)

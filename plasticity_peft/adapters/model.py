@@ -199,7 +199,7 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
         if report is None:
             report = _measure(model, config)
         selection = config.select(report)
-        training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
+        training = Training(*_split(architecture.components, selection.components, str(config.training)), heads, named)
         check_lora_takes_part(model, architecture, training.linears)
         names = _lora_names(model, training, config.modules_to_save)
         config.resolve(model, report, selection, **names, id2label=labels, head_fit=head_fit)

@@ -164,7 +164,7 @@ class PlasticityPeftModel(PeftModel):
         return TrainedAdapter(
             report=config.report,
             selection=config.selection,
-            training=config.training,
+            training=str(config.training),
             saved_parameters=sum(value.numel() for value in weights.values()),
             base_model=getattr(base, "name_or_path", None) or config.base_model_name_or_path,
             base_class=type(base).__name__ if type(base).__module__.startswith("transformers.") else None,

@@ -175,7 +175,7 @@ def _call(rule: SelectionRule, series: Series, cut: Cut) -> str:
 
 def _trained(selection: Selection, rule: SelectionRule) -> str:
     how = "in full" if rule.training == "full" else "with LoRA"
-    return f"{in_blocks(selection)}, {how}, {selection.parameters[rule.training]:,} parameters without the head"
+    return f"{in_blocks(selection)}, {how}, {selection.parameters[str(rule.training)]:,} parameters without the head"
 
 
 def in_blocks(selection: Selection) -> str:

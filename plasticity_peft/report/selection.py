@@ -195,7 +195,7 @@ class SelectionRule:
         found: dict[str, list[Trained]] = {}
         for row, part in enumerate(components):
             if part.kind in self.candidates:
-                trained = Trained(row, self.parameters_of(part)[self.training], self._lora(part))
+                trained = Trained(row, self.parameters_of(part)[str(self.training)], self._lora(part))
                 found.setdefault(self.unit_of(part), []).append(trained)
         return found
 
