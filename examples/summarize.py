@@ -20,7 +20,7 @@ from methods import EVERYTHING
 from transformers import HfArgumentParser
 
 from plasticity_peft.files import write_text
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 
 @dataclass

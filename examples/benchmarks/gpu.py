@@ -37,7 +37,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 Row = dict[str, Any]
 ON_GPU = torch.cuda.is_available()

@@ -39,7 +39,7 @@ def compare(
     from plasticity_peft.cli.reports import check_picture, print_json, read_report
     from plasticity_peft.report.agreement import agreement, check_comparable
     from plasticity_peft.report.plotting import draw_agreement
-    from plasticity_peft.report.text import table
+    from plasticity_peft.report.tables import table
 
     check_picture(plot)
     reports = read_report(first), read_report(second)

@@ -73,6 +73,14 @@ def measure(
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels/--no-labels",
+            help="Use the labels of the images, too: forecast the accuracy that finetuning will give, by kind, for "
+            "pairs of kinds and everything, and recommend one.",
+        ),
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     view: options.View = "overview",
@@ -114,6 +122,7 @@ def measure(
         training=training,
         forward_kwargs=forward_kwargs,
         r=r,
+        forecast=labels,
     )
     if state.is_main_process:
         rule = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}

@@ -17,6 +17,7 @@ from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.report.confidence import EQUAL, MOST_TIED, NORMAL, in_words
+from plasticity_peft.report.forecast import HALF_WIDTH
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import RankedUnit, Selection
 from plasticity_peft.report.text import PAIRED, heading, is_paired
@@ -145,6 +146,39 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
     ax.grid(alpha=0.3)
 
 
+def _draw_forecast(ax: Any, report: BaseReport, selection: Selection | None) -> None:
+    """Draws the expected gain of each set against the time of a step; the recommended set is filled."""
+    if report.forecast is None:
+        raise ConfigError(
+            'The view "forecast" needs a report with a forecast. Measure with forecast=True, or --labels.'
+        )
+    forecast = report.forecast
+    for place, one in enumerate(forecast.sets):
+        chosen = one is forecast.recommended
+        color = COLORS[KINDS.index(one.name)] if one.name in KINDS else "black"
+        ax.errorbar(
+            100 * one.gain,
+            place,
+            xerr=100 * HALF_WIDTH * one.gain_error,
+            fmt=MARKERS[KINDS.index(one.name)] if one.name in KINDS else "*",
+            color=color,
+            markerfacecolor=color if chosen else "white",
+            markersize=7,
+            capsize=3,
+        )
+    names = [one.name if one.cost is None else f"{one.name} ({one.cost.time:.2f})" for one in forecast.sets]
+    ax.set_yticks(range(len(names)), names)
+    for label, one in zip(ax.get_yticklabels(), forecast.sets, strict=True):
+        label.set_fontweight("bold" if one is forecast.recommended else "normal")
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.axvline(0, color="gray", linewidth=0.8, linestyle=":")
+    ax.set(
+        xlabel="expected gain over the fitted head, points",
+        title="forecast of finetuning in full (time of a step)\n80 % intervals; recommended: filled, bold",
+    )
+    ax.grid(alpha=0.3)
+
+
 def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> None:
     """Draws every kind and block as a cell; low scores are dark. Selected components are framed."""
     from matplotlib.colors import LogNorm, Normalize
@@ -227,6 +261,7 @@ DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
     "depth": _draw_depth,
     "ranking": _draw_ranking,
     "heatmap": _draw_heatmap,
+    "forecast": _draw_forecast,
 }
 VIEWS = ("overview", *DRAWN)
 

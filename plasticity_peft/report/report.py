@@ -70,6 +70,7 @@ class PlasticityReport(BaseReport):
             of older releases.
         costs: work and memory of a training step, from which `select` computes `Selection.cost`; None in reports of
             older releases, and if they could not be counted.
+        forecast: the accuracy that finetuning is expected to give, by set of components; None unless it was asked for.
     """
 
     def select(
@@ -199,7 +200,8 @@ class PlasticityReport(BaseReport):
 
         Args:
             view: "depth" draws the scores over the blocks, one line per kind; "ranking" the units, best first;
-                "heatmap" every block and kind; "overview" draws "depth" and "ranking" side by side.
+                "heatmap" every block and kind; "forecast" the expected gain of each set, if the report has a forecast;
+                "overview" draws "depth" and "ranking" side by side.
             selection: selection to mark. The ranking is drawn by its granularity.
             ax: axes to draw on, two for the overview. By default, a new figure is made.
 

@@ -8,8 +8,10 @@ from html import escape
 from plasticity_peft.components.component import MATRIX_KINDS
 from plasticity_peft.report.confidence import SURE, confidence, in_words, overlap, tied
 from plasticity_peft.report.cost import Cost
+from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.scores import BaseReport, Score
 from plasticity_peft.report.selection import Choice, RankedUnit, Selection, SelectionRule, TopK
+from plasticity_peft.report.tables import table
 
 PAIRED = "paired comparison: 95 % intervals overlap"
 """Said of a selection that is sure although a picture of it does not look like it."""
@@ -31,7 +33,8 @@ def as_text(report: BaseReport) -> str:
     """Returns the ranking of the kinds as a table of text, and how the measurement ended."""
     notes = [how_it_ended(report), how_sure(report), what_costs_mean(report)]
     notes.append(why_norms_lead(report, report.ranking()[:1]))
-    return "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
+    ranking = "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
+    return ranking if report.forecast is None else f"{ranking}\n\n{_decision(report, report.forecast)}"
 
 
 def as_html(report: BaseReport) -> str:
@@ -45,6 +48,20 @@ def as_html(report: BaseReport) -> str:
         f"<table><caption>{escape(_title(report))}</caption><thead><tr>{names}</tr></thead>"
         f"<tbody>{rows}</tbody></table>{paragraphs}"
     )
+
+
+def decision_rows(report: BaseReport, forecast: Forecast) -> list[tuple[str, ...]]:
+    """Returns the table of what is to be decided, its header first: the forecast, and the score of each kind."""
+    scores = {row.kind: f"{row.mean:.4g}" for row in report.kinds}
+    first, *others = forecast.columns()
+    rows = [(name, scores.get(name, ""), *values) for name, *values in forecast.rows()]
+    return [(first, report.title, *others), *rows]
+
+
+def _decision(report: BaseReport, forecast: Forecast) -> str:
+    columns, *rows = decision_rows(report, forecast)
+    title = f"Forecast of finetuning in full, from {forecast.head.images} labeled images"
+    return "\n".join([table(title, columns, rows), forecast.advice()])
 
 
 def where_from(report: BaseReport) -> str:
@@ -163,33 +180,3 @@ def _cost_of_kind(report: BaseReport, kind: str) -> Cost | None:
 
 def _with_block(row: Score) -> str:
     return f"{row.mean:.4f} (block {row.block_id})"
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns rows as a Markdown table below a title, with numbers to the right and words to the left.
-
-    Examples:
-        >>> print(table("Fruit", ("name", "count"), [("apple", "12"), ("fig", "7")]))
-        Fruit
-        | name  | count |
-        |-------|-------|
-        | apple |    12 |
-        | fig   |     7 |
-    """
-    cells = [tuple(columns), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [all(map(_is_number, filter(None, column[1:]))) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        fitted = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        return f"| {' | '.join(fitted)} |"
-
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return "\n".join([title, line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
-
-
-def _is_number(text: str) -> bool:
-    return text.lstrip("+-")[:1].isdigit()

@@ -380,7 +380,11 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
     yield "measure model images --plugin missing.py", 1, "--plugin must be the path of a .py file.*missing.py"
     yield "measure model images --plugin no.such.module", 1, "--plugin must be the name of a module.*no.such.module"
-    yield "measure model images --view sideways", 2, "'sideways' is not one of overview, depth, ranking, heatmap"
+    yield (
+        "measure model images --view sideways",
+        2,
+        "'sideways' is not one of overview, depth, ranking, heatmap, forecast",
+    )
     yield "select first.json --lora_alpha 0", 2, "Invalid value for '--lora_alpha'"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
     yield "measure model images --max_samples many", 2, "Invalid value for '--max_samples'"
@@ -453,7 +457,7 @@ def test_help_names_every_option_and_its_examples_are_right(command: str) -> Non
 
 @pytest.mark.parametrize("command", ["measure", "show"])
 def test_help_lists_the_views(command: str) -> None:
-    assert "--view overview|depth|ranking|heatmap" in run(command, "--help").stdout
+    assert "--view overview|depth|ranking|heatmap|forecast" in run(command, "--help").stdout
 
 
 def test_a_picture_of_measuring_has_the_view_that_is_asked_for(tmp_path: Path) -> None:
