@@ -27,7 +27,7 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.components.quantized import trainable_after
-from plasticity_peft.components.wrappers import bare
+from plasticity_peft.components.sharding import whole
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
@@ -127,11 +127,11 @@ def forecast_finetuning(
     options = check_arguments({"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone})
     options |= check_arguments({"forward_kwargs": forward_kwargs})
     check_count("max_samples", max_samples, 2, MOST_IMAGES)
-    model = bare(model)
-    architecture = with_forward_kwargs(model, find_architecture(model, backbone), options["forward_kwargs"])
-    wanted = named_sets(sets, architecture.components)
-    observer = _Observer(model, architecture, dataset, max_samples, batch_size, seed)
-    seen, costs = run_left_as_found(observer.observed, model, seed, options["dtype"], dataset)
+    with whole(model) as inner:
+        architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
+        wanted = named_sets(sets, architecture.components)
+        observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed)
+        seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
     return _Forecaster(architecture, seen, costs, seed).forecast(wanted)
 
 
