@@ -17,20 +17,16 @@ finetuning everything.
 from __future__ import annotations
 
 import logging
-import shutil
 import sys
 import tempfile
-import time
 import warnings
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
-from baselines import compare, methods, quiet, recommended_optimizer, table
-from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
+from baselines import compare, methods, quiet, table
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
@@ -38,7 +34,15 @@ from PIL import ImageOps
 from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
-from sklearn.metrics import accuracy_score
+from training import (
+    batch_size,
+    compute_metrics,
+    find_checkpoint,
+    finetune,
+    is_sharded,
+    number_of_steps,
+    save,
+)
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -46,30 +50,22 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction
 from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
-    PlasticityCallback,
     PlasticityConfig,
     PlasticityError,
     PlasticityReport,
     find_components,
 )
 from plasticity_peft.arguments import ARGUMENTS
-from plasticity_peft.card import update_card
-from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError
-from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -224,23 +220,6 @@ class FinetuningArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
 
-class Accuracy(evaluate.Metric):
-    """Share of right answers. `evaluate.load("accuracy")` is the same, but fetches its script from the Hub."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = Features({"predictions": Value("int64"), "references": Value("int64")})
-        return evaluate.MetricInfo(description="accuracy", citation="", features=features)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(accuracy_score(references, predictions))}
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns the accuracy of logits against labels."""
-    metric = Accuracy(keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions.argmax(axis=-1), references=prediction.label_ids)
-
-
 def load_images(name: str | None, config_name: str | None = None) -> DatasetDict:
     """Returns the splits of a dataset by Hub name, image folder or parquet file; the digits if `name` is None."""
     if name is None:
@@ -365,8 +344,8 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
 
 
 def on_device(model: PreTrainedModel, arguments: FinetuningArguments) -> PreTrainedModel:
-    """Returns the model on the device that trains it, unless Accelerate places it or it cannot be measured there."""
-    placed = arguments.fsdp or arguments.deepspeed or arguments.device.type == "mps"
+    """Returns the model on the device that trains it, unless DeepSpeed places it or it cannot be measured there."""
+    placed = arguments.deepspeed_plugin is not None or arguments.device.type == "mps"
     return model if placed else model.to(arguments.device)
 
 
@@ -374,95 +353,6 @@ def with_head_alone(model: PreTrainedModel) -> PeftModel:
     """Returns the model with only its head to train: stock PEFT without LoRA layers."""
     heads = find_architecture(model).heads
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
-
-
-class ResumableTrainer(Trainer):
-    """A Trainer whose whole checkpoints can be distinguished from half-written ones."""
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            # Files of an earlier run would make a half-written checkpoint look whole.
-            if self.args.should_save and folder.exists():
-                shutil.rmtree(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own error for a full disk
-            raise OSError(f"Cannot write {folder}: {error}") from error
-
-
-class TimeEstimate(TrainerCallback):
-    """Logs how long training will take, once a few steps are timed."""
-
-    STEPS = 5
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Notes the first step."""
-        self.first, self.start = state.global_step, time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Logs the estimate."""
-        if state.global_step == self.first + self.STEPS and state.is_world_process_zero:
-            seconds = (time.perf_counter() - self.start) / self.STEPS * (state.max_steps - self.first)
-            logger.info("Training will take about %s, without evaluation", timedelta(seconds=round(seconds)))
-
-
-def finetune(
-    model: PeftModel,
-    arguments: FinetuningArguments,
-    processor: BaseImageProcessor,
-    splits: dict[str, Dataset],
-    checkpoint: str | None,
-    measure_every: int | None = None,
-) -> tuple[Trainer, dict[str, float]]:
-    """Returns the trainer after training, and its metrics on the test images."""
-    optimizer = recommended_optimizer(model, arguments, splits["target"])
-    trainer = ResumableTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=processor,
-        data_collator=default_data_collator,
-        compute_metrics=compute_metrics,
-        optimizers=(optimizer, None),
-    )
-    if measure_every is not None:
-        trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
-    trainer.add_callback(TimeEstimate())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
-        logger.info("%s is the end of training: nothing is left to train.", checkpoint)
-    return trainer, trainer.evaluate(splits["test"], metric_key_prefix="test")
-
-
-def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
-    """Returns the checkpoint in `--resume_from_checkpoint`, or the last whole one if it is True.
-
-    If there is none, the result is None, and training starts from the beginning. `also` are further files that the
-    checkpoint must contain. Checkpoints that are not used are set aside, so that the run does not write over them.
-    """
-    wanted = arguments.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        reason = why_not_whole(wanted, processes=None, also=also, save_only_model=arguments.save_only_model)
-        if reason:
-            raise SystemExit(f"Cannot resume from {wanted}: {reason}.")
-        return wanted
-    with arguments.main_process_first():
-        checkpoint = last_whole_checkpoint(
-            arguments.output_dir,
-            processes=arguments.world_size,
-            also=also,
-            save_only_model=arguments.save_only_model,
-            set_aside=arguments.should_save,
-        )
-    if checkpoint is None:
-        logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
-        return None
-    logger.info("Training resumes from %s.", checkpoint)
-    return str(checkpoint)
 
 
 def check_writable(folder: str) -> None:
@@ -525,40 +415,6 @@ def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: Finetuning
     )
 
 
-def batch_size(arguments: FinetuningArguments) -> int:
-    """Returns the number of images per step, on all devices together."""
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def number_of_steps(arguments: FinetuningArguments, images: Dataset) -> int:
-    """Returns the number of training steps."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
-
-
-def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
-    """Writes the adapter with its report, card and picture, and the metrics."""
-    arguments = trainer.args
-    arguments.push_to_hub = False  # save_model would publish before the metrics are known
-    if arguments.should_save:
-        with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
-            trainer.save_model(str(folder))
-    trainer.save_metrics("test", metrics)
-    if trainer.is_world_process_zero():
-        given, arguments.learning_rate = arguments.learning_rate, peak_rates(trainer.optimizer)  # for the card
-        trainer.create_model_card(**about)
-        arguments.learning_rate = given
-        update_card(arguments.output_dir, metrics={"accuracy": metrics["test_accuracy"]}, dataset=test, split="test")
-
-
-def peak_rates(optimizer: torch.optim.Optimizer) -> str:
-    """Returns the learning rate of each group, at its peak, as text."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # that of Accelerate
-    rates = {group["name"]: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-    return ", ".join(f"{rate:.2g} ({name})" for name, rate in rates.items())
-
-
 def is_demo(model: ModelArguments, data: DataArguments) -> bool:
     """Returns whether neither a model nor images are given."""
     return data.dataset_name is None and model.model_name_or_path == str(DEMO_MODEL)
@@ -586,7 +442,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
     parsed = parser.parse_args_into_dataclasses() if config_file() is None else parse_file(parser, config_file())
-    model_arguments, data, _, arguments = parsed
+    model_arguments, data, plasticity, arguments = parsed
     demo = is_demo(model_arguments, data)
     if arguments.num_train_epochs is None:
         arguments.num_train_epochs = 4 if demo else 12
@@ -600,7 +456,24 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
         raise SystemExit("--push_merged needs --push_to_hub true.")
+    check_sharded(plasticity, arguments)
     return parsed
+
+
+def check_sharded(plasticity: PlasticityArguments, arguments: FinetuningArguments) -> None:
+    """Raises SystemExit if something is asked for that needs the whole model, and FSDP or DeepSpeed spreads it."""
+    wanted = {
+        "save_merged": arguments.save_merged,
+        "push_merged": arguments.push_merged,
+        "compare": plasticity.compare,
+        "measure_every": plasticity.measure_every,
+    }
+    name = next((name for name, value in wanted.items() if value), None)
+    if name is not None and is_sharded(arguments):
+        raise SystemExit(
+            f"--{name} needs the whole model in each process, and FSDP or DeepSpeed spreads it. Train without --{name}"
+            ", and use the saved adapter in one process: PeftModel.from_pretrained(...).merge_and_unload() merges it."
+        )
 
 
 def main() -> None:
@@ -661,7 +534,7 @@ def main() -> None:
             trained=f"{selected} ({config.training})",
             metrics=metrics,
         )
-    if demo if plasticity.compare is None else plasticity.compare:
+    if demo and not is_sharded(arguments) if plasticity.compare is None else plasticity.compare:
         print_table(config, model_arguments, labels, arguments, splits, plasticity.compare_seeds)
     if demo:
         logger.info("\nNext, with images of your own, in one folder for each label:\n    %s", NEXT)

@@ -116,7 +116,7 @@ def _inside(module: nn.Module) -> nn.Module:
 
 @contextmanager
 def _linear_of_torch() -> Iterator[None]:
-    """Inside, `F.linear` is that of torch. ZeRO-3 replaces it for the whole process by one that saves other tensors."""
+    """Inside, `F.linear` is that of torch. ZeRO-3 replaces it in the whole process by one that saves other tensors."""
     found = F.linear
     if not _is_of_sharding(found):
         yield
