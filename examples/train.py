@@ -63,6 +63,7 @@ from plasticity_peft import (
 )
 from plasticity_peft.arguments import ARGUMENTS
 from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.components.sharding import whole
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError
@@ -404,11 +405,11 @@ def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: Finetuning
     """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
     image = splits["target"][0]["pixel_values"]
     tokens: list[int] = []
-    block = model.get_submodule(f"base_model.model.{find_components(model)[0].modules[0]}")
-    hook = block.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
-    with torch.no_grad():
-        model(pixel_values=image[None].to(model.device))
-    hook.remove()
+    with whole(model) as inner, torch.no_grad():
+        layer = inner.get_submodule(find_components(inner)[0].modules[0])
+        hook = layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        inner(pixel_values=image[None].to(inner.device))
+        hook.remove()
     steps, batch = number_of_steps(arguments, splits["train"]), batch_size(arguments)
     logger.info(
         "Images of %d x %d pixels, %d tokens each; %d steps of %d images", *image.shape[1:], tokens[0], steps, batch
