@@ -17,14 +17,18 @@ finetuning everything.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import tempfile
 import warnings
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from baselines import compare, methods, quiet, table
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -219,6 +223,13 @@ class FinetuningArguments(TrainingArguments):
         metadata={"help": "With --push_to_hub, also publish the merged model, as <hub_model_id>-merged."},
     )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
+
+    def __post_init__(self) -> None:
+        """Starts processes on CPUs with the timeout, which transformers gives to those on accelerators alone."""
+        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True, timeout=timedelta(seconds=self.ddp_timeout))
+        super().__post_init__()
 
 
 def load_images(name: str | None, config_name: str | None = None) -> DatasetDict:
@@ -570,6 +581,19 @@ def run() -> None:
         main()
     except (PlasticityError, OSError, SafetensorError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except RuntimeError as error:
+        if not waited_in_vain(error):
+            raise
+        raise SystemExit(
+            "A process waited in vain for the others. One has ended, has stopped, or works longer than --ddp_timeout "
+            f"seconds. ({error})"
+        ) from None
+
+
+def waited_in_vain(error: RuntimeError) -> bool:
+    """Returns whether torch says that another process does not answer."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "timed out" in text or "connection closed" in text
 
 
 if __name__ == "__main__":

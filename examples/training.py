@@ -33,7 +33,7 @@ from transformers.trainer_utils import EvalPrediction
 
 from plasticity_peft import PlasticityCallback
 from plasticity_peft.card import update_card
-from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
+from plasticity_peft.checkpoints import check_processes, last_whole_checkpoint, why_not_whole
 from plasticity_peft.files import replaced_when_whole
 
 logger = logging.getLogger(__name__)
@@ -155,6 +155,7 @@ def find_checkpoint(arguments: TrainingArguments, *also: str) -> str | None:
         reason = why_not_whole(wanted, processes=None, also=also, save_only_model=arguments.save_only_model)
         if reason:
             raise SystemExit(f"Cannot resume from {wanted}: {reason}.")
+        check_processes(wanted, arguments.world_size)
         return wanted
     with arguments.main_process_first():
         checkpoint = last_whole_checkpoint(

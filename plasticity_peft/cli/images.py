@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -53,12 +54,12 @@ class NamedImages:
         return with_pixel_values(self.rows, processor, name=str(self.name), **self.columns)
 
 
-def processes() -> PartialState:
-    """Returns the processes that `accelerate launch` started, or this one."""
+def processes(ddp_timeout: float) -> PartialState:
+    """Returns the processes that `accelerate launch` started, or this one. They wait this many seconds for others."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=ddp_timeout))
 
 
 def load_for(images: NamedImages, name: str, state: PartialState, seed: int, revision: str | None) -> Any:

@@ -73,6 +73,7 @@ def measure(
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
+    ddp_timeout: options.Timeout = 1800,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     view: options.View = "overview",
@@ -86,7 +87,7 @@ def measure(
     max_samples = _max_samples(max_samples, pairs)
     check_file(output, "--output")
     check_picture(plot)
-    state = named.processes()
+    state = named.processes(ddp_timeout)
     target = named.NamedImages(data, split, image_column, label_column, dataset_config_name)
     others = named.NamedImages(source, split, image_column, label_column)
     with state.main_process_first():

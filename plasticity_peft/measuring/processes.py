@@ -65,12 +65,24 @@ def failing_together(share: Share) -> Iterator[None]:
 
 
 def gathered(share: Share, value: T) -> list[T]:
-    """Returns the values of all processes, in rank order and the same in each. Values should be small."""
+    """Returns the values of all processes, in rank order and the same in each. Values should be small.
+
+    Raises:
+        PlasticityError: a process has ended, or has not answered for as long as the others wait.
+    """
     if share.world_size == 1:
         return [value]
     from accelerate.utils import gather_object
 
-    found: list[T] = gather_object([value])
+    try:
+        found: list[T] = gather_object([value])
+    except RuntimeError as error:
+        raise PlasticityError(
+            f"Process {share.rank} of {share.world_size} waited in vain for the results of the others. One has ended, "
+            "has stopped, or works longer than the others wait. The command line and train.py set how long with "
+            "--ddp_timeout, and a script with timeout=... of Accelerate's InitProcessGroupKwargs or of torch's "
+            f"init_process_group. ({error})"
+        ) from error
     return found
 
 
