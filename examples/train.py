@@ -38,6 +38,7 @@ from PIL import ImageOps
 from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
+from streaming import for_measuring, for_training, stream_splits
 from training import (
     batch_size,
     compute_metrics,
@@ -57,6 +58,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
@@ -126,6 +128,18 @@ class DataArguments:
         metadata={
             "help": "Share of the images for the test, if there is no test split (default: 0.25; 0.5 in the demo)."
         },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images only when they are used: parquet or webdataset tar files, or a dataset "
+            "on the Hub. Needs --max_steps."
+        },
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled together."})
+    num_labels: int | None = field(default=None, metadata={"help": "Labels of a stream whose labels have no names."})
+    max_held_samples: int = field(
+        default=2000, metadata={"help": "Use at most this many validation and test images of a stream each."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
@@ -378,7 +392,11 @@ def check_writable(folder: str) -> None:
 
 
 def load_splits(
-    data: DataArguments, source_name: str | None, processor: BaseImageProcessor, arguments: FinetuningArguments
+    data: DataArguments,
+    source_name: str | None,
+    processor: BaseImageProcessor,
+    arguments: FinetuningArguments,
+    max_samples: int,
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Returns the images with their transforms, and the names of the labels.
 
@@ -386,6 +404,17 @@ def load_splits(
     without augmentation) and possibly "source".
     """
     plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
+    if data.streaming:
+        columns = data.image_column, data.label_column
+        parts, labels = stream_splits(
+            data.dataset_name, data.dataset_config_name, columns, data.num_labels, data.max_held_samples
+        )
+        splits = {name: parts[name].with_transform(plain) for name in ("validation", "test")}
+        splits["train"] = for_training(parts["train"], augmenting, arguments, data.shuffle_buffer)
+        splits["target"] = for_measuring(
+            parts["train"], plain, arguments.seed, data.shuffle_buffer, most=2 * max_samples
+        )
+        return splits, labels.names
     with arguments.main_process_first(desc="loading the images"):
         parts = split(load_images(data.dataset_name, data.dataset_config_name), data, arguments.seed)
         splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in parts.items()}
@@ -414,7 +443,7 @@ def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: d
 
 def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: FinetuningArguments) -> None:
     """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
-    image = splits["target"][0]["pixel_values"]
+    image = next(iter(splits["target"]))["pixel_values"]
     tokens: list[int] = []
     with whole(model) as inner, torch.no_grad():
         layer = inner.get_submodule(find_components(inner)[0].modules[0])
@@ -469,7 +498,21 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     if arguments.push_merged and not arguments.push_to_hub:
         raise SystemExit("--push_merged needs --push_to_hub true.")
     check_sharded(plasticity, arguments)
+    if data.streaming:
+        set_steps(data, arguments)
     return parsed
+
+
+def set_steps(data: DataArguments, arguments: FinetuningArguments) -> None:
+    """Makes what happens once an epoch happen ten times in a run: a stream has no epochs. Raises SystemExit if its
+    length is unknown.
+    """
+    if data.dataset_name is None or arguments.max_steps <= 0:
+        raise SystemExit("--streaming needs --dataset_name and --max_steps: the number of images is not known.")
+    if arguments.eval_strategy == "epoch":
+        arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, -(-arguments.max_steps // 10)
+    if arguments.save_strategy == "epoch":
+        arguments.save_strategy, arguments.save_steps = SaveStrategy.STEPS, -(-arguments.max_steps // 10)
 
 
 def check_sharded(plasticity: PlasticityArguments, arguments: FinetuningArguments) -> None:
@@ -501,8 +544,9 @@ def main() -> None:
     demo = is_demo(model_arguments, data)
     processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
-    splits, labels = load_splits(data, source_name, processor, arguments)
-    logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
+    splits, labels = load_splits(data, source_name, processor, arguments, plasticity.max_samples)
+    number = "A stream of" if data.streaming else len(splits["train"])
+    logger.info("%s images of %s labels for training", number, len(labels))
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     config = configure(plasticity, checkpoint, splits)  # its errors come before any training
 

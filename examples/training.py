@@ -16,11 +16,13 @@ from pathlib import Path
 import evaluate
 import numpy as np
 import torch
+from accelerate.data_loader import DataLoaderShard
 from baselines import recommended_optimizer
 from datasets import Dataset, Features, Value
 from peft import PeftModel
 from safetensors import SafetensorError
 from sklearn.metrics import accuracy_score
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BaseImageProcessor,
     Trainer,
@@ -78,6 +80,19 @@ class ResumableTrainer(Trainer):
         if self.optimizer is None:
             self.optimizer = recommended_optimizer(self.model, self.args, self.measured_on)
         return super().create_optimizer(*args)
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Returns the batches of this process. A stream has been spread already."""
+        if not isinstance(self.train_dataset, IterableDataset):
+            return super().get_train_dataloader()
+        return DataLoaderShard(
+            self.train_dataset,
+            device=self.args.device,
+            batch_size=self.args.train_batch_size,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Saves the adapter. All processes must call this, as they may have to gather it."""
