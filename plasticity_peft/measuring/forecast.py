@@ -242,7 +242,7 @@ class _Observer:
         found = [part for parts in gathered(share, seen) for part in parts]
         return _Seen.together(found), costs
 
-    def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun:
+    def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
         share = this_process()
         with failing_together(share):
