@@ -500,6 +500,13 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
         raise SystemExit("--push_merged needs --push_to_hub true.")
+    if plasticity.training == "full":
+        usual = PlasticityArguments()
+        given = [
+            name for name in ("r", "lora_alpha", "lora_dropout") if getattr(plasticity, name) != getattr(usual, name)
+        ]
+        if given:
+            raise SystemExit(f"--{given[0]} is an option of LoRA. Give --training lora as well.")
     check_sharded(plasticity, arguments)
     if data.streaming:
         set_steps(data, arguments)

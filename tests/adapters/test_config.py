@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from peft import PeftConfig, get_peft_model
 
-from plasticity_peft import PlasticityConfig
+from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.arguments import ARGUMENTS, check_arguments
 from plasticity_peft.errors import ConfigError
 from tests.support.models import random_images, tiny_model
@@ -91,3 +91,41 @@ def test_the_defaults_are_allowed() -> None:
     defaults = {each.name: each.default for each in dataclasses.fields(PlasticityConfig) if each.name in ARGUMENTS}
     given = {name: value for name, value in defaults.items() if value is not dataclasses.MISSING}
     assert check_arguments(given) == given
+
+
+OF_LORA: list[dict[str, Any]] = [{"r": 16}, {"lora_alpha": 16}, {"use_dora": True}, {"rank_pattern": {"MHA": 4}}]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "full"),
+        ({"r": 8, "lora_alpha": 8, "modules_to_save": ["classifier"], "inference_mode": True}, "full"),
+        *((options, "lora") for options in [*OF_LORA, {"lora_dropout": 0.1}, {"bias": "all"}]),
+        ({"training": "lora"}, "lora"),
+        ({"training": "full", "r": 16}, "full"),
+    ],
+    ids=str,
+)
+def test_components_train_in_full_unless_an_option_of_lora_is_given(options: dict[str, Any], expected: str) -> None:
+    config = PlasticityConfig(criterion="bound", **options)
+    assert config.training == expected
+    assert copy.deepcopy(config).training == expected
+    assert dataclasses.replace(config, seed=1).training == expected
+
+
+def test_by_default_the_best_kind_trains_in_full() -> None:
+    model = get_peft_model(tiny_model(), PlasticityConfig(criterion="bound", candidates="MHA"))
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert trained
+    assert all("modules_to_save" in name for name in trained)
+
+
+@pytest.mark.parametrize("options", [{}, *OF_LORA[:1]], ids=str)
+def test_a_report_selects_as_the_config_does(options: dict[str, Any]) -> None:
+    """A budget of parameters counts them as they train."""
+    report = measure_plasticity(tiny_model(), criterion="bound")
+    config = PlasticityConfig(report=report, budget=0.3, **options).choose(tiny_model())
+    assert report.select(budget=0.3, **options).units == config.selection.units
+    mode = "lora" if options else "full"
+    assert report.select(budget=0.3, training=mode, **options) == report.select(budget=0.3, **options)

@@ -62,8 +62,8 @@ def test_without_arguments_it_compares_with_stock_peft_and_with_everything(demo:
         "fitted head alone",
         "stock LoRA on query and value",
         "stock LoRA on all linear layers",
-        "selected: MHA (lora)",
         "selected: MHA (full)",
+        "selected: MHA (lora)",
         "everything in full",
     ]
     assert not any("±" in row for row in rows.values())
@@ -111,8 +111,8 @@ def test_chooses_again_from_a_report(demo: tuple[Path, str], tmp_path: Path) -> 
         *ONCE, "--max_steps", "1", "--output_dir", tmp_path,
         "--report", folder / "plasticity.json", "--top_k", "2", "--candidates", "MHA", "FC2",
     )  # fmt: skip
-    assert "Selected: MHA (lora)" in first
-    assert "Selected: MHA, FC2 (lora)" in log
+    assert "Selected: MHA (full)" in first
+    assert "Selected: MHA, FC2 (full)" in log
     assert "Measuring plasticity" not in log
 
 
