@@ -232,7 +232,7 @@ class PlasticityReport(BaseReport):
 
         Args:
             selection: selection to show first. It is called the one that was trained.
-            forecast: what `forecast_finetuning` returned, to show with it.
+            forecast: what `forecast_finetuning` returned, to show with it; by default that of the report.
             arguments: `granularity`, `training`, `candidates`, `r`, `rank_pattern`, `use_dora` and `lora_bias`, as in
                 `select`. The first two are those of the ranking that the page shows first.
 
