@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from plasticity_peft.cli import images as named
 from plasticity_peft.cli import options
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
+from plasticity_peft.errors import SelectionError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -160,7 +162,10 @@ def _hand_out(
     if output is not None:
         report.save(output)
     if plot is not None:
-        save_picture(report, plot, view, selected_by(report, SelectionRule(**rule)))
+        selection = None
+        with suppress(SelectionError):  # the best unit does not fit into the budget
+            selection = selected_by(report, SelectionRule(**rule))
+        save_picture(report, plot, view, selection)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -229,7 +229,7 @@ def measure_by(
     architecture = find_architecture(model, settings.backbone)
     architecture = with_forward_kwargs(model, architecture, settings.forward_kwargs)
     _check_device(model)
-    rule.units(architecture.components)
+    rule.check_possible(architecture.components, architecture.parameters)
     measuring = _Measuring(model, architecture, rule, settings, target_data, source_data)
 
     def measured() -> PlasticityReport:
@@ -268,7 +268,9 @@ class _Measuring:
         return self._report(columns, Seen(observed, skipped=0), costs, observed="weights")
 
     def _choice(self, costs: Costs | None) -> Choice:
-        return self.rule.choice(self.architecture.components, self.architecture.parameters, lambda: costs)
+        choice = self.rule.choice(self.architecture.components, self.architecture.parameters, lambda: costs)
+        choice.check_ever_possible()
+        return choice
 
     def images(self, criterion: Criterion) -> PlasticityReport:
         """Returns the scores of a criterion that looks at images, spread over all processes."""
@@ -297,7 +299,8 @@ class _Measuring:
         ending = None
         if confidence is not None:
             chosen = choice.chosen(columns.ranking(seen.observed))
-            ending = Ending(seen.settled, chosen, self.rule.granularity, confidence, planned)
+            if chosen:  # or the best unit does not fit into the budget
+                ending = Ending(seen.settled, chosen, self.rule.granularity, confidence, planned)
         report = self._report(columns, seen, costs, observed=sampler.plural, ending=ending, input_std=spread)
         if share.rank == 0:
             _log(report, choice)
