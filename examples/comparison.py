@@ -103,6 +103,7 @@ class Comparison:
         for name, result in self.results.items():
             tests = result.tests(1.0 if recommended else result.best_factor)
             low, high = self.difference(result, recommended)
+            cost = result.cost or result.formula
             rows[name] = {
                 "group": result.group,
                 "method": result.method,
@@ -114,9 +115,9 @@ class Comparison:
                 "gain": np.mean(list(tests.values())) - self.head["test_accuracy"],
                 "low": low,
                 "high": high,
-                "time": result.cost.get("time", np.nan),
-                "activations": result.cost.get("activations", np.nan),
-                "memory": result.cost.get("memory", np.nan),
+                "time": cost.get("time", np.nan),
+                "activations": cost.get("activations", np.nan),
+                "memory": cost.get("memory", np.nan),
                 "range_of_rates": range_of_rates(result),
             }
         return pd.DataFrame.from_dict(rows, orient="index").sort_values("test", ascending=False)

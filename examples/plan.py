@@ -15,6 +15,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import TrainingArguments
 
+from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.report.cost import Cost
 
 ENLARGED = 2
@@ -39,12 +40,14 @@ def warn_of_plan(
     steps: int,
 ) -> None:
     """Warns of what will disappoint. All processes call it, and the main one logs."""
-    pixels = next(iter(splits["target"]))["pixel_values"]
-    original = next(iter(splits["target"].with_format(None)))[image_column].size
+    images = splits["validation"]  # not a stream, if the others are
+    pixels, original = images[0]["pixel_values"], images.with_format(None)[0][image_column].size
+    with whole(model) as inner:
+        seconds = seconds_of_step(inner, pixels, arguments, cost)
     warnings = [
         *about_size(tuple(pixels.shape[-2:]), original, getattr(model.config, "patch_size", None)),
-        *about_time(seconds_of_step(model, pixels, arguments, cost), steps),
-        *about_rate(model, arguments, splits["target"]),
+        *about_time(seconds, steps),
+        *([] if is_sharded(model) else about_rate(model, arguments, splits["target"])),
     ]
     if arguments.should_log:
         for warning in warnings:

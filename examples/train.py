@@ -17,10 +17,9 @@ finetuning everything.
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import sys
 import tempfile
-import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +27,12 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 
-import evaluate
 import numpy as np
 import torch
-from baselines import compare, methods, quiet, recommended_optimizer, table
-from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image, Value
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from baselines import compare, methods, quiet, table
+from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
@@ -41,7 +41,16 @@ from plan import warn_of_plan
 from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
-from sklearn.metrics import accuracy_score
+from streaming import for_measuring, for_training, stream_splits
+from training import (
+    batch_size,
+    compute_metrics,
+    find_checkpoint,
+    finetune,
+    is_sharded,
+    number_of_steps,
+    save,
+)
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -49,30 +58,24 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     Trainer,
-    TrainerCallback,
-    TrainerState,
     TrainingArguments,
-    default_data_collator,
     set_seed,
 )
-from transformers.trainer_utils import EvalPrediction
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
-    PlasticityCallback,
     PlasticityConfig,
     PlasticityError,
     PlasticityReport,
     find_components,
 )
 from plasticity_peft.arguments import ARGUMENTS
-from plasticity_peft.card import update_card
-from plasticity_peft.checkpoints import last_whole_checkpoint, why_not_whole
 from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.components.sharding import whole
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError, SelectionError
-from plasticity_peft.files import replaced_when_whole
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -128,6 +131,18 @@ class DataArguments:
         metadata={
             "help": "Share of the images for the test, if there is no test split (default: 0.25; 0.5 in the demo)."
         },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={
+            "help": "Read the training images only when they are used: parquet or webdataset tar files, or a dataset "
+            "on the Hub. Needs --max_steps."
+        },
+    )
+    shuffle_buffer: int = field(default=1000, metadata={"help": "Images of a stream that are shuffled together."})
+    num_labels: int | None = field(default=None, metadata={"help": "Labels of a stream whose labels have no names."})
+    max_held_samples: int = field(
+        default=2000, metadata={"help": "Use at most this many validation and test images of a stream each."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
@@ -226,22 +241,12 @@ class FinetuningArguments(TrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
 
-
-class Accuracy(evaluate.Metric):
-    """Share of right answers. `evaluate.load("accuracy")` is the same, but fetches its script from the Hub."""
-
-    def _info(self) -> evaluate.MetricInfo:
-        features = Features({"predictions": Value("int64"), "references": Value("int64")})
-        return evaluate.MetricInfo(description="accuracy", citation="", features=features)
-
-    def _compute(self, predictions: list[int], references: list[int]) -> dict[str, float]:
-        return {"accuracy": float(accuracy_score(references, predictions))}
-
-
-def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
-    """Returns the accuracy of logits against labels."""
-    metric = Accuracy(keep_in_memory=True)
-    return metric.compute(predictions=prediction.predictions.argmax(axis=-1), references=prediction.label_ids)
+    def __post_init__(self) -> None:
+        """Starts processes on CPUs with the timeout, which transformers gives to those on accelerators alone."""
+        on_cpu = self.use_cpu or parse_flag_from_env("ACCELERATE_USE_CPU")
+        if on_cpu and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            PartialState(cpu=True, timeout=timedelta(seconds=self.ddp_timeout))
+        super().__post_init__()
 
 
 def load_images(name: str | None, config_name: str | None = None) -> DatasetDict:
@@ -368,8 +373,8 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
 
 
 def on_device(model: PreTrainedModel, arguments: FinetuningArguments) -> PreTrainedModel:
-    """Returns the model on the device that trains it, unless Accelerate places it or it cannot be measured there."""
-    placed = arguments.fsdp or arguments.deepspeed or arguments.device.type == "mps"
+    """Returns the model on the device that trains it, unless DeepSpeed places it or it cannot be measured there."""
+    placed = arguments.deepspeed_plugin is not None or arguments.device.type == "mps"
     return model if placed else model.to(arguments.device)
 
 
@@ -377,97 +382,6 @@ def with_head_alone(model: PreTrainedModel) -> PeftModel:
     """Returns the model with only its head to train: stock PEFT without LoRA layers."""
     heads = find_architecture(model).heads
     return get_peft_model(model, LoraConfig(target_modules=DUMMY_TARGET_MODULES, modules_to_save=list(heads)))
-
-
-class ResumableTrainer(Trainer):
-    """A Trainer whose whole checkpoints can be distinguished from half-written ones."""
-
-    def _save_checkpoint(self, model: torch.nn.Module, trial: None) -> None:
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        try:
-            # Files of an earlier run would make a half-written checkpoint look whole.
-            if self.args.should_save and folder.exists():
-                shutil.rmtree(folder)
-            self.accelerator.wait_for_everyone()
-            super()._save_checkpoint(model, trial)
-        except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own error for a full disk
-            raise OSError(f"Cannot write {folder}: {error}") from error
-
-
-class TimeEstimate(TrainerCallback):
-    """Logs how long training will take, once a few steps are timed."""
-
-    STEPS = 5
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Notes the first step."""
-        self.first, self.start = state.global_step, time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, *_: object, **__: object) -> None:
-        """Logs the estimate."""
-        if state.global_step == self.first + self.STEPS and state.is_world_process_zero:
-            seconds = (time.perf_counter() - self.start) / self.STEPS * (state.max_steps - self.first)
-            logger.info("Training will take about %s, without evaluation", timedelta(seconds=round(seconds)))
-
-
-def finetune(
-    model: PeftModel,
-    arguments: FinetuningArguments,
-    processor: BaseImageProcessor,
-    splits: dict[str, Dataset],
-    checkpoint: str | None,
-    measure_every: int | None = None,
-) -> tuple[Trainer, dict[str, float]]:
-    """Returns the trainer after training, and its metrics on the test images."""
-    optimizer = recommended_optimizer(model, arguments, splits["target"])
-    trainer = ResumableTrainer(
-        model=model,
-        args=arguments,
-        train_dataset=splits["train"],
-        eval_dataset=splits["validation"],
-        processing_class=processor,
-        data_collator=default_data_collator,
-        compute_metrics=compute_metrics,
-        optimizers=(optimizer, None),
-    )
-    if measure_every is not None:
-        trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
-    elif arguments.report_to:
-        trainer.add_callback(PlasticityCallback(trainer))
-    trainer.add_callback(TimeEstimate())
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
-        logger.info("%s is the end of training: nothing is left to train.", checkpoint)
-    return trainer, trainer.evaluate(splits["test"], metric_key_prefix="test")
-
-
-def find_checkpoint(arguments: FinetuningArguments, *also: str) -> str | None:
-    """Returns the checkpoint in `--resume_from_checkpoint`, or the last whole one if it is True.
-
-    If there is none, the result is None, and training starts from the beginning. `also` are further files that the
-    checkpoint must contain. Checkpoints that are not used are set aside, so that the run does not write over them.
-    """
-    wanted = arguments.resume_from_checkpoint
-    if wanted is None or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() != "true":
-        reason = why_not_whole(wanted, processes=None, also=also, save_only_model=arguments.save_only_model)
-        if reason:
-            raise SystemExit(f"Cannot resume from {wanted}: {reason}.")
-        return wanted
-    with arguments.main_process_first():
-        checkpoint = last_whole_checkpoint(
-            arguments.output_dir,
-            processes=arguments.world_size,
-            also=also,
-            save_only_model=arguments.save_only_model,
-            set_aside=arguments.should_save,
-        )
-    if checkpoint is None:
-        logger.info("There is no complete checkpoint in %s. Training starts from the beginning.", arguments.output_dir)
-        return None
-    logger.info("Training resumes from %s.", checkpoint)
-    return str(checkpoint)
 
 
 def check_writable(folder: str) -> None:
@@ -481,7 +395,11 @@ def check_writable(folder: str) -> None:
 
 
 def load_splits(
-    data: DataArguments, source_name: str | None, processor: BaseImageProcessor, arguments: FinetuningArguments
+    data: DataArguments,
+    source_name: str | None,
+    processor: BaseImageProcessor,
+    arguments: FinetuningArguments,
+    max_samples: int,
 ) -> tuple[dict[str, Dataset], list[str]]:
     """Returns the images with their transforms, and the names of the labels.
 
@@ -489,6 +407,17 @@ def load_splits(
     without augmentation) and possibly "source".
     """
     plain, augmenting = Transform(processor, data, augment=False), Transform(processor, data, augment=True)
+    if data.streaming:
+        columns = data.image_column, data.label_column
+        parts, labels = stream_splits(
+            data.dataset_name, data.dataset_config_name, columns, data.num_labels, data.max_held_samples
+        )
+        splits = {name: parts[name].with_transform(plain) for name in ("validation", "test")}
+        splits["train"] = for_training(parts["train"], augmenting, arguments, data.shuffle_buffer)
+        splits["target"] = for_measuring(
+            parts["train"], plain, arguments.seed, data.shuffle_buffer, most=2 * max_samples
+        )
+        return splits, labels.names
     with arguments.main_process_first(desc="loading the images"):
         parts = split(load_images(data.dataset_name, data.dataset_config_name), data, arguments.seed)
         splits = {name: part.with_transform(augmenting if name == "train" else plain) for name, part in parts.items()}
@@ -531,51 +460,17 @@ def keeping_the_report(arguments: FinetuningArguments) -> Iterator[None]:
 
 def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: FinetuningArguments) -> None:
     """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
-    image = splits["target"][0]["pixel_values"]
+    image = next(iter(splits["target"]))["pixel_values"]
     tokens: list[int] = []
-    block = model.get_submodule(f"base_model.model.{find_components(model)[0].modules[0]}")
-    hook = block.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
-    with torch.no_grad():
-        model(pixel_values=image[None].to(model.device))
-    hook.remove()
+    with whole(model) as inner, torch.no_grad():
+        layer = inner.get_submodule(find_components(inner)[0].modules[0])
+        hook = layer.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+        inner(pixel_values=image[None].to(inner.device))
+        hook.remove()
     steps, batch = number_of_steps(arguments, splits["train"]), batch_size(arguments)
     logger.info(
         "Images of %d x %d pixels, %d tokens each; %d steps of %d images", *image.shape[1:], tokens[0], steps, batch
     )
-
-
-def batch_size(arguments: FinetuningArguments) -> int:
-    """Returns the number of images per step, on all devices together."""
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def number_of_steps(arguments: FinetuningArguments, images: Dataset) -> int:
-    """Returns the number of training steps."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
-
-
-def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:
-    """Writes the adapter with its report, card and picture, and the metrics."""
-    arguments = trainer.args
-    arguments.push_to_hub = False  # save_model would publish before the metrics are known
-    if arguments.should_save:
-        with replaced_when_whole(arguments.output_dir, last="adapter_config.json") as folder:
-            trainer.save_model(str(folder))
-    trainer.save_metrics("test", metrics)
-    if trainer.is_world_process_zero():
-        given, arguments.learning_rate = arguments.learning_rate, peak_rates(trainer.optimizer)  # for the card
-        trainer.create_model_card(**about)
-        arguments.learning_rate = given
-        update_card(arguments.output_dir, metrics={"accuracy": metrics["test_accuracy"]}, dataset=test, split="test")
-
-
-def peak_rates(optimizer: torch.optim.Optimizer) -> str:
-    """Returns the learning rate of each group, at its peak, as text."""
-    optimizer = getattr(optimizer, "optimizer", optimizer)  # that of Accelerate
-    rates = {group["name"]: group.get("initial_lr", group["lr"]) for group in optimizer.param_groups}
-    return ", ".join(f"{rate:.2g} ({name})" for name, rate in rates.items())
 
 
 def is_demo(model: ModelArguments, data: DataArguments) -> bool:
@@ -605,7 +500,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
     parsed = parser.parse_args_into_dataclasses() if config_file() is None else parse_file(parser, config_file())
-    model_arguments, data, _, arguments = parsed
+    model_arguments, data, plasticity, arguments = parsed
     demo = is_demo(model_arguments, data)
     if arguments.num_train_epochs is None:
         arguments.num_train_epochs = 4 if demo else 12
@@ -619,7 +514,38 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
         raise SystemExit("--push_merged needs --push_to_hub true.")
+    check_sharded(plasticity, arguments)
+    if data.streaming:
+        set_steps(data, arguments)
     return parsed
+
+
+def set_steps(data: DataArguments, arguments: FinetuningArguments) -> None:
+    """Makes what happens once an epoch happen ten times in a run: a stream has no epochs. Raises SystemExit if its
+    length is unknown.
+    """
+    if data.dataset_name is None or arguments.max_steps <= 0:
+        raise SystemExit("--streaming needs --dataset_name and --max_steps: the number of images is not known.")
+    if arguments.eval_strategy == "epoch":
+        arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, -(-arguments.max_steps // 10)
+    if arguments.save_strategy == "epoch":
+        arguments.save_strategy, arguments.save_steps = SaveStrategy.STEPS, -(-arguments.max_steps // 10)
+
+
+def check_sharded(plasticity: PlasticityArguments, arguments: FinetuningArguments) -> None:
+    """Raises SystemExit if something is asked for that needs the whole model, and FSDP or DeepSpeed spreads it."""
+    wanted = {
+        "save_merged": arguments.save_merged,
+        "push_merged": arguments.push_merged,
+        "compare": plasticity.compare,
+        "measure_every": plasticity.measure_every,
+    }
+    name = next((name for name, value in wanted.items() if value), None)
+    if name is not None and is_sharded(arguments):
+        raise SystemExit(
+            f"--{name} needs the whole model in each process, and FSDP or DeepSpeed spreads it. Train without --{name}"
+            ", and use the saved adapter in one process: PeftModel.from_pretrained(...).merge_and_unload() merges it."
+        )
 
 
 def main() -> None:
@@ -635,8 +561,9 @@ def main() -> None:
     demo = is_demo(model_arguments, data)
     processor = load_processor(model_arguments)
     source_name = data.source_name or (str(DEMO_SOURCE) if demo else None)
-    splits, labels = load_splits(data, source_name, processor, arguments)
-    logger.info("%s images of %s labels for training", len(splits["train"]), len(labels))
+    splits, labels = load_splits(data, source_name, processor, arguments, plasticity.max_samples)
+    number = "A stream of" if data.streaming else len(splits["train"])
+    logger.info("%s images of %s labels for training", number, len(labels))
     checkpoint = find_checkpoint(arguments, "plasticity.json")
     config = configure(plasticity, checkpoint, splits)  # its errors come before any training
 
@@ -683,7 +610,7 @@ def main() -> None:
             trained=f"{selected} ({config.training})",
             metrics=metrics,
         )
-    if demo if plasticity.compare is None else plasticity.compare:
+    if demo and not is_sharded(arguments) if plasticity.compare is None else plasticity.compare:
         print_table(config, model_arguments, labels, arguments, splits, plasticity.compare_seeds)
     if demo:
         logger.info("\nNext, with images of your own, in one folder for each label:\n    %s", NEXT)
@@ -718,6 +645,19 @@ def run() -> None:
         main()
     except (PlasticityError, OSError, SafetensorError) as error:
         raise SystemExit(f"{type(error).__name__}: {error}") from None
+    except RuntimeError as error:
+        if not waited_in_vain(error):
+            raise
+        raise SystemExit(
+            "A process waited in vain for the others. One has ended, has stopped, or works longer than --ddp_timeout "
+            f"seconds. ({error})"
+        ) from None
+
+
+def waited_in_vain(error: RuntimeError) -> bool:
+    """Returns whether torch says that another process does not answer."""
+    text = str(error).lower()
+    return isinstance(error, torch.distributed.DistError) or "timed out" in text or "connection closed" in text
 
 
 if __name__ == "__main__":

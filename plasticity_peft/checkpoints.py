@@ -3,21 +3,26 @@
 A Trainer writes a checkpoint file by file, trainer_state.json last, and then deletes old checkpoints, also file by
 file. So a killed run leaves folders that look like checkpoints and are not. A Trainer cannot mark whole checkpoints in
 time, as its callback `on_save` runs after the old ones are gone. So all files of a checkpoint are read.
+
+FSDP and DeepSpeed write the state of the optimizer in forms of their own, possibly in parts, one for each process.
+Each of them writes a last file that names or implies the others: `.metadata` and `latest`.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from transformers.utils import logging
 
-from plasticity_peft.errors import ReportError
+from plasticity_peft.errors import ConfigError, ReportError
 from plasticity_peft.hub import CONFIG_NAME, WEIGHTS_NAME
 from plasticity_peft.saved.record import AdapterRecord
 from plasticity_peft.saved.weights import read_header
@@ -27,6 +32,10 @@ logger = logging.get_logger(f"transformers.{__name__}")
 STATE_NAME = "trainer_state.json"
 OF_THE_OPTIMIZER = ("optimizer.pt", "scheduler.pt")
 OF_AN_ADAPTER = (CONFIG_NAME, WEIGHTS_NAME)
+OF_FSDP = ("pytorch_model_fsdp", "optimizer")
+"""What FSDP saves: each is a file, name.bin, or a folder, name_0, with a part for each process."""
+OF_DEEPSPEED = "latest"
+"""The file that DeepSpeed writes last. It contains the name of the folder with the states of all processes."""
 
 
 def last_whole_checkpoint(
@@ -44,7 +53,9 @@ def last_whole_checkpoint(
     Every checkpoint that is not whole is ignored, with a warning that contains the reason.
 
     A checkpoint of another number of processes is whole. Training goes on from it, and draws other random numbers than
-    an uninterrupted run, which a warning says.
+    an uninterrupted run, which a warning says. Only DeepSpeed cannot go on with another number.
+
+    The checkpoints may be those of one process, of DDP, FSDP or DeepSpeed.
 
     Args:
         folder: the `output_dir` of a Trainer of a PeftModel. It need not exist.
@@ -54,6 +65,9 @@ def last_whole_checkpoint(
             and random states. A Trainer that continues from such a checkpoint starts with a new optimizer.
         set_aside: True renames checkpoints that are not whole, to "not-whole-checkpoint-28" for example, so that a
             Trainer neither writes over them nor deletes them. If several processes train, only one may do this.
+
+    Raises:
+        ConfigError: the last whole checkpoint is that of DeepSpeed, and of another number of processes.
 
     Examples:
         >>> last_whole_checkpoint("no/such/folder") is None
@@ -69,12 +83,25 @@ def last_whole_checkpoint(
         else:
             found.append(((path / STATE_NAME).stat().st_mtime_ns, _step(path), path))
     last = max(found)[-1] if found else None
+    if last is not None:
+        check_processes(last, processes)
     if last is not None and not save_only_model and _writers(last) != processes:
         logger.warning(
             "%s was written by %d processes, and %d go on from it. They draw other random numbers than an "
             "uninterrupted run.", last, _writers(last), processes,
         )  # fmt: skip
     return last
+
+
+def check_processes(checkpoint: str | os.PathLike[str], processes: int) -> None:
+    """Raises ConfigError if a whole checkpoint cannot be continued from with this number of processes."""
+    checkpoint = Path(checkpoint)
+    if (checkpoint / OF_DEEPSPEED).is_file() and _writers(checkpoint) not in (0, processes):
+        raise ConfigError(
+            f"{checkpoint} was written by {_writers(checkpoint)} processes with DeepSpeed, which continues only with "
+            f"as many. Got {processes}. Start {_writers(checkpoint)} processes, or convert the checkpoint with "
+            "DeepSpeed's ds_to_universal.py."
+        )
 
 
 def _set_aside(checkpoint: Path) -> None:
@@ -93,7 +120,7 @@ def why_not_whole(
     """Returns what is missing or damaged in a checkpoint, or "" if it is whole.
 
     Every file is read: sizes and headers of safetensors, the checksums of what torch.save wrote, and all of JSON.
-    Nothing is unpickled.
+    No object of a pickle is made, so that none can do harm.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -106,15 +133,55 @@ def why_not_whole(
     if not checkpoint.is_dir():
         return "there is no such folder"
     adapters = _adapters_in(checkpoint)
-    needed = (STATE_NAME,) if save_only_model else (STATE_NAME, *OF_THE_OPTIMIZER)
-    missing = [name for name in needed if not (checkpoint / name).is_file()]
+    missing = [] if (checkpoint / STATE_NAME).is_file() else [STATE_NAME]
+    missing += [] if save_only_model else _missing_of_the_optimizer(checkpoint)
     if processes is not None and not save_only_model and not _writers(checkpoint):
         missing += [name for name in _states(processes) if not (checkpoint / name).is_file()]
     missing += [name for folder in adapters for name in OF_AN_ADAPTER if not (folder / name).is_file()]
     missing += [name for name in also if not any((folder / name).is_file() for folder in {checkpoint, *adapters})]
     if missing:
         return f"it has no {missing[0]}"
-    return next((reason for folder in dict.fromkeys((checkpoint, *adapters)) if (reason := _damage(folder))), "")
+    folders = dict.fromkeys((checkpoint, *adapters, *_with_states(checkpoint)))
+    return next((reason for folder in folders if (reason := _damage(folder))), "")
+
+
+def _missing_of_the_optimizer(checkpoint: Path) -> list[str]:
+    """Returns which files with the state of the optimizer are missing."""
+    names = {path.name for path in checkpoint.iterdir()}
+    if OF_DEEPSPEED in names or any(name.startswith("global_step") for name in names):
+        return _missing_of_deepspeed(checkpoint)  # which may have a scheduler of its own
+    if any(name.startswith(OF_FSDP[0]) for name in names):
+        missing = [] if "scheduler.pt" in names else ["scheduler.pt"]
+        return missing + [file for name in OF_FSDP for file in _missing_of_fsdp(checkpoint, name)]
+    return [name for name in OF_THE_OPTIMIZER if name not in names]
+
+
+def _missing_of_deepspeed(checkpoint: Path) -> list[str]:
+    if not (checkpoint / OF_DEEPSPEED).is_file():
+        return [OF_DEEPSPEED]
+    folder = checkpoint / (checkpoint / OF_DEEPSPEED).read_text(encoding="utf-8").strip()
+    names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if not any(name.endswith("model_states.pt") for name in names):
+        return [f"{folder.name}/*model_states.pt"]
+    parts = [match for name in names if (match := re.fullmatch(r"(.*zero_pp_rank_)(\d+)(_.*)", name))]
+    ranks = range(max(_writers(checkpoint), *(int(match[2]) + 1 for match in parts))) if parts else range(0)
+    expected = {f"{match[1]}{rank}{match[3]}" for match in parts for rank in ranks}
+    return [f"{folder.name}/{name}" for name in sorted(expected - names)]
+
+
+def _missing_of_fsdp(checkpoint: Path, name: str) -> list[str]:
+    if (checkpoint / f"{name}.bin").is_file():
+        return []
+    folder = checkpoint / f"{name}_0"
+    if not (folder / ".metadata").is_file():
+        return [f"{folder.name}/.metadata"]
+    return []
+
+
+def _with_states(checkpoint: Path) -> list[Path]:
+    """Returns the folders in which DeepSpeed and FSDP saved their states."""
+    patterns = ("global_step*", *(f"{name}_0" for name in OF_FSDP))
+    return [path for pattern in patterns for path in sorted(checkpoint.glob(pattern)) if path.is_dir()]
 
 
 def _states(processes: int) -> list[str]:
@@ -144,11 +211,11 @@ def _adapters_in(checkpoint: Path) -> list[Path]:
 def _damage(folder: Path) -> str:
     """Returns which file of a folder is damaged, and how; "" if none is."""
     for path in sorted(folder.iterdir()):
-        check = CHECKS.get(path.suffix)
+        check = CHECKS.get(path.suffix or path.name)
         try:
             if check is not None and path.is_file():
                 check(path)
-        except (OSError, ValueError, RecursionError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, RecursionError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
             return f"{path.name} is damaged ({error})"
     try:
         AdapterRecord.find(folder)
@@ -182,7 +249,36 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{damaged} in it does not have its checksum")
 
 
+class _Named(pickle.Unpickler):
+    """Reads a pickle without any of the classes and functions in it. Their objects are those of an empty class."""
+
+    class Empty:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            pass
+
+        def __setstate__(self, state: Any) -> None:
+            vars(self).update(state if isinstance(state, dict) else {})
+
+    def find_class(self, *_: str) -> type:
+        return _Named.Empty
+
+
+def _check_parts(path: Path) -> None:
+    """Raises ValueError unless the files that the metadata of FSDP name have the sizes that they tell."""
+    with open(path, "rb") as file:
+        stored = getattr(_Named(file).load(), "storage_data", None)
+    if not isinstance(stored, dict) or not stored:
+        raise ValueError("it names no files")
+    for part in map(vars, stored.values()):
+        due, held = part["offset"] + part["length"], path.with_name(part["relative_path"])
+        if not held.is_file():
+            raise ValueError(f"there is no {held.name}")
+        if held.stat().st_size < due:
+            raise ValueError(f"{held.name} has {held.stat().st_size} bytes, of {due}")
+
+
 CHECKS: dict[str, Callable[[Path], None]] = {
+    ".metadata": _check_parts,
     ".json": _check_json,
     ".safetensors": _check_safetensors,
     ".pt": _check_archive,

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.utils import logging
 
 from plasticity_peft.checks import check_number, shown
+from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.measuring.rates import Group, recommended_rates, trained_groups
 
@@ -117,8 +118,8 @@ def _check_recommended_for(optimizer_cls: type[torch.optim.Optimizer], groups: l
 
 def _rows(group: Group, rate: float, weight_decay: float) -> list[dict[str, Any]]:
     """Returns the parameter groups of torch for a group: matrices, which decay, and vectors, which do not."""
-    sorts = (([p for _, p in group.parameters if p.ndim > 1], weight_decay),
-             ([p for _, p in group.parameters if p.ndim <= 1], 0.0))  # fmt: skip
+    sorts = (([p for _, p in group.parameters if len(shape_of(p)) > 1], weight_decay),
+             ([p for _, p in group.parameters if len(shape_of(p)) <= 1], 0.0))  # fmt: skip
     return [{"name": group.name, "params": params, "lr": rate, "weight_decay": decay} for params, decay in sorts
             if params]  # fmt: skip
 

@@ -58,6 +58,7 @@ from plasticity_peft.adapters.what_trains import (
 )
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.component import Component
+from plasticity_peft.components.sharding import whole
 from plasticity_peft.components.wrappers import originals_in_place
 from plasticity_peft.errors import ConfigError, ModelError, SelectionError
 from plasticity_peft.measuring.head import fitted_head
@@ -131,7 +132,9 @@ def choose_components(model: nn.Module, config: PlasticityConfig) -> PlasticityC
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     if config.chosen is None:
         config.check_modules_are_not_named()
-        _choose(base, config)
+        check_not_wrapped(base)
+        with whole(base):
+            _choose(base, config)
     config.check_is_for(base)
     return config
 
@@ -184,7 +187,6 @@ class _ModulesToSaveSwitch(nn.Module, BaseTunerLayer):
 
 def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     """Measures the model, or uses the given report, and turns `config` into the LoRA config of the selection."""
-    check_not_wrapped(model)
     architecture = find_architecture(model, config.backbone)
     check_has_head(model, architecture, config.modules_to_save)
     heads = heads_that_train(model, architecture.heads)

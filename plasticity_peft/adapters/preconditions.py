@@ -9,6 +9,7 @@ from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from plasticity_peft.adapters.config import PlasticityConfig
 from plasticity_peft.checks import shown
@@ -22,12 +23,22 @@ from plasticity_peft.images.blank import blank_image
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.saved.layers import PREFIX
 
+WRAPPERS = {
+    "DistributedDataParallel": "DistributedDataParallel(get_peft_model(model, config))",
+    "FullyShardedDataParallel": "FullyShardedDataParallel(get_peft_model(model, config), ...)",
+    "DeepSpeedEngine": "deepspeed.initialize(model=get_peft_model(model, config), ...)",
+}
+"""Wrappers around models that train in several processes, by name, and the right order."""
+WITH_REPORT = (
+    "To adapt a fresh model by what this one would be measured as: PlasticityConfig(report=measure_plasticity(...))."
+)
+
 
 def check_not_wrapped(model: nn.Module) -> None:
     """Raises ModelError if a module was compiled, or wrapped for several processes. Both must happen after adapting.
 
-    Measuring works through such wrappers. Adapting does not: DistributedDataParallel has already recorded the
-    parameters that it synchronizes, and a compiled module adds its name to every path of the adapter.
+    Measuring works through such wrappers. Adapting does not: they have already recorded the parameters that they
+    synchronize or spread, and a compiled module adds its name to every path of the adapter.
     """
     for path, module in model.named_modules():
         name = path or "the model"
@@ -35,14 +46,22 @@ def check_not_wrapped(model: nn.Module) -> None:
             raise ModelError(
                 f"Adapt a model before it is compiled: torch.compile(get_peft_model(model, config)). Compiled: {name}."
             )
-        if isinstance(module, nn.parallel.DistributedDataParallel):
+        wrapper = next((wrapper for wrapper in WRAPPERS if wrapper in map(_name, type(module).__mro__)), None)
+        if wrapper is not None:
             raise ModelError(
-                "Adapt a model before it is wrapped: DistributedDataParallel(get_peft_model(model, config)). It "
-                f"synchronizes only the parameters that exist when it is created. Wrapped: {name}."
+                f"Adapt a model before it is wrapped: {WRAPPERS[wrapper]}. It synchronizes only the parameters that "
+                f"exist when it is created. {WITH_REPORT} Wrapped: {name}."
             )
     for path, parameter in model.named_parameters():
-        if type(parameter.data).__name__ == "DTensor" or type(parameter).__name__ == "DTensor":
-            raise ModelError(f"{path} is spread over processes (DTensor). Adapt a model before fully_shard.")
+        if isinstance(parameter, DTensor):
+            raise ModelError(
+                f"{path} is spread over processes (DTensor). Adapt a model before fully_shard or parallelize_module, "
+                f"which spread only the parameters that exist then. {WITH_REPORT}"
+            )
+
+
+def _name(kind: type) -> str:
+    return kind.__name__
 
 
 def check_trainable(

@@ -49,6 +49,7 @@ def forecast(
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
+    ddp_timeout: options.Timeout = 1800,
     output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -58,7 +59,7 @@ def forecast(
     from plasticity_peft.measuring.forecast import forecast_finetuning
 
     check_file(output, "--output")
-    state = named.processes()
+    state = named.processes(ddp_timeout)
     target = named.NamedImages(data, split, image_column, label_column, dataset_config_name)
     with state.main_process_first():
         target.load()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +16,9 @@ Configuration = Annotated[
 ]
 ImageColumn = Annotated[str, typer.Option("--image_column", help="Column of the images.")]
 LabelColumn = Annotated[str, typer.Option("--label_column", help="Column of the labels, if any.")]
+Streaming = Annotated[
+    bool, typer.Option("--streaming", help="Read images only when they are used, and keep nothing on the disk.")
+]
 ImageSize = Annotated[
     int | None,
     typer.Option("--image_size", help="Side of the images in pixels. By default the size in the model's config."),
@@ -25,9 +29,15 @@ class NamedImages:
     """The dataset of an option, if the option is given."""
 
     def __init__(
-        self, name: str | None, split: str, image_column: str, label_column: str, configuration: str | None = None
+        self,
+        name: str | None,
+        split: str,
+        image_column: str,
+        label_column: str,
+        configuration: str | None = None,
+        streaming: bool = False,
     ) -> None:
-        self.name, self.split, self.configuration = name, split, configuration
+        self.name, self.split, self.configuration, self.streaming = name, split, configuration, streaming
         self.columns = {"image_column": image_column, "label_column": label_column}
         self.rows: Any = None
 
@@ -36,7 +46,8 @@ class NamedImages:
         from plasticity_peft.images.datasets import choose_split, load_image_dataset
 
         if self.name is not None:
-            self.rows = choose_split(load_image_dataset(self.name, self.configuration), self.split, self.name)
+            found = load_image_dataset(self.name, self.configuration, streaming=self.streaming)
+            self.rows = choose_split(found, self.split, self.name)
 
     def labels(self) -> list[str] | None:
         """Returns the names of the labels; None if the dataset has none."""
@@ -53,12 +64,12 @@ class NamedImages:
         return with_pixel_values(self.rows, processor, name=str(self.name), **self.columns)
 
 
-def processes() -> PartialState:
-    """Returns the processes that `accelerate launch` started, or this one."""
+def processes(ddp_timeout: float) -> PartialState:
+    """Returns the processes that `accelerate launch` started, or this one. They wait this many seconds for others."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=timedelta(seconds=ddp_timeout))
 
 
 def load_for(images: NamedImages, name: str, state: PartialState, seed: int, revision: str | None) -> Any:

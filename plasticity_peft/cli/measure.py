@@ -35,8 +35,8 @@ def measure(
     data: Annotated[
         str | None,
         typer.Argument(
-            help="Hub name of an image dataset, a folder of images, or a parquet file. A criterion that reads only "
-            "weights needs none."
+            help="Hub name of an image dataset, a folder of images, or parquet or tar files. A criterion that reads "
+            "only weights needs none."
         ),
     ] = None,
     source: Annotated[
@@ -47,6 +47,7 @@ def measure(
     image_column: named.ImageColumn = "image",
     label_column: named.LabelColumn = "label",
     image_size: named.ImageSize = None,
+    streaming: named.Streaming = False,
     revision: options.Revision = None,
     plugin: options.Plugin = None,
     fit_head: Annotated[
@@ -83,6 +84,7 @@ def measure(
             "pairs of kinds and everything, and recommend one.",
         ),
     ] = False,
+    ddp_timeout: options.Timeout = 1800,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
     view: options.View = "overview",
@@ -96,9 +98,9 @@ def measure(
     max_samples = _max_samples(max_samples, pairs)
     check_file(output, "--output")
     check_picture(plot)
-    state = named.processes()
-    target = named.NamedImages(data, split, image_column, label_column, dataset_config_name)
-    others = named.NamedImages(source, split, image_column, label_column)
+    state = named.processes(ddp_timeout)
+    target = named.NamedImages(data, split, image_column, label_column, dataset_config_name, streaming)
+    others = named.NamedImages(source, split, image_column, label_column, streaming=streaming)
     with state.main_process_first():
         target.load()
         others.load()

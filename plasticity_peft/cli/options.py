@@ -114,6 +114,14 @@ Training = Annotated[str, one_of("--training", TRAINING_MODES, HELP["training"])
 Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
 Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
 Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]
+Timeout = Annotated[
+    float,
+    typer.Option(
+        "--ddp_timeout",
+        min=1,
+        help="Under accelerate launch: seconds that a process waits for the others before it ends with an error.",
+    ),
+]
 ForwardKwargs = Annotated[
     dict[str, Any] | None,
     typer.Option("--forward_kwargs", parser=json_object, metavar="JSON", help=f"{HELP['forward_kwargs']} As JSON."),

@@ -20,8 +20,9 @@ from plasticity_peft.components.heads import find_entry, find_heads, within
 from plasticity_peft.components.layouts import BlockLayout
 from plasticity_peft.components.offloading import onloaded
 from plasticity_peft.components.quantized import matrix_of, parameter_count
+from plasticity_peft.components.sharding import check_not_flattened
 from plasticity_peft.components.structure import check_structure, norm_width
-from plasticity_peft.components.wrappers import bare, check_not_sharded, unwrap, walk
+from plasticity_peft.components.wrappers import bare, unwrap, walk
 from plasticity_peft.errors import ModelError
 
 
@@ -93,7 +94,7 @@ def find_architecture(model: nn.Module, backbone: str | None = None) -> Architec
     """Returns the components, blocks and head of `model`. Arguments and errors are those of `find_components`."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"model must be a torch.nn.Module. Got an object of type {type(model).__name__}.")
-    check_not_sharded(model)
+    check_not_flattened(model)
     stack = find_stack(model, backbone)
     layout = stack.layout
     check_plain_weights(model, stack.paths)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.errors import ModelError
 
 
@@ -49,7 +50,7 @@ def parameter_count(module: nn.Module) -> int:
         >>> parameter_count(nn.Linear(3, 2))
         8
     """
-    counts = {name: parameter.numel() for name, parameter in module.named_parameters(recurse=False)}
+    counts = {name: shape_of(parameter).numel() for name, parameter in module.named_parameters(recurse=False)}
     if isinstance(module, nn.Linear) and "weight" in counts and not holds_plain_weights(module):
         counts["weight"] = module.in_features * module.out_features
     return sum(counts.values())

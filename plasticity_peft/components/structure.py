@@ -11,6 +11,7 @@ from torch import nn
 
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.layouts import BlockLayout
+from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.components.wrappers import leaves, unwrap
 from plasticity_peft.errors import ModelError
 
@@ -70,4 +71,6 @@ def _linear(module: nn.Module) -> nn.Linear:
 
 def norm_width(module: nn.Module) -> int:
     """Returns the number of features that a norm scales."""
-    return sum(parameter.numel() for name, parameter in unwrap(module).named_parameters() if name == "weight")
+    return sum(
+        shape_of(parameter).numel() for name, parameter in unwrap(module).named_parameters() if name == "weight"
+    )

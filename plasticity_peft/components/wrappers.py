@@ -9,8 +9,6 @@ from contextlib import ExitStack, contextmanager
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 
-from plasticity_peft.errors import ModelError
-
 PIXELS = "pixel_values"
 IMAGE_ARGUMENTS = ("x", "image", "images", "img", "imgs", "pixels", "video", "videos")
 """Names of the one argument of a user's forward pass that stands for `pixel_values`."""
@@ -30,8 +28,8 @@ def uncompiled(model: nn.Module) -> nn.Module:
 def bare(model: nn.Module) -> nn.Module:
     """Returns the model without the wrappers around it. It computes the same, and its modules have their own names.
 
-    Known wrappers are `torch.compile`, DistributedDataParallel, DataParallel, the engine of DeepSpeed and PeftModel,
-    in any order.
+    Known wrappers are `torch.compile`, DistributedDataParallel, DataParallel, FullyShardedDataParallel, the engine of
+    DeepSpeed and PeftModel, in any order.
 
     Examples:
         >>> model = nn.Linear(2, 2)
@@ -48,26 +46,10 @@ def bare(model: nn.Module) -> nn.Module:
 
 
 def _without_one_wrapper(model: nn.Module) -> nn.Module:
-    if isinstance(model, PARALLEL) or type(model).__name__ == "DeepSpeedEngine":
+    if isinstance(model, (*PARALLEL, FullyShardedDataParallel)) or type(model).__name__ == "DeepSpeedEngine":
         inner: nn.Module = model.module  # type: ignore[assignment]
         return inner
     return uncompiled(model)
-
-
-def check_not_sharded(model: nn.Module) -> None:
-    """Raises ModelError if weights are spread over processes in a form that no process can read."""
-    for path, module in model.named_modules():
-        if isinstance(module, FullyShardedDataParallel):
-            raise ModelError(
-                f"{path or 'The model'} is wrapped by FullyShardedDataParallel, which flattens weights and spreads "
-                "them over the processes. Measure and adapt the model before it is wrapped."
-            )
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_numel") and parameter.numel() != parameter.ds_numel:
-            raise ModelError(
-                f"{name} is spread over the processes (DeepSpeed ZeRO-3). Load, measure and adapt the model before "
-                "TrainingArguments or Accelerator set up ZeRO-3."
-            )
 
 
 def original_of(module: nn.Module) -> nn.Module | None:

@@ -29,7 +29,7 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
-from plasticity_peft.components.wrappers import bare
+from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
@@ -110,7 +110,7 @@ def forecast_finetuning(
         backbone: path of the vision transformer in a model that contains several.
         forward_kwargs: arguments of each forward pass, as in `measure_plasticity`.
         pilot: False leaves out the short run, which takes the memory of training a copy of the model in full. A model
-            that is quantized, or whose weights are not all in memory, has none.
+            that is quantized, or whose weights are spread over processes or not all in memory, has none.
 
     Raises:
         ConfigError: an argument is out of its range, or a set names what the model does not have.
@@ -133,16 +133,17 @@ def forecast_finetuning(
     options = check_arguments({"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone})
     options |= check_arguments({"forward_kwargs": forward_kwargs})
     check_count("max_samples", max_samples, 2, MOST_IMAGES)
-    model = bare(model)
-    architecture = with_forward_kwargs(model, find_architecture(model, backbone), options["forward_kwargs"])
-    wanted = named_sets(sets, architecture.components)
-    observer = _Observer(model, architecture, dataset, max_samples, batch_size, seed)
-    seen, costs = run_left_as_found(observer.observed, model, seed, options["dtype"], dataset)
-    rates = _Rates.of(model, architecture, Gradient(model, dataset, batch_size, seed, backbone, forward_kwargs))
-    everything = rates.of_set(architecture.components, seen.features.shape[1])
-    short = None
-    if pilot and everything is not None:
-        short = run_left_as_found(lambda: observer.pilot(seen, everything), model, seed, options["dtype"], dataset)
+    sharded = is_sharded(model)
+    with whole(model) as inner:
+        architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
+        wanted = named_sets(sets, architecture.components)
+        observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed)
+        seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
+        rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
+        everything = rates.of_set(architecture.components, seen.features.shape[1])
+        short = None
+        if pilot and everything is not None and not sharded:
+            short = run_left_as_found(lambda: observer.pilot(seen, everything), inner, seed, options["dtype"], dataset)
     return _Forecaster(architecture, seen, costs, rates, short, seed).forecast(wanted)
 
 
@@ -241,7 +242,7 @@ class _Observer:
         found = [part for parts in gathered(share, seen) for part in parts]
         return _Seen.together(found), costs
 
-    def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun:
+    def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
         share = this_process()
         with failing_together(share):

@@ -24,7 +24,8 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run, with_forward_kwargs
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
-from plasticity_peft.components.wrappers import bare, original_of, walk
+from plasticity_peft.components.sharding import whole
+from plasticity_peft.components.wrappers import original_of, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
@@ -88,19 +89,20 @@ def fit_head(
         >>> (found.images, found.outputs)
         (16, 2)
     """
-    fitted = fitted_head(
-        model,
-        dataset,
-        penalties=penalties,
-        max_samples=max_samples,
-        batch_size=batch_size,
-        seed=seed,
-        dtype=dtype,
-        backbone=backbone,
-        forward_kwargs=forward_kwargs,
-    )
-    with fitted.kept():
-        return fitted.found
+    with whole(model) as inner:
+        fitted = fitted_head(
+            inner,
+            dataset,
+            penalties=penalties,
+            max_samples=max_samples,
+            batch_size=batch_size,
+            seed=seed,
+            dtype=dtype,
+            backbone=backbone,
+            forward_kwargs=forward_kwargs,
+        )
+        with fitted.kept():
+            return fitted.found
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,7 +171,10 @@ def fitted_head(
     backbone: str | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
 ) -> FittedHead:
-    """Returns the head that `fit_head` sets, and changes nothing; the arguments and errors are the same."""
+    """Returns the head that `fit_head` sets, and changes nothing; the arguments and errors are the same.
+
+    No weight of the model may be spread over processes: see `whole`.
+    """
     options = check_arguments(
         {
             "max_samples": max_samples,
@@ -181,7 +186,6 @@ def fitted_head(
         }
     )
     wanted = None if penalties is None else [_checked(penalty) for penalty in penalties]
-    model = bare(model)
     architecture = with_forward_kwargs(model, find_architecture(model, backbone), options["forward_kwargs"])
     share = this_process()
 

@@ -31,7 +31,8 @@ from plasticity_peft.components.calls import (
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
 from plasticity_peft.components.quantized import trainable_after
-from plasticity_peft.components.wrappers import bare, walk
+from plasticity_peft.components.sharding import whole
+from plasticity_peft.components.wrappers import walk
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
 from plasticity_peft.criteria.registry import CRITERIA, resolve
 from plasticity_peft.deprecation import renamed_arguments
@@ -223,22 +224,14 @@ def measure_by(
     rule: SelectionRule, settings: Settings, model: nn.Module, target_data: Any, source_data: Any
 ) -> PlasticityReport:
     """Returns the report of a measurement that stops when what `rule` selects is settled; see `measure_plasticity`."""
-    criterion = CRITERIA[settings.criterion]
-    check_target(criterion, target_data)
-    model = bare(model)
-    architecture = find_architecture(model, settings.backbone)
-    architecture = with_forward_kwargs(model, architecture, settings.forward_kwargs)
-    _check_device(model)
-    rule.check_possible(architecture.components, architecture.parameters)
-    measuring = _Measuring(model, architecture, rule, settings, target_data, source_data)
-
-    def measured() -> PlasticityReport:
-        with trainable_after(model), measuring.contexts:
-            return (
-                measuring.weights(criterion) if isinstance(criterion, WeightCriterion) else measuring.images(criterion)
-            )
-
-    return run_left_as_found(measured, model, settings.seed, settings.dtype, target_data, source_data)
+    check_target(CRITERIA[settings.criterion], target_data)
+    with whole(model) as inner:
+        architecture = find_architecture(inner, settings.backbone)
+        architecture = with_forward_kwargs(inner, architecture, settings.forward_kwargs)
+        _check_device(inner)
+        rule.check_possible(architecture.components, architecture.parameters)
+        measuring = _Measuring(inner, architecture, rule, settings, target_data, source_data)
+        return run_left_as_found(measuring.report, inner, settings.seed, settings.dtype, target_data, source_data)
 
 
 @dataclass(frozen=True)
@@ -253,6 +246,12 @@ class _Measuring:
     source_data: Any
     contexts: ExitStack = field(default_factory=ExitStack)
     """Ends with the measurement."""
+
+    def report(self) -> PlasticityReport:
+        """Returns the report by the criterion of the settings."""
+        criterion = CRITERIA[self.settings.criterion]
+        with trainable_after(self.model), self.contexts:
+            return self.weights(criterion) if isinstance(criterion, WeightCriterion) else self.images(criterion)
 
     def weights(self, criterion: WeightCriterion) -> PlasticityReport:
         """Returns the scores of a criterion that reads only weights, without samples."""

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, hooked, run
 from plasticity_peft.images.sampler import SingleImages
-from plasticity_peft.measuring.head import FittedHead, check_finite, linear_at, solve
+from plasticity_peft.measuring.head import FittedHead, linear_at, solve
 from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.rates import groups_in_full
 from plasticity_peft.measuring.ridge import Ridge, Sums
@@ -49,8 +49,8 @@ class Pilot:
     rates: Mapping[str, float]
     """Learning rates of "head", "matrix" and "vector"."""
 
-    def run(self, features: np.ndarray, targets: np.ndarray) -> PilotRun:
-        """Trains, and returns the gain on the second half of the images.
+    def run(self, features: np.ndarray, targets: np.ndarray) -> PilotRun | None:
+        """Trains, and returns the gain on the second half of the images; None if training diverged.
 
         Args:
             features: what the head receives for each image before training, in the order of the sampler: float32 of
@@ -63,6 +63,8 @@ class Pilot:
         with torch.enable_grad():
             self._train(model, half)
         after = self._features(model, range(half, len(features)))
+        if not np.isfinite(after).all():
+            return None
         differences = _right(after, targets[half:]) - _right(features[half:], targets[half:])
         return PilotRun(
             steps=STEPS,
@@ -109,9 +111,7 @@ class Pilot:
         for batch in _batches(numbers, self.sampler.batch_size):
             with hooked({self.path: linear_at(model, self.path)}, keep):
                 run(model, self.architecture, self.sampler.load(batch).images)
-        features = np.concatenate(found)
-        check_finite(features, self.path)
-        return features
+        return np.concatenate(found)
 
 
 def _batches(numbers: range, size: int = BATCH_SIZE) -> list[range]:

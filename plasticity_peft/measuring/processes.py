@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, TypeVar
 
-from plasticity_peft.errors import DataError, PlasticityError
+from plasticity_peft.errors import ConfigError, DataError, PlasticityError
 
 T = TypeVar("T")
 
@@ -28,14 +28,24 @@ class Share(NamedTuple):
 
 
 def this_process() -> Share:
-    """Returns the place of this process among those that a launcher started; (0, 1) without a launcher."""
+    """Returns the place of this process among those that a launcher started; (0, 1) without a launcher.
+
+    Raises:
+        ConfigError: a launcher started several processes, and Accelerate takes each of them for the only one.
+    """
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    if PartialState._shared_state or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-        return Share(state.process_index, state.num_processes)
-    return Share(0, 1)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if not PartialState._shared_state and started == 1:
+        return Share(0, 1)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    if state.num_processes == 1 < started and "LOCAL_RANK" in os.environ:
+        raise ConfigError(
+            f"A launcher started {started} processes, and Accelerate found no accelerator by which they could work "
+            "together: each would do the work of all. On CPUs, set the environment variable ACCELERATE_USE_CPU=1."
+        )
+    return Share(state.process_index, state.num_processes)
 
 
 @contextmanager
@@ -65,12 +75,24 @@ def failing_together(share: Share) -> Iterator[None]:
 
 
 def gathered(share: Share, value: T) -> list[T]:
-    """Returns the values of all processes, in rank order and the same in each. Values should be small."""
+    """Returns the values of all processes, in rank order and the same in each. Values should be small.
+
+    Raises:
+        PlasticityError: a process has ended, or has not answered for as long as the others wait.
+    """
     if share.world_size == 1:
         return [value]
     from accelerate.utils import gather_object
 
-    found: list[T] = gather_object([value])
+    try:
+        found: list[T] = gather_object([value])
+    except RuntimeError as error:
+        raise PlasticityError(
+            f"Process {share.rank} of {share.world_size} waited in vain for the results of the others. One has ended, "
+            "has stopped, or works longer than the others wait. The command line and train.py set how long with "
+            "--ddp_timeout, and a script with timeout=... of Accelerate's InitProcessGroupKwargs or of torch's "
+            f"init_process_group. ({error})"
+        ) from error
     return found
 
 

@@ -95,7 +95,7 @@ class Forecast:
     sets: Annotated[tuple[SetForecast, ...], Len(1)]
     """In the order in which they were given."""
     pilot: PilotRun | None = None
-    """A short run of everything. None if there was none."""
+    """A short run of everything. None if there was none, or if it diverged."""
     raised: NonNegative = 0.0
     """By how much all gains are above what gradients show, because the run gained more than they show."""
 

@@ -21,7 +21,6 @@ from plasticity_peft.components.fresh import fresh_weights
 from plasticity_peft.components.heads import find_entry
 from plasticity_peft.components.layouts import LAYOUTS
 from plasticity_peft.components.wrappers import bare, forward_parameters
-from plasticity_peft.errors import ModelError
 from plasticity_peft.report.report import PlasticityReport
 from tests.support.models import backbone, disturbed, random_images, tiny_model
 
@@ -358,16 +357,6 @@ def test_arguments_are_seen_through_a_method_that_wraps_a_method() -> None:
     assert list(forward_parameters(model)) == ["pixel_values"]
     assert find_entry(model, "net") == ""
     assert next(iter(forward_parameters(tiny_model()))) == "pixel_values"
-
-
-def test_weights_that_are_spread_over_processes_are_refused_by_name() -> None:
-    model = tiny_model()
-    parameter = model.classifier.weight
-    parameter.ds_numel = parameter.numel()
-    scores(model)
-    parameter.data = torch.empty(0)
-    with pytest.raises(ModelError, match=r"classifier.weight is spread over the processes \(DeepSpeed ZeRO-3\)"):
-        measure_plasticity(model, IMAGES)
 
 
 def test_weights_that_a_checkpoint_lacks_are_known(tmp_path: Path) -> None:

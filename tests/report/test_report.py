@@ -227,6 +227,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
 ADDED_SINCE += ("target_provenance", "source_provenance", "batch_size", "separation", "error", "costs")
+ADDED_SINCE += ("forecast",)
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 

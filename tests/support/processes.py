@@ -29,7 +29,8 @@ STRICT = ("-W", "error", "-W", f"ignore:{KNOWN}:FutureWarning")
 
 def environment(**options: str) -> dict[str, str]:
     """Returns the environment of a process: one thread, and this package from wherever it is started."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY), **options}
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **options}
 
 
 def python(*arguments: object, timeout: float = 480, **options: Any) -> subprocess.CompletedProcess[str]:
