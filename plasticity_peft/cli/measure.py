@@ -107,6 +107,8 @@ def measure(
     loaded = named.load_for(target, model, state, seed, revision)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
+    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
+    rule["candidates"] = options.several(candidates)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     if fit_head:
         _fit_head(loaded, images, state, **shared, forward_kwargs=forward_kwargs)
@@ -119,18 +121,12 @@ def measure(
         inputs=inputs,
         max_samples=max_samples,
         settle=settle or None,
-        top_k=top_k,
-        budget=budget,
-        granularity=granularity,
-        candidates=options.several(candidates),
-        training=training,
+        **rule,
         forward_kwargs=forward_kwargs,
-        r=r,
         forecast=labels,
     )
     if state.is_main_process:
-        rule = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
-        _hand_out(report, {**rule, "candidates": options.several(candidates)}, output, plot, view, as_json)
+        _hand_out(report, rule, output, plot, view, as_json)
     state.destroy_process_group()
 
 
