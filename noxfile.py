@@ -24,6 +24,7 @@ VERSIONS: dict[str, tuple[str | None, dict[str, str]]] = {
     "transformers4": ("constraints.txt", TRANSFORMERS_4),
     "tested": ("constraints.txt", {}),
     "newest": (None, {}),  # whatever pyproject.toml allows today
+    "extras": ("constraints.txt", {}),
     "timm": ("constraints.txt", {"torch": "2.14.1", "torchvision": "0.29.1", "timm": "1.0.31"}),
 }
 """Name of a set of versions: its constraints file, and what is pinned otherwise than there."""
@@ -38,12 +39,16 @@ MATRIX = [
     ("3.13", "tested"),
     ("3.13", "newest"),
     ("3.14", "newest"),
+    ("3.12", "extras"),
     ("3.12", "timm"),
 ]
 """What is run. The lowest numpy, pandas and scikit-learn have no wheels for Python 3.12."""
 
-APART = {"timm": ("test,timm", ["tests/timm"])}
-"""The extras and the tests of sets of versions that are for a part alone: torchvision wants a torch of its own."""
+APART = {
+    "extras": ("test,html,integrations", ["-m", "slow", "tests/extras"]),
+    "timm": ("test,timm", ["tests/timm"]),
+}
+"""The extras and the tests of sets of versions that are for a part alone: large packages, and a torch of their own."""
 
 
 @nox.session

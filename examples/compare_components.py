@@ -10,14 +10,15 @@ end. Then it is trained with several seeds at the best multiple and at the recom
         --dataset_name cifar10 --max_train_samples 1000 --groups kinds stock --output_dir outputs/compare/dinov2
     accelerate launch examples/compare_components.py --output_dir outputs/compare/demo-digits
 
-It writes to `--output_dir`: one JSON file in `runs/` for each method, and results.md with the tables. A finished
-method is not repeated, so the same command continues an interrupted comparison. Processes share the methods. All runs
-of a method train at once: their parameters are stacked.
+It writes to `--output_dir`: one JSON file in `runs/` and one in `costs/` for each method, and results.md with the
+tables. A finished method is not repeated, so the same command continues an interrupted comparison. Processes share the
+methods. All runs of a method train at once: their parameters are stacked.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import logging
 import warnings
@@ -32,7 +33,7 @@ from accelerate import PartialState
 from comparison import Result, Run, load
 from huggingface_hub.utils import disable_progress_bars
 from methods import EVERYTHING, GROUPS, Catalog, Method
-from stacked import BATCH_SIZE, Order, Part, StackedRuns
+from stacked import BATCH_SIZE, Part, StackedRuns, order_of_images
 from step_cost import in_turns, kept_bytes, state_bytes, training_step
 from summarize import write
 from torch import nn
@@ -58,6 +59,10 @@ from plasticity_peft.report.cost import Trained
 logger = logging.getLogger(__name__)
 STEP = 2.5
 """Factor between neighboring learning rates."""
+STAGES = {
+    "train": "train the methods",
+    "cost": "measure the time and memory of a training step, for which the machine should do nothing else",
+}
 
 
 @dataclass
@@ -70,7 +75,7 @@ class CompareArguments:
         metadata={"help": "; ".join(f"{name}: {what}" for name, what in GROUPS.items()) + "."},
     )
     methods: list[str] | None = field(
-        default=None, metadata={"help": "Run only these methods, such as MHA or everything (default: all)."}
+        default=None, metadata={"help": "Run these methods, such as MHA or everything, in this order (default: all)."}
     )
     criteria: list[str] = field(
         default_factory=lambda: list(CRITERIA), metadata={"help": "Criteria that rank single components."}
@@ -86,6 +91,13 @@ class CompareArguments:
     steps: int = field(default=375, metadata={"help": f"Training steps of {BATCH_SIZE} images."})
     evaluations: int = field(default=5, metadata={"help": "How often the accuracy is computed in a run."})
     timed_rounds: int = field(default=5, metadata={"help": "Number of timed training steps."})
+    stacked: int = field(
+        default=16, metadata={"help": "Train at most this many runs at once; fewer need less memory."}
+    )
+    stages: list[str] = field(
+        default_factory=lambda: list(STAGES),
+        metadata={"help": "; ".join(f"{name}: {what}" for name, what in STAGES.items()) + "."},
+    )
 
 
 class Pair:
@@ -110,7 +122,10 @@ class Pair:
             self.source = self.source.with_transform(transform)
         self.items = [{"pixel_values": x, "labels": int(y)} for x, y in zip(*self.parts["train"], strict=True)]
         set_seed(0)
-        self.model = load_model(model_arguments, self.labels).to(self.device).eval()
+        model = load_model(model_arguments, self.labels)
+        if model_arguments.image_size is not None:
+            resize_positions(model, model_arguments.image_size)
+        self.model = model.to(self.device).eval()
         self.head = fit_head(self.model, self.items)
 
     def fresh(self) -> PreTrainedModel:
@@ -134,6 +149,26 @@ class Pair:
                     right += int((self.model(images).logits.argmax(dim=-1) == labels).sum())
             found |= {f"{name}_accuracy": right / len(part.labels), f"{name}_images": len(part.labels)}
         return found
+
+
+@torch.no_grad()
+def resize_positions(model: PreTrainedModel, image_size: int) -> None:
+    """Interpolates the position embeddings once, for a model that otherwise does so in each pass, if it is asked to.
+
+    Models that interpolate by themselves, such as DINOv2, stay as they are.
+    """
+    asked = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    if not asked or model.config.image_size == image_size:
+        return
+    embeddings = next(module for module in model.modules() if hasattr(module, "position_embeddings"))
+    patches, old = embeddings.patch_embeddings, embeddings.position_embeddings
+    side = image_size // model.config.patch_size
+    tokens = old.new_zeros(1, old.shape[1] - patches.num_patches + side**2, old.shape[2])
+    resized = embeddings.interpolate_pos_encoding(tokens, image_size, image_size)
+    embeddings.position_embeddings = nn.Parameter(resized)
+    embeddings.image_size = patches.image_size = (image_size, image_size)
+    patches.num_patches = side**2
+    model.config.image_size = image_size
 
 
 def measure(pair: Pair, compare: CompareArguments, folder: Path) -> dict[str, PlasticityReport]:
@@ -178,26 +213,29 @@ def train(
     compare: CompareArguments,
 ) -> list[Run]:
     """Returns a run for each (factor, seed). The factor multiplies all rates but that of the head."""
+    if len(wanted) > compare.stacked:
+        rest = train(pair, models, rates, wanted[compare.stacked :], compare)
+        return [*train(pair, models, rates, wanted[: compare.stacked], compare), *rest]
     own = [
         {name: rate * (1.0 if group == "head" else factor) for name, (group, rate) in rates.items()}
         for factor, _ in wanted
     ]
-    runs = StackedRuns([models[seed] for _, seed in wanted], own)
-    order, images = Order(len(pair.items), [seed for _, seed in wanted]), pair.parts["train"]
-    looks = {round(compare.steps * (number + 1) / compare.evaluations) for number in range(compare.evaluations)}
-    norms, accuracy = [], {"validation": [], "test": []}
-    for number in range(compare.steps):
-        rows = order.batch(number).to(images.images.device)
-        norms.append(runs.step(number, compare.steps, images.images[rows], images.labels[rows]))
-        if number + 1 in looks:
-            for name, values in accuracy.items():
-                values.append(runs.accuracies(pair.parts[name]))
-    gradient = torch.stack(norms).cpu()
+    order = order_of_images(len(pair.items), [seed for _, seed in wanted], compare.steps)
+    runs = StackedRuns([models[seed] for _, seed in wanted], own, pair.parts["train"], order)
+    looks = sorted(
+        {round(compare.steps * (number + 1) / compare.evaluations) for number in range(compare.evaluations)}
+    )
+    accuracy: dict[str, list[list[float]]] = {"validation": [], "test": []}
+    for look in looks:
+        runs.train(look)
+        for name, values in accuracy.items():
+            values.append(runs.accuracies(pair.parts[name]))
+    gradient = runs.norms.cpu()
     return [
         Run(
             factor=factor,
             seed=seed,
-            steps=sorted(looks),
+            steps=looks,
             validation=[found[row] for found in accuracy["validation"]],
             test=[found[row] for found in accuracy["test"]],
             gradient_norm_first=float(gradient[0, row]),
@@ -248,6 +286,7 @@ def cost(pair: Pair, method: Method, compare: CompareArguments) -> dict[str, Any
         "memory": memory["own"] / memory["all"],
         "memory_bytes": memory["own"],
         "peak_bytes": _peak(ways["own"]) if pair.device.type == "cuda" else None,
+        "device": torch.cuda.get_device_name() if pair.device.type == "cuda" else "cpu",
     }
 
 
@@ -296,7 +335,6 @@ def compared(
         best_factor=best,
         tuned=tuned,
         runs=[known[each] for each in wanted],
-        cost=cost(pair, method, compare),
         formula=formula(method, report),
     )
 
@@ -337,11 +375,12 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, CompareArguments))
     model_arguments, data, compare = parser.parse_args_into_dataclasses()
     state = PartialState(cpu=not torch.accelerator.is_available())
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     for noisy in ("httpx", "datasets", "evaluate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     folder = Path(compare.output_dir)
-    for name in ("runs", "reports"):
+    for name in ("runs", "costs", "reports"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     if state.is_main_process:
         check_settings(folder, settings(model_arguments, data, compare))
@@ -353,32 +392,59 @@ def main() -> None:
     methods, picks = Catalog(pair.model, reports, compare.shares).methods()
     if state.is_main_process:
         write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
-    wanted = [
-        method
-        for method in methods
-        if method.group in compare.groups and (compare.methods is None or method.name in compare.methods)
-    ]
-    missing = [method for method in wanted if not (folder / "runs" / f"{method.file}.json").is_file()]
+    wanted = in_order([method for method in methods if method.group in compare.groups], compare.methods)
+    if "train" in compare.stages:
+        train_methods(pair, wanted, reports, compare)
+    if "cost" in compare.stages:
+        measure_costs(pair, wanted, compare)
     state.wait_for_everyone()
-    if state.is_main_process:
-        logger.info("%d of %d methods to do", len(missing), len(wanted))
-    for start in range(0, len(missing), state.num_processes):
-        turn = missing[start : start + state.num_processes]
+    if state.is_main_process and list((folder / "runs").iterdir()):
+        write(load(folder), folder)
+        logger.info("The tables are in %s", folder)
+
+
+def in_order(methods: Sequence[Method], names: Sequence[str] | None) -> list[Method]:
+    """Returns the methods of these names, in the order of the names; without names, all of them."""
+    if names is None:
+        return list(methods)
+    return [method for name in names for method in methods if method.name == name]
+
+
+def missing(methods: Sequence[Method], folder: Path) -> list[Method]:
+    """Returns the methods that have no file in `folder`, to every process the same."""
+    found = [method for method in methods if not (folder / f"{method.file}.json").is_file()]
+    PartialState().wait_for_everyone()
+    if PartialState().is_main_process:
+        logger.info("%s: %d of %d methods to do", folder.name, len(found), len(methods))
+    return found
+
+
+def train_methods(
+    pair: Pair, wanted: Sequence[Method], reports: Mapping[str, PlasticityReport], compare: CompareArguments
+) -> None:
+    """Trains the methods that have no result yet. The processes share them."""
+    state, folder = PartialState(), Path(compare.output_dir) / "runs"
+    left = missing(wanted, folder)
+    for start in range(0, len(left), state.num_processes):
+        turn = left[start : start + state.num_processes]
         rates = [recommended(pair, method) for method in turn]
         if state.process_index >= len(turn):
             continue
         method = turn[state.process_index]
         result = compared(pair, method, rates[state.process_index], next(iter(reports.values())), compare)
-        write_text(folder / "runs" / f"{method.file}.json", json.dumps(asdict(result), indent=1) + "\n")
+        write_text(folder / f"{method.file}.json", json.dumps(asdict(result), indent=1) + "\n")
         test = list(result.tests(result.best_factor).values())
-        logger.info(
-            "%-45s best factor %.2g, test %.2f %%, %.2f of the time of everything",
-            method.name, result.best_factor, 100 * np.mean(test), result.cost["time"],
-        )  # fmt: skip
-    state.wait_for_everyone()
-    if state.is_main_process:
-        write(load(folder), folder)
-        logger.info("The tables are in %s", folder)
+        logger.info("%-45s best factor %.2g, test %.2f %%", method.name, result.best_factor, 100 * np.mean(test))
+
+
+def measure_costs(pair: Pair, wanted: Sequence[Method], compare: CompareArguments) -> None:
+    """Measures the methods that have no cost yet, in the first process, while the others wait."""
+    folder = Path(compare.output_dir) / "costs"
+    for method in missing(wanted, folder):
+        if PartialState().is_main_process:
+            found = cost(pair, method, compare)
+            write_text(folder / f"{method.file}.json", json.dumps(found, indent=1) + "\n")
+            logger.info("%-45s %.2f of the time of everything", method.name, found["time"])
 
 
 if __name__ == "__main__":

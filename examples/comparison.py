@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -65,10 +65,10 @@ class Result:
     """One run at each multiple that was tried."""
     runs: list[Run]
     """Runs of all seeds at the best multiple, and at the recommended rates."""
-    cost: dict[str, Any]
-    """Measured: seconds of a step; "time", "activations" and "memory" as ratios to everything; bytes of memory."""
     formula: dict[str, float]
-    """The same ratios by formula; empty if there is none for this method."""
+    """Cost by formula: "time", "activations" and "memory" as ratios to everything; empty if there is none."""
+    cost: dict[str, Any] = field(default_factory=dict)
+    """The same ratios as measured, the seconds of a step, and bytes of memory; empty if it was not measured."""
 
     def tests(self, factor: float) -> dict[int, float]:
         """Returns the test accuracy at the end of the runs at a multiple of the recommended rates, by seed."""
@@ -103,6 +103,7 @@ class Comparison:
         for name, result in self.results.items():
             tests = result.tests(1.0 if recommended else result.best_factor)
             low, high = self.difference(result, recommended)
+            cost = result.cost or result.formula
             rows[name] = {
                 "group": result.group,
                 "method": result.method,
@@ -114,9 +115,9 @@ class Comparison:
                 "gain": np.mean(list(tests.values())) - self.head["test_accuracy"],
                 "low": low,
                 "high": high,
-                "time": result.cost["time"],
-                "activations": result.cost["activations"],
-                "memory": result.cost["memory"],
+                "time": cost.get("time", np.nan),
+                "activations": cost.get("activations", np.nan),
+                "memory": cost.get("memory", np.nan),
                 "range_of_rates": range_of_rates(result),
             }
         return pd.DataFrame.from_dict(rows, orient="index").sort_values("test", ascending=False)
@@ -191,6 +192,8 @@ def load(folder: Path) -> Comparison:
     for path in sorted((folder / "runs").glob("*.json")):
         values = json.loads(path.read_text())
         runs = {key: [Run(**run) for run in values.pop(key)] for key in ("tuned", "runs")}
+        cost = folder / "costs" / path.name
+        values["cost"] = json.loads(cost.read_text()) if cost.is_file() else {}
         results.append(Result(**values, **runs))
     reports = {path.stem: PlasticityReport.load(path) for path in sorted((folder / "reports").glob("*.json"))}
     picks = json.loads((folder / "picks.json").read_text())

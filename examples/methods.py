@@ -60,7 +60,7 @@ class Method:
     @property
     def file(self) -> str:
         """Name of the file of its results, without suffix."""
-        return re.sub(r"[^\w.=-]+", "_", f"{self.group}-{self.name}-{self.training}")
+        return re.sub(r"[^\w.=+-]+", "_", f"{self.group}-{self.name}-{self.training}")
 
     def adapt(self, model: PreTrainedModel, images: torch.Tensor) -> nn.Module:
         """Returns the model, with only the chosen modules and the head to train.
@@ -145,6 +145,8 @@ class Catalog:
         for name, blocks in (("first", self.blocks[: count // 2]), ("last", self.blocks[-(count // 2) :])):
             parts = [part for part in self._of_kinds("MHA") if (part.stage or 0, part.block) in blocks]
             found.append(self._full("depth", f"MHA of the {name} half", parts))
+        early = [part for part in self._of_kinds("FC1") if (part.stage or 0, part.block) in self.blocks[: count // 2]]
+        found.append(self._full("depth", "MHA + FC1 of the first half", [*self._of_kinds("MHA"), *early]))
         outputs = tuple(part.modules[-1] for part in self._of_kinds("MHA") if len(part.modules) > 1)
         return [*found, Method("depth", "attention output", outputs)] if outputs else found
 

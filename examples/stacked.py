@@ -2,7 +2,8 @@
 
 The recipe is that of the Trainer: AdamW without weight decay, a linear warm-up in the first tenth of the steps, a
 cosine schedule, and gradients whose norm is clipped to 1. A small model leaves most of a GPU idle; several runs of it
-take hardly longer than one.
+take hardly longer than one. On a GPU the step is recorded once and replayed as a CUDA graph, because Python would
+need longer to start its operations than the GPU to do them.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 
 BATCH_SIZE = 32
-EVALUATED = 100
+EVALUATED = 250
 """Number of images in one pass of the evaluation."""
+EAGER_STEPS = 3
+"""Number of steps before one is recorded on a GPU: torch asks for a few, which allocate what later ones use."""
 
 
 class Part(NamedTuple):
@@ -33,54 +36,99 @@ class Part(NamedTuple):
 class StackedRuns:
     """Copies of a model that train at once, each at its own rates."""
 
-    def __init__(self, models: Sequence[nn.Module], rates: Sequence[Mapping[str, float]]) -> None:
-        """Takes a model for each run, and its rates by the names of the parameters that train.
+    def __init__(
+        self,
+        models: Sequence[nn.Module],
+        rates: Sequence[Mapping[str, float]],
+        images: Part,
+        order: torch.Tensor,
+    ) -> None:
+        """Prepares the runs.
 
-        The models differ in these parameters only, are in evaluation mode, and use eager attention, which vmap can
-        batch. They stay as they are.
+        Args:
+            models: a model for each run. They differ in the parameters that train only, are in evaluation mode, and
+                use eager attention, which vmap can batch. They stay as they are.
+            rates: the rates of each run, by the names of the parameters that train.
+            images: the images to train on.
+            order: the numbers of the images of each batch, (steps, runs, batch).
         """
-        self.model, self.count = models[0], len(models)
+        self.model, self.images = models[0], images
         self.names = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         by_run = [dict(model.named_parameters()) for model in models]
         self.values = {name: torch.stack([own[name].detach() for own in by_run]) for name in self.names}
-        self.rates = {name: self._column(name, [own[name] for own in rates]) for name in self.names}
-        self.first = {name: torch.zeros_like(value) for name, value in self.values.items()}
-        self.second = {name: torch.zeros_like(value) for name, value in self.values.items()}
+        device = images.images.device
+        self.order = order.to(device)
+        self.norms = torch.zeros(order.shape[:2], device=device)
+        """Norm of the gradient of each run before it is clipped, (steps, runs)."""
+        self.done = 0
+        steps = len(order)
+        self._schedule = torch.tensor([scheduled(number, steps) for number in range(steps)], device=device)
+        self._number = torch.zeros((), dtype=torch.long, device=device)
+        self._parameters = {
+            (name, run): values[run] for name, values in self.values.items() for run in range(len(models))
+        }
+        self._rates: list[tuple[torch.Tensor, float]] = []
+        self._optimizer = self._create_optimizer(rates)
+        self._graph: torch.cuda.CUDAGraph | None = None
 
-    def _column(self, name: str, numbers: Sequence[float]) -> torch.Tensor:
-        """Returns a number for each run, in a shape that is multiplied with the values of a parameter."""
-        values = self.values[name]
-        return torch.tensor(numbers, device=values.device, dtype=values.dtype).reshape(-1, *[1] * (values.ndim - 1))
+    def _create_optimizer(self, rates: Sequence[Mapping[str, float]]) -> torch.optim.Optimizer:
+        """Returns AdamW, with a group for each run and rate. The rates are tensors, which a graph can change."""
+        groups = []
+        for run, own in enumerate(rates):
+            for rate in dict.fromkeys(own[name] for name in self.names):
+                parameters = [self._parameters[name, run] for name in self.names if own[name] == rate]
+                now = torch.tensor(rate, dtype=torch.float32, device=self.order.device)
+                self._rates.append((now, rate))
+                groups.append({"params": parameters, "lr": now})
+        on_gpu = self.order.device.type == "cuda"
+        return torch.optim.AdamW(groups, weight_decay=0.0, fused=True, capturable=on_gpu)
+
+    def train(self, until: int) -> None:
+        """Trains up to a number of steps, counted from the start."""
+        on_gpu = self.order.device.type == "cuda"
+        while self.done < until:
+            if on_gpu and self._graph is None and self.done >= EAGER_STEPS:
+                self._graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(self._graph):
+                    self._step()
+            if self._graph is not None:
+                self._graph.replay()
+            else:
+                self._step()
+            self.done += 1
+
+    def _step(self) -> None:
+        """Trains one step. All that depends on its number is read from tensors."""
+        rows = self.order.index_select(0, self._number.reshape(1))[0]
+        gradients, _ = vmap(grad_and_value(self._loss))(
+            self.values, self.images.images[rows], self.images.labels[rows]
+        )
+        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
+        self.norms.index_copy_(0, self._number.reshape(1), norms[None])
+        clip = (1 / (norms + 1e-6)).clamp_max(1)
+        # A run that diverged stays where it is, and does not stop the others.
+        clipped = {
+            name: torch.nan_to_num(gradient * clip.reshape(-1, *[1] * (gradient.ndim - 1)))
+            for name, gradient in gradients.items()
+        }
+        self._assign(clipped)
+        factor = self._schedule.index_select(0, self._number.reshape(1))[0]
+        for now, peak in self._rates:
+            now.copy_(factor * peak)
+        self._optimizer.step()
+        self._number += 1
+
+    def _assign(self, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Gives each run's parameters their gradients."""
+        for (name, run), parameter in self._parameters.items():
+            parameter.grad = gradients[name][run]
+
+    def _loss(self, values: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(self.logits(values, images), labels)
 
     def logits(self, values: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
         """Returns the logits of one run."""
         return functional_call(self.model, values, kwargs={"pixel_values": images}).logits
-
-    def step(self, number: int, steps: int, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Trains one step, and returns the norm of the gradient of each run, before it is clipped.
-
-        Args:
-            number: number of the step, from 0.
-            steps: number of all steps.
-            images: a batch for each run, (runs, batch, channels, height, width).
-            labels: (runs, batch).
-        """
-
-        def loss(values: dict[str, torch.Tensor], images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            return F.cross_entropy(self.logits(values, images), labels)
-
-        gradients, _ = vmap(grad_and_value(loss))(self.values, images, labels)
-        norms = torch.stack([gradient.flatten(1).norm(dim=1) for gradient in gradients.values()]).norm(dim=0)
-        clip = (1 / (norms + 1e-6)).clamp_max(1)
-        schedule = scheduled(number, steps)
-        for name, gradient in gradients.items():
-            # A run that diverged stays where it is, and does not stop the others.
-            clipped = torch.nan_to_num(gradient * clip.reshape(self.rates[name].shape))
-            self.first[name].lerp_(clipped, 0.1)
-            self.second[name].mul_(0.999).addcmul_(clipped, clipped, value=0.001)
-            scale = (self.second[name] / (1 - 0.999 ** (number + 1))).sqrt_().add_(1e-8)
-            self.values[name] -= schedule * self.rates[name] * self.first[name] / (1 - 0.9 ** (number + 1)) / scale
-        return norms
 
     @torch.no_grad()
     def accuracies(self, part: Part) -> list[float]:
@@ -99,19 +147,16 @@ def scheduled(number: int, steps: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * (number - warm) / (steps - warm)))
 
 
-class Order:
-    """The order in which the runs see the images: each seed has its own, drawn anew in each epoch."""
+def order_of_images(images: int, seeds: Sequence[int], steps: int) -> torch.Tensor:
+    """Returns the numbers of the images of each batch, (steps, seeds, batch).
 
-    def __init__(self, images: int, seeds: Sequence[int]) -> None:
-        """Takes the number of images, and the seed of each run; runs of one seed see the same batches."""
-        self.images, self.seeds, self.per_epoch = images, list(seeds), images // BATCH_SIZE
-        self._generators = {seed: torch.Generator().manual_seed(seed) for seed in self.seeds}
-        self._drawn: dict[int, torch.Tensor] = {}
-
-    def batch(self, number: int) -> torch.Tensor:
-        """Returns the numbers of the images of a step, (runs, batch). Steps are asked for in turn, from 0."""
-        place = number % self.per_epoch
-        if place == 0:
-            self._drawn = {seed: torch.randperm(self.images, generator=g) for seed, g in self._generators.items()}
-        rows = slice(place * BATCH_SIZE, (place + 1) * BATCH_SIZE)
-        return torch.stack([self._drawn[seed][rows] for seed in self.seeds])
+    Each seed has its own order, drawn anew in each epoch. An epoch repeats no image.
+    """
+    by_seed = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        epochs = -(-steps // (images // BATCH_SIZE))
+        drawn = [torch.randperm(images, generator=generator) for _ in range(epochs)]
+        batches = [row[: images - images % BATCH_SIZE].reshape(-1, BATCH_SIZE) for row in drawn]
+        by_seed.append(torch.cat(batches)[:steps])
+    return torch.stack(by_seed, dim=1)

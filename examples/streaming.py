@@ -38,12 +38,18 @@ def stream_splits(
         most_held: largest number of images that are kept in memory for each split.
 
     Raises:
-        DataError: there is no split for training, there are fewer than three files, or the labels have no names.
+        DataError: there is no split for training, only one of the other two, there are fewer than three files, or the
+            labels have no names.
     """
     splits = load_image_dataset(name, config_name, streaming=True)
     train = choose_split(splits, "train", name)
     labels = _labels(train, name, columns[1], num_labels)
     if not set(HELD_OUT) <= set(splits):
+        if set(splits) != {"train"}:
+            raise DataError(
+                f"The stream {name} has the splits {', '.join(map(repr, splits))}. Give one with the splits 'train', "
+                "'validation' and 'test', or with 'train' alone, whose last two files are then held out."
+            )
         splits = _by_files(name)
     held = {part: _in_memory(splits[part], name, columns, labels, most_held) for part in HELD_OUT}
     return {"train": splits["train"], **held}, labels

@@ -20,7 +20,7 @@ from methods import EVERYTHING
 from transformers import HfArgumentParser
 
 from plasticity_peft.files import write_text
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 
 @dataclass
@@ -189,7 +189,9 @@ def main() -> None:
     comparisons = {name: load(folder) for name, folder in folders.items()}
     destination = Path(arguments.destination)
     for name, comparison in comparisons.items():
-        shutil.copytree(folders[name], destination / name, dirs_exist_ok=True)
+        shutil.copytree(
+            folders[name], destination / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("reports", "*.log")
+        )
         write(comparison, destination / name)
     write_text(destination / "summary.md", summary(comparisons))
     trained = {name: one for name, one in comparisons.items() if one.everything is not None}

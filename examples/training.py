@@ -150,6 +150,8 @@ def finetune(
     )
     if measure_every is not None:
         trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
+    elif arguments.report_to:
+        trainer.add_callback(PlasticityCallback(trainer))
     trainer.add_callback(TimeEstimate())
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":

@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +45,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="name", help=f"cards to make (default: {', '.join(RUNS)})")
     names = parser.parse_args().names or list(RUNS)
+    if find_spec("vl_convert"):
+        parser.error("the cards here have no page, which is 1 MB: uninstall vl-convert-python for this")
     for unknown in set(names) - set(RUNS):
         parser.error(f"unknown card {unknown!r}; the cards are {', '.join(RUNS)}")
     for name in names:

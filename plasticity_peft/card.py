@@ -16,15 +16,18 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard
 from transformers.utils import logging
 
+from plasticity_peft.errors import AdapterError
 from plasticity_peft.files import write_bytes, write_text
+from plasticity_peft.report.page import as_page
 from plasticity_peft.report.plotting import png
 from plasticity_peft.saved.card_section import comment, eval_results_of, section_of
+from plasticity_peft.saved.options import rule_of
 from plasticity_peft.saved.record import AdapterRecord, all_results, digest_in, make_results
 from plasticity_peft.saved.trained import TrainedAdapter, is_hub_id
 
 logger = logging.get_logger(f"transformers.{__name__}")
 
-CARD_NAME, PICTURE_NAME = "README.md", "plasticity.png"
+CARD_NAME, PICTURE_NAME, PAGE_NAME = "README.md", "plasticity.png", "plasticity.html"
 
 
 def update_card(
@@ -80,13 +83,17 @@ def update_card(
 
 
 def complete_card(folder: str | os.PathLike[str], adapters: Sequence[TrainedAdapter]) -> None:
-    """Adds a section about each adapter to the model card in `folder`, or replaces it, with a picture if possible."""
+    """Adds a section about each adapter to the model card in `folder`, or replaces it.
+
+    Writes a picture and a page beside it if the packages that draw them are installed.
+    """
     path = Path(folder, CARD_NAME)
     card = ModelCard.load(path)
     for adapter in reversed(adapters):  # each section is inserted at the top
         place = "" if adapter.name == "default" else adapter.name
-        picture = _draw(Path(folder, place, PICTURE_NAME), adapter)
-        section = section_of(adapter, f"{place}/{PICTURE_NAME}".lstrip("/") if picture else None)
+        drawn = {name: draw(Path(folder, place, name), adapter) for name, draw in DRAWN.items()}
+        paths = {name: f"{place}/{name}".lstrip("/") if done else None for name, done in drawn.items()}
+        section = section_of(adapter, picture=paths[PICTURE_NAME], page=paths[PAGE_NAME])
         outdated = _outdated(Path(folder, place), adapter)
         _merge(card.data, section.data, outdated=outdated, folder=path.resolve().parent)
         card.text = _with_section(card.text, section.text, adapter.name)
@@ -105,8 +112,22 @@ def _draw(path: Path, adapter: TrainedAdapter) -> bool:
     return True
 
 
+def _write_page(path: Path, adapter: TrainedAdapter) -> bool:
+    try:
+        rule = rule_of(adapter.options, adapter.selection.granularity, adapter.training)
+        page = _page(adapter.report, rule, selection=adapter.selection)
+    except (ImportError, AdapterError) as error:
+        logger.debug("The model card has no page: %s", error)
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, page)
+    return True
+
+
+DRAWN = {PICTURE_NAME: _draw, PAGE_NAME: _write_page}
+# Both are the same at every checkpoint of a run, and drawing them takes longer than the rest of the card.
 _png = lru_cache(maxsize=4)(png)
-# The picture is the same at every checkpoint of a run, and drawing it takes longer than the rest of the card.
+_page = lru_cache(maxsize=4)(as_page)
 
 
 def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:

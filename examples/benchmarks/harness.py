@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from step_cost import in_turns as in_turns

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from plasticity_peft.adapters.config import PlasticityConfig
+from plasticity_peft.adapters.loggers import show
 from plasticity_peft.adapters.model import merged_copy
 from plasticity_peft.checks import check_count
 from plasticity_peft.deprecation import renamed_arguments
@@ -17,9 +18,6 @@ from plasticity_peft.errors import ConfigError
 from plasticity_peft.measuring.measure import measure_plasticity
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
-
-TAKE_TEXT = {"tensorboard", "wandb"}
-"""Integrations of the Trainer that accept text. The others warn about values that are not numbers."""
 
 
 class PlasticityCallback(TrainerCallback):
@@ -30,9 +28,10 @@ class PlasticityCallback(TrainerCallback):
 
     At the start of training it logs, for every kind (and every component, with granularity="component"),
     `plasticity/MHA`, `plasticity/standard_error/MHA`, `plasticity/rank/MHA` and `plasticity/selected/MHA`, which is 1
-    for a selected unit. TensorBoard and W&B also get the table as text, `plasticity/report`. With `every`, the scores
-    are measured again at the end of every `every`-th epoch, and logged under the same names. `reports` contains all
-    reports, by epoch.
+    for a selected unit; and of the selection `plasticity/parameters` and what a training step costs,
+    `plasticity/cost/time` and `plasticity/cost/memory`, as shares of finetuning everything. TensorBoard, W&B and
+    MLflow also get the table and, with the extra `plot`, a picture. With `every`, the scores are measured again at the
+    end of every `every`-th epoch, and logged under the same names. `reports` contains all reports, by epoch.
 
     During training, a merged copy of the model is measured: the weights of the components include what the adapters
     have learned so far. Training is not affected: weights, random numbers and losses are the same as without the
@@ -153,14 +152,15 @@ class PlasticityCallback(TrainerCallback):
         self.reports[float(state.epoch or 0)] = report
         should_log = control.should_log
         selection = config.selection if config is not None else None
-        self.trainer.log(scalars(report, selection))
-        if TAKE_TEXT & set(args.report_to or ()):
-            self.trainer.log({"plasticity/report": str(report)})  # type: ignore[dict-item]
+        training = None if config is None else config.training
+        self.trainer.log(scalars(report, selection, training))
+        if state.is_world_process_zero:
+            show(self.trainer.callback_handler.callbacks, report, selection, state.global_step)
         # Trainer.log resets should_log, but the loss of this step may not have been logged yet.
         control.should_log = should_log
 
 
-def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, float]:
+def scalars(report: PlasticityReport, selection: Selection | None, training: str | None = None) -> dict[str, float]:
     """Returns the values to log of a report, by name. They are numbers, which every logger accepts."""
     granularities = ["kind"] if selection is None or selection.granularity == "kind" else ["kind", "component"]
     logs: dict[str, float] = {}
@@ -171,6 +171,11 @@ def scalars(report: PlasticityReport, selection: Selection | None) -> dict[str, 
             logs[f"plasticity/rank/{row.unit}"] = rank
             if selection is not None and selection.granularity == granularity:
                 logs[f"plasticity/selected/{row.unit}"] = int(row.unit in selection.units)
+    if selection is not None and training is not None:
+        logs["plasticity/parameters"] = selection.parameters[training]
+    if selection is not None and selection.cost is not None:
+        logs["plasticity/cost/time"] = selection.cost.time
+        logs["plasticity/cost/memory"] = selection.cost.memory
     return logs
 
 

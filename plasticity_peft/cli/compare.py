@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  plasticity-peft compare digits.json fashion.json
+  plasticity-peft compare digits.json fashion.json --plot both.png
   plasticity-peft compare first.json second.json --granularity component --top_k 12 --json
 """
 
@@ -32,17 +32,22 @@ def compare(
             "--granularity", GRANULARITIES, "What is compared. By default both.", options.FORMER_GRANULARITIES
         ),
     ] = None,
+    plot: options.Picture = None,
     as_json: options.AsJson = False,
 ) -> None:
     """Compares two reports: rank correlation of their scores, and overlap of their best components."""
-    from plasticity_peft.cli.reports import print_json, read_report
+    from plasticity_peft.cli.reports import check_picture, print_json, read_report
     from plasticity_peft.report.agreement import agreement, check_comparable
-    from plasticity_peft.report.text import table
+    from plasticity_peft.report.plotting import draw_agreement
+    from plasticity_peft.report.tables import table
 
+    check_picture(plot)
     reports = read_report(first), read_report(second)
     check_comparable(*reports, names=(first, second))
     chosen = GRANULARITIES if granularity is None else (granularity,)
     found = [agreement(*reports, granularity=each, top_k=top_k) for each in chosen]
+    if plot is not None:
+        draw_agreement(reports, (first, second), found).savefig(plot)
     if as_json:
         print_json({"first": _described(reports[0]), "second": _described(reports[1]), "agreement": found})
         return

@@ -50,6 +50,13 @@ def forecast(
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
     ddp_timeout: options.Timeout = 1800,
+    pilot: Annotated[
+        bool,
+        typer.Option(
+            "--pilot/--no-pilot",
+            help="Train a copy of the model for 16 steps, which raises the forecast if it gains more than expected.",
+        ),
+    ] = True,
     output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,
     as_json: options.AsJson = False,
 ) -> None:
@@ -73,6 +80,7 @@ def forecast(
         dtype=dtype,
         backbone=backbone,
         forward_kwargs=forward_kwargs,
+        pilot=pilot,
     )
     if state.is_main_process:
         _hand_out(found, output, as_json)

@@ -74,6 +74,14 @@ def measure(
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
+    labels: Annotated[
+        bool,
+        typer.Option(
+            "--labels/--no-labels",
+            help="Use the labels of the images, too: forecast the accuracy that finetuning will give, by kind, for "
+            "pairs of kinds and everything, and recommend one.",
+        ),
+    ] = False,
     ddp_timeout: options.Timeout = 1800,
     output: Annotated[Path | None, typer.Option("--output", help="Write the report to this JSON file.")] = None,
     plot: options.Picture = None,
@@ -116,9 +124,11 @@ def measure(
         training=training,
         forward_kwargs=forward_kwargs,
         r=r,
+        forecast=labels,
     )
     if state.is_main_process:
-        _hand_out(report, output, plot, view, as_json)
+        rule = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
+        _hand_out(report, {**rule, "candidates": options.several(candidates)}, output, plot, view, as_json)
     state.destroy_process_group()
 
 
@@ -142,13 +152,17 @@ def _fit_head(model: Any, images: Any, state: PartialState, **options: Any) -> N
         typer.echo(str(found), err=True)
 
 
-def _hand_out(report: PlasticityReport, output: Path | None, plot: Path | None, view: str, as_json: bool) -> None:
+def _hand_out(
+    report: PlasticityReport, rule: dict[str, Any], output: Path | None, plot: Path | None, view: str, as_json: bool
+) -> None:
     from plasticity_peft.cli.reports import print_json, save_picture
+    from plasticity_peft.report.selecting import selected_by
+    from plasticity_peft.report.selection import SelectionRule
 
     if output is not None:
         report.save(output)
     if plot is not None:
-        save_picture(report, plot, view)
+        save_picture(report, plot, view, selected_by(report, SelectionRule(**rule)))
     if as_json:
         print_json(report.to_dict())
     else:

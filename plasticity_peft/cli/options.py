@@ -86,6 +86,14 @@ Picture = Annotated[
     Path | None, typer.Option("--plot", help="Write a picture of the scores (.png, .pdf, .svg). Needs matplotlib.")
 ]
 View = Annotated[str, one_of("--view", VIEWS, "What the picture of --plot shows.")]
+Page = Annotated[
+    Path | None,
+    typer.Option(
+        "--html",
+        help="Write a page (.html) on which the cut can be moved: by number, or by a budget of parameters, time or "
+        'memory. Needs the extra "html".',
+    ),
+]
 Plugin = Annotated[
     list[str] | None,
     typer.Option(

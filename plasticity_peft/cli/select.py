@@ -57,7 +57,7 @@ def select(
     """
     from plasticity_peft.adapters.model import lora_arguments
     from plasticity_peft.cli.reports import read_report
-    from plasticity_peft.report.confidence import in_words
+    from plasticity_peft.report.text import sure_in_words
 
     found = read_report(report, revision)
     kinds = options.several(candidates)
@@ -73,7 +73,7 @@ def select(
     config = {"r": r, "lora_alpha": lora_alpha, **modules}
     heading = f"{', '.join(selection.units)}: {selection.parameters[training]:,} parameters, without the head"
     cost = "" if selection.cost is None else f"; {selection.cost}"
-    _print(config, format, f"{heading}{cost}; confidence {in_words(selection.confidence, selection.tied)}")
+    _print(config, format, f"{heading}{cost}; confidence {sure_in_words(found, selection)}")
 
 
 def _in_model(

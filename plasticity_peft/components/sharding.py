@@ -44,6 +44,12 @@ def is_spread(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor) or hasattr(parameter, "ds_shape")
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Returns whether weights of a model are spread over processes."""
+    flattened = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    return flattened or any(map(is_spread, model.parameters()))
+
+
 def check_not_flattened(model: nn.Module) -> None:
     """Raises ModelError if FullyShardedDataParallel (FSDP1) has replaced weights by parts of flat ones."""
     for path, module in model.named_modules():

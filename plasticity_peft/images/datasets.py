@@ -36,6 +36,8 @@ def load_image_dataset(
     require("PIL", extra="datasets", purpose="Reading images")
     files = dict(name) if isinstance(name, Mapping) else {"train": files_of(name)}
     try:
+        if not isinstance(name, Mapping) and Path(name).is_dir() and files["train"]:
+            return datasets.load_dataset(name, streaming=streaming)  # which finds the splits by the names of the files
         if any(files.values()):
             builder = BUILDERS[Path(next(path for paths in files.values() for path in paths)).suffix]
             return datasets.load_dataset(builder, data_files=files, streaming=streaming)

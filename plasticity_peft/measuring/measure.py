@@ -16,6 +16,7 @@ from torch import nn
 from transformers.utils import logging
 
 from plasticity_peft.arguments import check_arguments, check_candidates
+from plasticity_peft.checks import check_flag
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import (
     Inputs,
@@ -41,6 +42,7 @@ from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches, Pairs, Sampler
 from plasticity_peft.measuring.costs import costs_of
+from plasticity_peft.measuring.forecast import MOST_IMAGES, forecast_finetuning
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rounds import Columns, Seen, observe_until_settled
@@ -84,6 +86,7 @@ def measure_plasticity(
     dtype: str | torch.dtype | None = None,
     backbone: str | None = None,
     forward_kwargs: Mapping[str, Any] | None = None,
+    forecast: bool = False,
 ) -> PlasticityReport:
     """Returns a score for every component of `model`: how promising it is to train the component.
 
@@ -139,6 +142,9 @@ def measure_plasticity(
         forward_kwargs: further arguments of each forward pass, such as {"interpolate_pos_encoding": True} for images
             of another size than the model was made for. Values are numbers, strings, True, False, None, or lists and
             dictionaries of them.
+        forecast: True also forecasts, from the labels of up to `max_samples` (at most 4,096) of the target images, the
+            accuracy that finetuning each kind, pairs of kinds and everything will give. `report.forecast` contains it,
+            with costs, learning rates and one recommended set; see `forecast_finetuning`.
 
     Note: Only one model is measured at a time: another thread that measures waits. Other threads may run the model
     meanwhile, and may have hooks on it. They do not affect the scores, and their results change only in that the model
@@ -183,7 +189,12 @@ def measure_plasticity(
         backbone=backbone,
         forward_kwargs=forward_kwargs,
     )
-    return measure_by(rule, settings, model, target_data, source_data)
+    if not check_flag("forecast", forecast):
+        return measure_by(rule, settings, model, target_data, source_data)
+    shared = {name: getattr(settings, name) for name in ("batch_size", "seed", "dtype", "backbone", "forward_kwargs")}
+    # First, because it refuses more models and images.
+    expected = forecast_finetuning(model, target_data, max_samples=min(max_samples, MOST_IMAGES), **shared)
+    return replace(measure_by(rule, settings, model, target_data, source_data), forecast=expected)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ simulates it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import erfc, isclose, sqrt
@@ -28,6 +28,8 @@ FARTHEST = 37.0
 """Largest distance: beyond it p cannot be represented."""
 SURE = 0.95
 """Selections below this confidence are warned of."""
+NORMAL = 1.96
+"""Number of standard errors on both sides of a mean that contain 95 % of a normal distribution."""
 MOST_COMPONENTS = 400
 """Number of components up to which a report contains the distances of all pairs of components."""
 EQUAL = 1e-12
@@ -97,6 +99,25 @@ def tied(choice: Choice, ranking: Sequence[RankedUnit]) -> tuple[str, ...]:
     equal = (pair for pair in choice.orders(list(score)) if isclose(*map(score.__getitem__, pair), rel_tol=EQUAL))
     found = set(chain.from_iterable(equal))
     return tuple(unit for unit in score if unit in found)
+
+
+def overlap(units: Collection[str], ranking: Sequence[RankedUnit]) -> bool:
+    """Returns whether the 95 % interval of one of `units` overlaps that of another unit below it in the ranking.
+
+    Such units can be told apart all the same, because they are compared by paired samples.
+
+    Examples:
+        >>> ranking = [RankedUnit("a", 9.0, 0.1), RankedUnit("b", 2.0, 0.3), RankedUnit("c", 1.0, 0.4)]
+        >>> overlap(["a"], ranking), overlap(["a", "b"], ranking)
+        (False, True)
+    """
+    lowest = float("inf")
+    for row in ranking:
+        if row.unit in units:
+            lowest = min(lowest, row.score - NORMAL * row.standard_error)
+        elif row.score + NORMAL * row.standard_error > lowest:
+            return True
+    return False
 
 
 def in_words(confidence: float | None, tied: Sequence[str] = ()) -> str:

@@ -91,13 +91,16 @@ class Cost:
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
+    @property
+    def file_size(self) -> str:
+        """`file_bytes` as text, such as "13.5 MiB"."""
+        large = self.file_bytes >= 2**19
+        return f"{self.file_bytes / 2**20:.1f} MiB" if large else f"{self.file_bytes / 1024:.0f} KiB"
+
     def __str__(self) -> str:
-        size = (
-            f"{self.file_bytes / 2**20:.1f} MiB" if self.file_bytes >= 2**19 else f"{self.file_bytes / 1024:.0f} KiB"
-        )
         return (
             f"{self.time:.2f} of the time and {self.memory:.2f} of the memory of a training step that finetunes "
-            f"everything; {size} in a file"
+            f"everything; {self.file_size} in a file"
         )
 
 
@@ -159,17 +162,30 @@ class Costs:
         """Returns the operations of the backward pass of one image, and of LoRA's forward pass, and the kept bytes."""
         if not trained:
             return 0, 0
-        first = min(self.components[part.row].block for part in trained)
-        work = sum(block.backward for block in self.blocks[first:])
-        saved = sum(block.saved for block in self.blocks[first:])
+        work, saved = self._from_block[min(self.components[part.row].block for part in trained)]
         for part in trained:
-            component = self.components[part.row]
-            saved += component.saved
-            if not part.lora:
-                work += component.weights
-            for tokens, (rank, inputs, outputs) in zip(component.tokens, part.lora, strict=False):
-                work += tokens * _lora_work(rank, inputs, outputs)
-                saved += tokens * rank * self.number_bytes
+            more = self._of_part.get(part) or self._of_part.setdefault(part, self._added_by(part))
+            work, saved = work + more[0], saved + more[1]
+        return work, saved
+
+    @cached_property
+    def _from_block(self) -> list[tuple[int, int]]:
+        """The operations of a backward pass that ends at a block, and the kept bytes, for every block."""
+        backward, saved = ([getattr(block, name) for block in self.blocks] for name in ("backward", "saved"))
+        return [(sum(backward[first:]), sum(saved[first:])) for first in range(len(self.blocks))]
+
+    @cached_property
+    def _of_part(self) -> dict[Trained, tuple[int, int]]:
+        """What trained components add. The search for what fits into a budget asks for each of them many times."""
+        return {}
+
+    def _added_by(self, part: Trained) -> tuple[int, int]:
+        """Returns the operations and the kept bytes that a trained component adds."""
+        component = self.components[part.row]
+        work, saved = 0 if part.lora else component.weights, component.saved
+        for tokens, (rank, inputs, outputs) in zip(component.tokens, part.lora, strict=False):
+            work += tokens * _lora_work(rank, inputs, outputs)
+            saved += tokens * rank * self.number_bytes
         return work, saved
 
 

@@ -12,7 +12,7 @@ from plasticity_peft.constraints import STRICT, Chance, NonNegative, PositiveCou
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.cost import Cost
 from plasticity_peft.report.head import HeadFit
-from plasticity_peft.report.text import table
+from plasticity_peft.report.tables import table
 
 COVERAGE = 0.8
 """Probability that an interval contains the value that it is for."""
@@ -40,11 +40,26 @@ class SetForecast:
     """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
     cost: Cost | None = None
     """What a training step costs. None if it could not be counted."""
+    rates: dict[Text, NonNegative] | None = None
+    """Recommended learning rates: of the "head", of each "matrix", and of each "vector". None if the components cannot
+    train in full as they are."""
 
     @property
     def price(self) -> float:
         """What orders sets from cheap to expensive: the time of a step, or the parameters if it is unknown."""
         return float(self.parameters) if self.cost is None else self.cost.time
+
+
+@dataclass(frozen=True, kw_only=True)
+class PilotRun:
+    """What a short run of everything gained, on images that it was not trained on."""
+
+    steps: PositiveCount
+    """Number of training steps."""
+    gain: float
+    """Leave-one-out accuracy of a head that is fitted after the run, less that of one that is fitted before."""
+    gain_error: NonNegative
+    """Standard error of `gain`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +79,7 @@ class Forecast:
         | head fitted |     68.4 |  66.1 to 70.7 |      |               |            |
         | LN1 + LN2   |     69.0 |  66.3 to 71.7 | +0.6 |  -1.1 to +2.3 |        384 |
         Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.
-        For images unlike those of pretraining, a forecast can be far too low.
+        For images unlike those of pretraining, a forecast without a short run can be far too low.
         >>> Forecast.from_dict(forecast.to_dict()) == forecast
         True
     """
@@ -79,6 +94,10 @@ class Forecast:
     """Standard error of its leave-one-out accuracy."""
     sets: Annotated[tuple[SetForecast, ...], Len(1)]
     """In the order in which they were given."""
+    pilot: PilotRun | None = None
+    """A short run of everything. None if there was none, or if it diverged."""
+    raised: NonNegative = 0.0
+    """By how much all gains are above what gradients show, because the run gained more than they show."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
@@ -119,44 +138,61 @@ class Forecast:
 
     def __str__(self) -> str:
         title = f"Forecast of {self.model_type}, {self.head.images} images, seed {self.seed}"
-        return "\n".join([table(title, self._columns(), self._rows()), self.advice()])
+        return "\n".join([table(title, self.columns(), self.rows()), self.advice()])
 
     def advice(self) -> str:
-        """Returns what is recommended, in a sentence."""
+        """Returns what is recommended, and what a short run added, in sentences."""
         chosen, best = self.recommended, self.best
         if chosen is None:
-            return (
-                "Finetuning is not expected to pay: no set is above the fitted head by more than its standard error.\n"
-                "For images unlike those of pretraining, a forecast can be far too low."
-            )
-        reason = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
-        return f"Recommended: {chosen.name}, {reason}."
+            why = "no set is above the fitted head by more than its standard error"
+            said = f"Finetuning is not expected to pay: {why}."
+        else:
+            why = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
+            said = f"Recommended: {chosen.name}, {why}."
+        return "\n".join(filter(None, [said, self._about_pilot()]))
 
-    def _columns(self) -> tuple[str, ...]:
-        interval = f"{COVERAGE:.0%} interval".replace("%", " %")
-        columns = ("trained", "accuracy", interval, "gain", interval, "parameters")
-        return (*columns, "time", "memory") if self._costs_known else columns
-
-    def _rows(self) -> list[tuple[str, ...]]:
-        head: tuple[str, ...] = (
-            "head fitted",
-            f"{100 * self.head.score:.1f}",
-            _interval(self.head.score, self.head_error),
-            "",
-            "",
-            "",
+    def _about_pilot(self) -> str:
+        """Returns what a short run adds to the forecast; "" if that is nothing."""
+        if self.pilot is None:
+            return "For images unlike those of pretraining, a forecast without a short run can be far too low."
+        if not self.raised:
+            return ""
+        return (
+            f"A run of everything for {self.pilot.steps} steps gained {100 * self.pilot.gain:.1f} points on other "
+            f"images, more than gradients show. All gains are raised by {100 * self.raised:.1f}."
         )
-        rows = [(*head, "", "") if self._costs_known else head]
-        for one in self.sets:
-            gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
-            row = one.name, f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error), *gain
-            cost = () if one.cost is None else (f"{one.cost.time:.2f}", f"{one.cost.memory:.2f}")
-            rows.append((*row, f"{one.parameters:,}", *cost))
-        return rows
+
+    def columns(self) -> tuple[str, ...]:
+        """Returns the names of the columns of its table. Costs and rates are left out if they are unknown."""
+        interval = f"{COVERAGE:.0%} interval".replace("%", " %")
+        costs = ("time", "memory") if self._costs_known else ()
+        rates = ("rate of matrices", "of vectors") if self._rates_known else ()
+        return ("trained", "accuracy", interval, "gain", interval, "parameters", *costs, *rates)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Returns the rows of its table: the fitted head, then the sets, in percent."""
+        accuracy = f"{100 * self.head.score:.1f}", _interval(self.head.score, self.head_error)
+        head = ("head fitted", *accuracy, *[""] * (len(self.columns()) - 3))
+        return [head, *map(self._row, self.sets)]
+
+    def _row(self, one: SetForecast) -> tuple[str, ...]:
+        accuracy = f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error)
+        gain = f"{100 * one.gain:+.1f}", _interval(one.gain, one.gain_error, "+")
+        cost = (f"{one.cost.time:.2f}", f"{one.cost.memory:.2f}") if self._costs_known and one.cost else ()
+        rates = (
+            [f"{one.rates[name]:.1e}" if name in one.rates else "" for name in ("matrix", "vector")]
+            if (self._rates_known and one.rates)
+            else []
+        )
+        return (one.name, *accuracy, *gain, f"{one.parameters:,}", *cost, *rates)
 
     @property
     def _costs_known(self) -> bool:
         return all(one.cost is not None for one in self.sets)
+
+    @property
+    def _rates_known(self) -> bool:
+        return all(one.rates is not None for one in self.sets)
 
 
 def _interval(value: float, error: float, sign: str = "") -> str:

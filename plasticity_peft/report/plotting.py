@@ -6,26 +6,27 @@ the user's pyplot state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import BytesIO
+from itertools import pairwise
+from math import isclose
 from textwrap import fill
 from typing import Any
 
 from plasticity_peft.checks import check_choice
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.report.confidence import in_words
+from plasticity_peft.report.confidence import EQUAL, MOST_TIED, NORMAL, in_words
+from plasticity_peft.report.forecast import HALF_WIDTH
 from plasticity_peft.report.scores import BaseReport
-from plasticity_peft.report.selection import Selection
-from plasticity_peft.report.text import heading
+from plasticity_peft.report.selection import RankedUnit, Selection
+from plasticity_peft.report.text import PAIRED, heading, is_paired
 
 # Most are from Okabe & Ito's palette, and darker, for contrast with white. All stay apart for the color-blind.
 # Markers and line styles distinguish the kinds in grayscale.
 COLORS = ("#0072B2", "#C24F00", "#008A63", "#A8467C", "#4D2E00")
 STYLES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 MARKERS = ("o", "s", "^", "D", "v")
-NORMAL = 1.96
-"""Number of standard errors on both sides of a mean that contain 95 % of a normal distribution."""
 MOST_UNITS = 20
 """Number of units of a ranking that are shown, unless more are selected."""
 MOST_TICKS = 12
@@ -97,7 +98,10 @@ def _draw_depth(ax: Any, report: BaseReport, selection: Selection | None) -> Non
     if ringed:
         ax.plot(*zip(*ringed, strict=True), "o", color="black", markersize=10, fillstyle="none", label="selected")
     _label_blocks(ax, report, blocks)
-    ax.set(ylabel=_unit(report), title=f"over depth\n{_certainty(report, 'bands')}{_sure(selection)}")
+    ax.set(
+        ylabel=_unit(report),
+        title=f"over depth\n{_certainty(report, 'bands')}{_ties(report.ranking())}{_sure(report, selection)}",
+    )
     _scale(ax.yaxis, [row.mean for row in report.scores])
     ax.grid(alpha=0.3)
     _add_legend(ax)
@@ -115,7 +119,7 @@ def _add_legend(ax: Any) -> None:
 def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> None:
     """Draws the units, the best one on top. Selected units are filled and their names bold; others are hollow."""
     units = _shown(report, selection)
-    total = len(report.ranking(_granularity(selection)))
+    ranking = report.ranking(_granularity(selection))
     chosen = selection.units if selection else ()
     for place, row in enumerate(units):
         index = KINDS.index(row.unit.split(".")[-1])
@@ -135,10 +139,43 @@ def _draw_ranking(ax: Any, report: BaseReport, selection: Selection | None) -> N
         label.set_fontweight("bold" if row.unit in chosen else "normal")
     ax.set_ylim(len(units) - 0.5, -0.5)
     _scale(ax.xaxis, [row.score for row in units])
-    what = "ranking" if len(units) == total else f"ranking, the best {len(units)} of {total}"
+    what = "ranking" if len(units) == len(ranking) else f"ranking, the best {len(units)} of {len(ranking)}"
     marked = "; selected: filled, bold" if chosen else ""
-    title = f"{what}\n{_certainty(report, 'intervals')}{marked}{_sure(selection)}"
+    title = f"{what}\n{_certainty(report, 'intervals')}{marked}{_ties(ranking)}{_sure(report, selection)}"
     ax.set(xlabel=_unit(report), title=title)
+    ax.grid(alpha=0.3)
+
+
+def _draw_forecast(ax: Any, report: BaseReport, selection: Selection | None) -> None:
+    """Draws the expected gain of each set against the time of a step; the recommended set is filled."""
+    if report.forecast is None:
+        raise ConfigError(
+            'The view "forecast" needs a report with a forecast. Measure with forecast=True, or --labels.'
+        )
+    forecast = report.forecast
+    for place, one in enumerate(forecast.sets):
+        chosen = one is forecast.recommended
+        color = COLORS[KINDS.index(one.name)] if one.name in KINDS else "black"
+        ax.errorbar(
+            100 * one.gain,
+            place,
+            xerr=100 * HALF_WIDTH * one.gain_error,
+            fmt=MARKERS[KINDS.index(one.name)] if one.name in KINDS else "*",
+            color=color,
+            markerfacecolor=color if chosen else "white",
+            markersize=7,
+            capsize=3,
+        )
+    names = [one.name if one.cost is None else f"{one.name} ({one.cost.time:.2f})" for one in forecast.sets]
+    ax.set_yticks(range(len(names)), names)
+    for label, one in zip(ax.get_yticklabels(), forecast.sets, strict=True):
+        label.set_fontweight("bold" if one is forecast.recommended else "normal")
+    ax.set_ylim(len(names) - 0.5, -0.5)
+    ax.axvline(0, color="gray", linewidth=0.8, linestyle=":")
+    ax.set(
+        xlabel="expected gain over the fitted head, points",
+        title="forecast of finetuning in full (time of a step)\n80 % intervals; recommended: filled, bold",
+    )
     ax.grid(alpha=0.3)
 
 
@@ -149,7 +186,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
 
     rows = [[row.mean for row in report.rows_of(kind)] for kind in KINDS]
     values = [value for row in rows for value in row]
-    norm = (LogNorm if _is_wide(values) else Normalize)(min(values), max(values))
+    norm = (LogNorm if is_wide(values) else Normalize)(min(values), max(values))
     image = ax.imshow(rows, cmap="cividis", norm=norm, aspect="auto")
     bar = ax.figure.colorbar(image, ax=ax, label=_unit(report))
     _scale(bar.ax.yaxis, values)
@@ -168,7 +205,7 @@ def _draw_heatmap(ax: Any, report: BaseReport, selection: Selection | None) -> N
         for color, width in (("white", 3.5), ("black", 1.5)):
             width *= 1 if len(blocks) <= MOST_TICKS else 0.6
             ax.add_patch(Rectangle(corner, 0.88, 0.88, fill=False, edgecolor=color, linewidth=width))
-    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}{_sure(selection)}")
+    ax.set_title(f"every block and kind{'; selected: framed' if chosen else ''}{_sure(report, selection)}")
 
 
 def _short(value: float) -> str:
@@ -180,19 +217,74 @@ def _short(value: float) -> str:
     return f"{value:.0e}" if 0 < value < 0.001 else f"{value:.3g}"
 
 
+def draw_agreement(
+    reports: tuple[BaseReport, BaseReport], names: tuple[str, str], found: Sequence[Mapping[str, Any]]
+) -> Any:
+    """Returns the matplotlib figure of two reports against each other.
+
+    Args:
+        reports: reports of models with the same components.
+        names: their names, for the axes.
+        found: what `agreement` returns of them, one panel for each.
+    """
+    figure = _figure((5.5 * len(found), 4.8))
+    for ax, one in zip(figure.subplots(1, len(found), squeeze=False)[0], found, strict=True):
+        _draw_agreement(ax, reports, one)
+        for axis, report, name in zip((ax.xaxis, ax.yaxis), reports, names, strict=True):
+            name = fill(name, 40)
+            axis.set_label_text(f"{name}\n{_unit(report)}" if axis is ax.xaxis else f"{_unit(report)}\n{name}")
+            _scale(axis, [row.score for row in report.ranking(one["granularity"])])
+    return figure
+
+
+def _draw_agreement(ax: Any, reports: tuple[BaseReport, BaseReport], found: Mapping[str, Any]) -> None:
+    """Draws every unit by its score in both reports. Those among the best of both are filled."""
+    first, second = ({row.unit: row.score for row in report.ranking(found["granularity"])} for report in reports)
+    for kind, color, marker in zip(KINDS, COLORS, MARKERS, strict=True):
+        units = [unit for unit in first if unit.split(".")[-1] == kind]
+        look = {"color": color, "marker": marker, "linestyle": "none", "markersize": 7}
+        for label, shown, inside in (
+            (kind, units, "white"),
+            (None, [unit for unit in units if unit in found["best_of_both"]], color),
+        ):
+            x, y = ([scores[unit] for unit in shown] for scores in (first, second))
+            ax.plot(x, y, label=label, markerfacecolor=inside, **look)
+    names = [name for name in ("Spearman", "Kendall") if found[name.lower()] is not None]
+    correlations = [f"{name} {found[name.lower()]:.2f}" for name in names]
+    shared = f"in common {found['shared']} of the best {found['top_k']}: filled"
+    ax.set_title(f"by {found['granularity']}\n{', '.join([*correlations, shared])}", fontsize="medium")
+    ax.grid(alpha=0.3)
+    ax.legend(fontsize="small", handletextpad=0.3)
+
+
 DRAWN: dict[str, Callable[[Any, BaseReport, Selection | None], None]] = {
     "depth": _draw_depth,
     "ranking": _draw_ranking,
     "heatmap": _draw_heatmap,
+    "forecast": _draw_forecast,
 }
 VIEWS = ("overview", *DRAWN)
 
 
-def _sure(selection: Selection | None) -> str:
+def _sure(report: BaseReport, selection: Selection | None) -> str:
     """Returns a further line of a title, if there is a selection."""
     if selection is None:
         return ""
-    return f"\nselection: {'a tie' if selection.tied else f'confidence {in_words(selection.confidence)}'}"
+    if selection.tied:
+        named = [*selection.tied[:MOST_TIED], *(["..."] if len(selection.tied) > MOST_TIED else [])]
+        return f"\nselection: a tie of {len(selection.tied)} equal scores ({', '.join(named)})"
+    paired = f"\n({PAIRED})" if is_paired(report, selection) else ""
+    return f"\nselection: confidence {in_words(selection.confidence)}{paired}"
+
+
+def _ties(ranking: Sequence[RankedUnit]) -> str:
+    """Returns a further line of a title, if units have equal scores. One of their lines may hide another."""
+    pairs = pairwise(ranking)
+    equal = {row.unit for pair in pairs if isclose(pair[0].score, pair[1].score, rel_tol=EQUAL) for row in pair}
+    named = [row.unit for row in ranking if row.unit in equal]
+    if not named:
+        return ""
+    return f"\nequal scores: {', '.join(named) if len(named) <= MOST_TIED else f'{len(named)} of {len(ranking)}'}"
 
 
 def _granularity(selection: Selection | None) -> str:
@@ -227,7 +319,7 @@ def _certainty(report: BaseReport, shown_as: str) -> str:
     return "exact" if report.observed == "weights" else f"95 % confidence {shown_as}"
 
 
-def _is_wide(values: Sequence[float]) -> bool:
+def is_wide(values: Sequence[float]) -> bool:
     """Returns whether values need a logarithmic scale: they are positive, and the highest is 5 times the lowest."""
     return min(values) > 0 and max(values) > 5 * min(values)
 
@@ -236,7 +328,7 @@ def _scale(axis: Any, values: Sequence[float]) -> None:
     """Makes an axis logarithmic if the values need it, with ticks at 1, 2, 5, 10, ... in plain numbers."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    if not _is_wide(values):
+    if not is_wide(values):
         return
     if axis.get_scale() != "log":
         (axis.axes.set_xscale if axis.axis_name == "x" else axis.axes.set_yscale)("log")

@@ -16,18 +16,20 @@ from functools import lru_cache
 from typing import Any
 
 from plasticity_peft.arguments import check_candidates
-from plasticity_peft.checks import TRAINING_MODES
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file, without_report
-from plasticity_peft.report.confidence import SURE, in_words, tied
+from plasticity_peft.report.confidence import SURE, in_words
+from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.format import FORMAT, VERSION, current, reading
+from plasticity_peft.report.page import as_page
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import BaseReport
+from plasticity_peft.report.selecting import selected_by
 from plasticity_peft.report.selection import Selection, SelectionRule
-from plasticity_peft.report.text import as_html, as_text, confidence_of, observed, why_norms_lead
+from plasticity_peft.report.text import as_html, as_text, observed, why_norms_lead
 
 # Below the logger of transformers, which is not imported here, so that its verbosity holds here too.
 logger = logging.getLogger(f"transformers.{__name__}")
@@ -68,6 +70,7 @@ class PlasticityReport(BaseReport):
             of older releases.
         costs: work and memory of a training step, from which `select` computes `Selection.cost`; None in reports of
             older releases, and if they could not be counted.
+        forecast: the accuracy that finetuning is expected to give, by set of components; None unless it was asked for.
     """
 
     def select(
@@ -123,28 +126,12 @@ class PlasticityReport(BaseReport):
 
     def select_by(self, rule: SelectionRule) -> Selection:
         """Returns the selection that `rule` makes; see `select`."""
-        choice = rule.choice(self.scores, self.model_parameters, lambda: self.costs)
+        selection = selected_by(self, rule)
         ranking = self.ranking(rule.granularity, rule.candidates)
-        names = [row.unit for row in ranking]
-        choice.check_possible(names)
-        units = choice.chosen(names)
-        explanation = why_norms_lead(self, (row for row in ranking if row.unit in units))
+        explanation = why_norms_lead(self, (row for row in ranking if row.unit in selection.units))
         if explanation:
             warnings.warn(explanation, stacklevel=3)
-        rows = [row for row in self.scores if rule.unit_of(row) in units]
-        counts = [rule.parameters_of(row) for row in rows]
-        selection = Selection(
-            granularity=rule.granularity,
-            units=units,
-            components=tuple(row.id for row in rows),
-            modules=tuple(path for row in rows for path in row.modules),
-            parameters={mode: sum(count[mode] for count in counts) for mode in TRAINING_MODES},
-            model_parameters=self.model_parameters,
-            confidence=confidence_of(self, choice, ranking),
-            tied=tied(choice, ranking),
-            cost=None if self.costs is None else rule.cost(self.scores, units, self.costs),
-        )
-        warn_if_not_settled(self, units, selection.confidence, selection.tied)
+        warn_if_not_settled(self, selection.units, selection.confidence, selection.tied)
         return selection
 
     def check_matches(self, model_type: str, components: Iterable[Component]) -> None:
@@ -213,7 +200,8 @@ class PlasticityReport(BaseReport):
 
         Args:
             view: "depth" draws the scores over the blocks, one line per kind; "ranking" the units, best first;
-                "heatmap" every block and kind; "overview" draws "depth" and "ranking" side by side.
+                "heatmap" every block and kind; "forecast" the expected gain of each set, if the report has a forecast;
+                "overview" draws "depth" and "ranking" side by side.
             selection: selection to mark. The ranking is drawn by its granularity.
             ax: axes to draw on, two for the overview. By default, a new figure is made.
 
@@ -233,6 +221,29 @@ class PlasticityReport(BaseReport):
             'block'
         """
         return draw(self, view, selection=selection, ax=ax)
+
+    def to_html(
+        self, *, selection: Selection | None = None, forecast: Forecast | None = None, **arguments: Any
+    ) -> str:
+        """Returns a page that shows the ranking, the scores over depth, a heat map and what training costs.
+
+        A reader moves the cut, by number or by budget, and sees what `select` would select and what that costs. The
+        page is one file of about 1 MB, for any browser, and needs no network. Needs the extra `html`.
+
+        Args:
+            selection: selection to show first. It is called the one that was trained.
+            forecast: what `forecast_finetuning` returned, to show with it.
+            arguments: `granularity`, `training`, `candidates`, `r`, `rank_pattern`, `use_dora` and `lora_bias`, as in
+                `select`. The first two are those of the ranking that the page shows first.
+
+        Returns:
+            HTML, to write into a file in UTF-8.
+
+        Raises:
+            ConfigError: an argument is unknown or out of its range.
+            MissingExtraError: vl-convert-python, which has the scripts that draw, is not installed.
+        """
+        return as_page(self, SelectionRule(**arguments), selection=selection, forecast=forecast)
 
     def __str__(self) -> str:
         return as_text(self)

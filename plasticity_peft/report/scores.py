@@ -17,6 +17,7 @@ from plasticity_peft.deprecation import renamed_attribute
 from plasticity_peft.errors import ReportError
 from plasticity_peft.report.confidence import Separation
 from plasticity_peft.report.cost import Costs
+from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.selection import RankedUnit
 
@@ -105,6 +106,7 @@ class BaseReport:
     batch_size: PositiveCount | None = None
     separation: Separation | None = None
     costs: Costs | None = None
+    forecast: Forecast | None = None
 
     pairs = renamed_attribute("PlasticityReport", "pairs", "samples")
     source = renamed_attribute("PlasticityReport", "source", "uses_source")
@@ -161,6 +163,8 @@ class BaseReport:
             self._check_separation(self.separation)
         if self.costs:
             self._check_costs(self.costs)
+        if self.forecast:
+            self._check_forecast(self.forecast)
 
     def _check_rows(self) -> None:
         blocks = [(row.stage, row.block) for row in self.scores[:: len(KINDS)]]
@@ -194,6 +198,12 @@ class BaseReport:
                 raise ReportError(
                     f"separation.{name} must have {pairs} entries, one per pair of {name}, got {len(found)}"
                 )
+
+    def _check_forecast(self, forecast: Forecast) -> None:
+        ids = {row.id for row in self.scores}
+        unknown = [name for one in forecast.sets for name in one.components if name not in ids]
+        if unknown:
+            raise ReportError(f"forecast.sets must consist of components of the report, got {shown(unknown[0])}")
 
     def _check_costs(self, costs: Costs) -> None:
         blocks = len(self.scores) // len(KINDS)

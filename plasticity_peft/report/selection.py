@@ -115,7 +115,7 @@ class SelectionRule:
     training: str = "lora"
     """"lora" or "full"."""
     r: int = 8
-    rank_pattern: Mapping[str, int] | None = None
+    rank_pattern: Mapping[str, int] | None = field(default=None, hash=False)
     use_dora: bool = False
     lora_bias: bool = False
 
@@ -158,7 +158,11 @@ class SelectionRule:
         return units
 
     def choice(
-        self, components: Sequence[Component], model_parameters: int, costs: Callable[[], Costs | None]
+        self,
+        components: Sequence[Component],
+        model_parameters: int,
+        costs: Callable[[], Costs | None],
+        trained: Mapping[str, list[Trained]] | None = None,
     ) -> Choice:
         """Returns the choice that this rule makes among the components of a model.
 
@@ -166,6 +170,7 @@ class SelectionRule:
             components: all components of the model.
             model_parameters: number of parameters of the model.
             costs: returns what training costs, if the budget is one of time or memory.
+            trained: what `self.trained(components)` returns, if it is known.
 
         Raises:
             ConfigError: there are fewer than `top_k` units, or the costs are unknown.
@@ -174,20 +179,14 @@ class SelectionRule:
         if self.budget is None:
             return TopK(units, self.top_k or 1)
         limit, unit = parse_budget("budget", self.budget)
-        trained = self._trained(components)
+        parts = self.trained(components) if trained is None else trained
         if unit == "parameters":
-            sizes = {name: sum(part.parameters for part in parts) for name, parts in trained.items()}
+            sizes = {name: sum(part.parameters for part in parts[name]) for name in units}
             return Budget(units, limit, sizes, model_parameters)
         known = check_known(costs(), self.budget)
-        return CostBudget(
-            units, limit, unit, lambda chosen: known.of([part for name in chosen for part in trained[name]])
-        )
+        return CostBudget(units, limit, unit, lambda chosen: known.of(_together(chosen, parts)))
 
-    def cost(self, components: Iterable[Component], units: Iterable[str], costs: Costs) -> Cost:
-        """Returns what training some units costs."""
-        return costs.of(_together(units, self._trained(components)))
-
-    def _trained(self, components: Iterable[Component]) -> dict[str, list[Trained]]:
+    def trained(self, components: Iterable[Component]) -> dict[str, list[Trained]]:
         """Returns how the components of each unit train."""
         found: dict[str, list[Trained]] = {}
         for row, part in enumerate(components):
@@ -195,6 +194,10 @@ class SelectionRule:
                 trained = Trained(row, self.parameters_of(part)[self.training], self._lora(part))
                 found.setdefault(self.unit_of(part), []).append(trained)
         return found
+
+    def cost(self, components: Iterable[Component], units: Iterable[str], costs: Costs) -> Cost:
+        """Returns what training some units costs."""
+        return costs.of(_together(units, self.trained(components)))
 
     def _lora(self, component: Component) -> tuple[tuple[int, int, int], ...]:
         """Returns (rank, inputs, outputs) of each layer that LoRA trains."""
@@ -296,14 +299,19 @@ class CostBudget(Choice):
     """"time" or "memory"."""
     cost: Callable[[Collection[str]], Cost]
     """Returns the cost of training some units."""
+    _found: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What was chosen, by ranking: it takes a cost for every unit, and is asked for several times."""
 
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
         """Returns the units that fit, best first."""
-        found: list[str] = []
-        for unit in ranking:
-            if self._ratio([*found, unit]) <= self.limit:
-                found.append(unit)
-        return tuple(found)
+        known = tuple(ranking)
+        if known not in self._found:
+            found: list[str] = []
+            for unit in ranking:
+                if self._ratio([*found, unit]) <= self.limit:
+                    found.append(unit)
+            self._found[known] = tuple(found)
+        return self._found[known]
 
     def orders(self, ranking: Sequence[str]) -> list[tuple[str, str]]:
         """Returns the pairs (better, worse) of units whose order decides what is selected."""

@@ -6,10 +6,15 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.confidence import confidence, in_words, tied
+from plasticity_peft.report.confidence import SURE, confidence, in_words, overlap, tied
 from plasticity_peft.report.cost import Cost
+from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.scores import BaseReport, Score
-from plasticity_peft.report.selection import Choice, RankedUnit, SelectionRule, TopK
+from plasticity_peft.report.selection import Choice, RankedUnit, Selection, SelectionRule, TopK
+from plasticity_peft.report.tables import table
+
+PAIRED = "paired comparison: 95 % intervals overlap"
+"""Said of a selection that is sure although a picture of it does not look like it."""
 
 
 def heading(report: BaseReport) -> str:
@@ -28,7 +33,8 @@ def as_text(report: BaseReport) -> str:
     """Returns the ranking of the kinds as a table of text, and how the measurement ended."""
     notes = [how_it_ended(report), how_sure(report), what_costs_mean(report)]
     notes.append(why_norms_lead(report, report.ranking()[:1]))
-    return "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
+    ranking = "\n".join([table(_title(report), _columns(report), _rows(report)), *filter(None, notes)])
+    return ranking if report.forecast is None else f"{ranking}\n\n{_decision(report, report.forecast)}"
 
 
 def as_html(report: BaseReport) -> str:
@@ -42,6 +48,20 @@ def as_html(report: BaseReport) -> str:
         f"<table><caption>{escape(_title(report))}</caption><thead><tr>{names}</tr></thead>"
         f"<tbody>{rows}</tbody></table>{paragraphs}"
     )
+
+
+def decision_rows(report: BaseReport, forecast: Forecast) -> list[tuple[str, ...]]:
+    """Returns the table of what is to be decided, its header first: the forecast, and the score of each kind."""
+    scores = {row.kind: f"{row.mean:.4g}" for row in report.kinds}
+    first, *others = forecast.columns()
+    rows = [(name, scores.get(name, ""), *values) for name, *values in forecast.rows()]
+    return [(first, report.title, *others), *rows]
+
+
+def _decision(report: BaseReport, forecast: Forecast) -> str:
+    columns, *rows = decision_rows(report, forecast)
+    title = f"Forecast of finetuning in full, from {forecast.head.images} labeled images"
+    return "\n".join([table(title, columns, rows), forecast.advice()])
 
 
 def where_from(report: BaseReport) -> str:
@@ -65,15 +85,34 @@ def how_it_ended(report: BaseReport) -> str:
 def how_sure(report: BaseReport) -> str:
     """Returns the confidence of each number of kinds; "" if it is known that all of them are exact."""
     ranking = report.ranking()
-    choices = [TopK(tuple(row.unit for row in ranking), top_k) for top_k in range(1, len(ranking))]
-    found = [
-        "tie" if tied(choice, ranking) else in_words(confidence_of(report, choice, ranking)) for choice in choices
-    ]
+    names = tuple(row.unit for row in ranking)
+    found, paired = [], False
+    for choice in (TopK(names, top_k) for top_k in range(1, len(names))):
+        sure = confidence_of(report, choice, ranking)
+        is_tie = bool(tied(choice, ranking))
+        found.append("tie" if is_tie else in_words(sure))
+        paired |= not is_tie and (sure or 0) >= SURE and overlap(choice.chosen(names), ranking)
     if report.observed == "weights" and "tie" not in found:
         return ""
     if set(found) == {"unknown"}:
         return "Confidence of each top_k: unknown, because the report is of an older release."
-    return f"Confidence of top_k={', '.join(str(choice.top_k) for choice in choices)}: {', '.join(found)}."
+    numbers = ", ".join(map(str, range(1, len(names))))
+    return f"Confidence of top_k={numbers}: {', '.join(found)}{f' ({PAIRED})' if paired else ''}."
+
+
+def is_paired(report: BaseReport, selection: Selection) -> bool:
+    """Returns whether a selection is sure although 95 % intervals overlap, because units are compared by pairs.
+
+    It is said, because a reader of a picture would be puzzled otherwise.
+    """
+    sure = not selection.tied and (selection.confidence or 0) >= SURE
+    return sure and overlap(selection.units, report.ranking(selection.granularity))
+
+
+def sure_in_words(report: BaseReport, selection: Selection) -> str:
+    """Returns the confidence of a selection as text, and whether it is that of a paired comparison."""
+    paired = f" ({PAIRED})" if is_paired(report, selection) else ""
+    return in_words(selection.confidence, selection.tied) + paired
 
 
 def what_costs_mean(report: BaseReport) -> str:
@@ -141,33 +180,3 @@ def _cost_of_kind(report: BaseReport, kind: str) -> Cost | None:
 
 def _with_block(row: Score) -> str:
     return f"{row.mean:.4f} (block {row.block_id})"
-
-
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Returns rows as a Markdown table below a title, with numbers to the right and words to the left.
-
-    Examples:
-        >>> print(table("Fruit", ("name", "count"), [("apple", "12"), ("fig", "7")]))
-        Fruit
-        | name  | count |
-        |-------|-------|
-        | apple |    12 |
-        | fig   |     7 |
-    """
-    cells = [tuple(columns), *map(tuple, rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    numeric = [all(map(_is_number, filter(None, column[1:]))) for column in zip(*cells, strict=True)]
-
-    def line(row: Sequence[str]) -> str:
-        fitted = [
-            text.rjust(width) if right else text.ljust(width)
-            for text, width, right in zip(row, widths, numeric, strict=True)
-        ]
-        return f"| {' | '.join(fitted)} |"
-
-    rule = "|".join("-" * (width + 2) for width in widths)
-    return "\n".join([title, line(cells[0]), f"|{rule}|", *map(line, cells[1:])])
-
-
-def _is_number(text: str) -> bool:
-    return text.lstrip("+-")[:1].isdigit()

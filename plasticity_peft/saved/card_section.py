@@ -10,22 +10,28 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from plasticity_peft.components.component import MATRIX_KINDS
-from plasticity_peft.report.confidence import in_words
 from plasticity_peft.report.plotting import MOST_UNITS
 from plasticity_peft.report.selection import RankedUnit
-from plasticity_peft.report.text import heading, how_it_ended, observed
+from plasticity_peft.report.text import decision_rows, heading, how_it_ended, observed, sure_in_words
 from plasticity_peft.saved.options import readable
 from plasticity_peft.saved.record import Results
 from plasticity_peft.saved.snippets import MOST_LABELS, own_snippet, stock_snippet
 from plasticity_peft.saved.trained import TrainedAdapter
 
 TAG = "plasticity_peft"
+FORECAST_TEXT = (
+    "Before training, `forecast_finetuning` expected these accuracies in percent, from {images} labeled images, if a "
+    "set is finetuned in full. Time and memory of a training step are shares of finetuning everything."
+)
 TEMPLATE = Path(__file__).with_name("card_template.md")
 
 
-def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
-    """Returns a card that consists of the section about an adapter; `picture` is the path of its picture, if any."""
-    report, selection = adapter.report, adapter.selection
+def section_of(adapter: TrainedAdapter, *, picture: str | None, page: str | None) -> ModelCard:
+    """Returns a card that consists of the section about an adapter.
+
+    `picture` and `page` are the paths of its picture and of the page of its report, if there are any.
+    """
+    report, selection, forecast = adapter.report, adapter.selection, adapter.report.forecast
     rows = report.ranking(selection.granularity)
     most = max(MOST_UNITS, len(selection.units)) if selection.granularity == "component" else len(rows)
     card: ModelCard = ModelCard.from_template(
@@ -43,9 +49,15 @@ def section_of(adapter: TrainedAdapter, picture: str | None) -> ModelCard:
         how_trained=_how_trained(adapter),
         count=_count(adapter),
         picture=picture,
+        page=page,
         picture_text=_cell(heading(report)),
         ranking=[_ranked(adapter, rank, row) for rank, row in enumerate(rows[:most], start=1)],
         left_out=len(rows[most:]),
+        decision=[]
+        if forecast is None
+        else [[_cell(value) for value in row] for row in decision_rows(report, forecast)],
+        decision_text="" if forecast is None else FORECAST_TEXT.format(images=forecast.head.images),
+        advice="" if forecast is None else forecast.advice(),
         facts=[(name, _cell(value)) for name, value in _facts(adapter) if value],
         results=[row for one in adapter.results for row in _result_rows(one)],
         stock_snippet=stock_snippet(adapter),
@@ -146,7 +158,7 @@ def _facts(adapter: TrainedAdapter) -> Iterator[tuple[str, str]]:
         "settled",
         how_it_ended(report) or ("" if report.observed == "weights" else "not tested: all samples were measured"),
     )
-    yield "confidence of the selection", in_words(adapter.selection.confidence, adapter.selection.tied)
+    yield "confidence of the selection", sure_in_words(report, adapter.selection)
     yield "cost by formula, without the head", str(adapter.selection.cost or "")
     yield "target images", str(report.target_provenance or "")
     yield "source images", str(report.source_provenance or "")

@@ -19,6 +19,7 @@ from peft import LoraConfig
 from plasticity_peft.checks import shown
 from plasticity_peft.constraints import HIGHEST_COUNT, STRICT, allowed, read_as
 from plasticity_peft.errors import AdapterError
+from plasticity_peft.report.selection import SelectionRule
 
 LEFT_OUT = (
     # origin and task of the adapter, which do not change its output
@@ -111,6 +112,34 @@ def readable(config: Mapping[str, Any]) -> bool:
     except AdapterError:
         return False
     return True
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """The options that determine how many parameters LoRA trains."""
+
+    r: Annotated[int, Interval(ge=1, lt=2**31)] = 8
+    rank_pattern: dict[PlainPath, Annotated[int, Interval(ge=1, lt=2**31)]] = field(default_factory=dict)
+    use_dora: bool = False
+    lora_bias: bool = False
+
+    __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
+
+
+def rule_of(config: Mapping[str, Any], granularity: str, training: str) -> SelectionRule:
+    """Returns the rule by which the units of an adapter with this config are selected and counted.
+
+    Raises:
+        AdapterError: the value of an option is not allowed.
+
+    Examples:
+        >>> rule_of({"r": 4, "lora_alpha": 16}, "kind", "lora").r
+        4
+    """
+    known = {each.name for each in fields(_Sizes)}
+    given = {name: value for name, value in config.items() if name in known and value is not None}
+    sizes: _Sizes = read_as(_Sizes, given, AdapterError)
+    return SelectionRule(granularity=granularity, training=training, **vars(sizes))
 
 
 def _check_rest(rest: Mapping[str, Any], source: str) -> None:

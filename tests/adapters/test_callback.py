@@ -129,7 +129,7 @@ def test_tensorboard_gets_ranking_and_selection(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     model = adapted("lora", top_k=2)
-    _, callback = trained(model, tmp_path, IMAGES, callback={"every": 1}, report_to="tensorboard")
+    trainer, callback = trained(model, tmp_path, IMAGES, callback={"every": 1}, report_to="tensorboard")
     (file,) = tmp_path.rglob("events.out.tfevents*")
     events = EventAccumulator(str(file)).Reload()
     config = model.peft_config["default"]
@@ -147,7 +147,18 @@ def test_tensorboard_gets_ranking_and_selection(tmp_path: Path) -> None:
     (tag,) = [tag for tag in events.Tags()["tensors"] if "plasticity/report" in tag]
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors(tag)]
     assert texts == [str(report) for report in callback.reports.values()]
+    pictures = events.Images("train/plasticity/picture")
+    assert [picture.step for picture in pictures] == [0, 6, 12]
+    assert all(picture.encoded_image_string.startswith(b"\x89PNG") for picture in pictures)
+    cost = config.selection.cost
+    for name, value in {"time": cost.time, "memory": cost.memory}.items():
+        logged = [event.value for event in events.Scalars(f"train/plasticity/cost/{name}")]
+        assert logged == pytest.approx([value] * 3)
+    (trained_parameters,) = {event.value for event in events.Scalars("train/plasticity/parameters")}
+    assert trained_parameters == config.selection.parameters["lora"]
     assert {"train/loss", "eval/loss"} <= set(events.Tags()["scalars"])
+    history = [value for entry in trainer.state.log_history for value in entry.values()]
+    assert not [value for value in history if isinstance(value, str)]  # which the console and the state would repeat
 
 
 def test_given_nothing_it_reports_what_was_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

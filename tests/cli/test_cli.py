@@ -173,7 +173,7 @@ def test_shows_a_report_or_an_adapter(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "adapter")
     (unit,) = model.peft_config["default"].selection.units
     told = rf"Selected: {unit} \(lora, [\d,]+ parameters without the head\)\nCost: .*\n"
-    told += r"Confidence of the selection: .* %\n"
+    told += r"Confidence of the selection: .*\n"
     for place in (tmp_path / "adapter", tmp_path / "adapter" / "plasticity.json"):
         shown = run("show", place).stdout
         assert shown.startswith(f"{report}\n")
@@ -343,6 +343,16 @@ def test_compare_by_kind_and_by_component() -> None:
     assert re.search(rf"\| component \| +10 \| +{component['spearman']:.4f} \| +{component['kendall']:.4f} \|", table)
 
 
+def test_compare_draws_both_reports(tmp_path: Path) -> None:
+    for granularity in ([], ["--granularity", "kind"]):
+        run("compare", "first.json", "second.json", *granularity, "--plot", tmp_path / f"{len(granularity)}.png")
+    widths = []
+    for name in (0, 2):
+        with Image.open(tmp_path / f"{name}.png") as picture:
+            widths.append(picture.size[0])
+    assert widths[0] > widths[1]
+
+
 def errors() -> Iterator[tuple[str, int, str]]:
     """Yields arguments, exit code and what the error says."""
     yield "show missing.json", 1, r"Cannot read the report missing.json: No such file"
@@ -370,7 +380,11 @@ def errors() -> Iterator[tuple[str, int, str]]:
     yield "measure model images --inputs sideways", 2, "'sideways' is not one of embedding, activation"
     yield "measure model images --plugin missing.py", 1, "--plugin must be the path of a .py file.*missing.py"
     yield "measure model images --plugin no.such.module", 1, "--plugin must be the name of a module.*no.such.module"
-    yield "measure model images --view sideways", 2, "'sideways' is not one of overview, depth, ranking, heatmap"
+    yield (
+        "measure model images --view sideways",
+        2,
+        "'sideways' is not one of overview, depth, ranking, heatmap, forecast",
+    )
     yield "select first.json --lora_alpha 0", 2, "Invalid value for '--lora_alpha'"
     yield "measure model images --criterion magic", 2, "'magic' is not one of parameter_plasticity"
     yield "measure model images --max_samples many", 2, "Invalid value for '--max_samples'"
@@ -403,6 +417,8 @@ def test_errors(arguments: str, code: int, message: str, monkeypatch: pytest.Mon
         ("measure model images", "PIL", "datasets"),
         ("show first.json --plot a.png", "matplotlib.figure", "plot"),
         ("measure model images --plot a.png", "matplotlib.figure", "plot"),
+        ("compare first.json second.json --plot a.png", "matplotlib.figure", "plot"),
+        ("show first.json --html a.html", "vl_convert", "html"),
     ],
 )
 def test_an_extra_that_is_missing(arguments: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -441,7 +457,7 @@ def test_help_names_every_option_and_its_examples_are_right(command: str) -> Non
 
 @pytest.mark.parametrize("command", ["measure", "show"])
 def test_help_lists_the_views(command: str) -> None:
-    assert "--view overview|depth|ranking|heatmap" in run(command, "--help").stdout
+    assert "--view overview|depth|ranking|heatmap|forecast" in run(command, "--help").stdout
 
 
 def test_a_picture_of_measuring_has_the_view_that_is_asked_for(tmp_path: Path) -> None:
@@ -450,6 +466,16 @@ def test_a_picture_of_measuring_has_the_view_that_is_asked_for(tmp_path: Path) -
         run("measure", "model", "--criterion", "bound", "--plot", tmp_path / f"{view}.png", "--view", view)
         pictures.append((tmp_path / f"{view}.png").read_bytes())
     assert pictures[0] != pictures[1]
+
+
+def test_a_picture_of_measuring_marks_what_is_selected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr("plasticity_peft.cli.reports.save_picture", lambda *arguments: drawn.append(arguments))
+    options = ["--granularity", "component", "--top_k", "3", "--candidates", "MHA,FC1", "--training", "full"]
+    run("measure", "model", "--criterion", "bound", "--plot", tmp_path / "a.png", *options)
+    ((report, path, view, selection),) = drawn
+    assert (path, view) == (tmp_path / "a.png", "overview")
+    assert selection == report.select(3, granularity="component", candidates=("MHA", "FC1"), training="full")
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,20 @@ from sklearn.kernel_ridge import KernelRidge
 from sklearn.preprocessing import KernelCenterer
 from torch import nn
 
-from plasticity_peft import find_components, fit_head, forecast_finetuning
+from plasticity_peft import (
+    PlasticityReport,
+    create_plasticity_optimizer,
+    find_components,
+    fit_head,
+    forecast_finetuning,
+    measure_plasticity,
+)
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
-from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError, ReportError
 from plasticity_peft.measuring.kernel_ridge import left_out
 from plasticity_peft.measuring.tangents import Sketcher, Tangents
+from plasticity_peft.report.text import decision_rows
 from tests.measuring.test_head import labeled
 from tests.support.forking import run_script
 from tests.support.models import tiny_model
@@ -189,6 +197,44 @@ def test_the_recommended_set_is_the_cheapest_one_near_the_best() -> None:
     unknown = [replace(one, cost=None) for one in (norm, replace(attention, parameters=10**9), first)]
     assert replace(forecast, sets=tuple(unknown)).recommended == unknown[2]
     assert f"Recommended: {cheap.name}, the cheapest" in str(replace(forecast, sets=(norm, attention, cheap)))
+
+
+@pytest.mark.parametrize("kinds", [("MHA",), ("LN1", "FC2"), ("LN1",)])
+def test_the_rates_of_a_set_are_those_that_are_recommended_once_it_trains(kinds: tuple[str, ...]) -> None:
+    model = tiny_model()
+    (found,) = forecast_finetuning(model, ITEMS, sets=[kinds]).sets
+    assert not any(parameter.grad is not None for parameter in model.parameters())
+    fit_head(model, ITEMS)
+    model.requires_grad_(False)
+    for path in (
+        "classifier",
+        *(path for part in find_components(model) if part.kind in kinds for path in part.modules),
+    ):
+        model.get_submodule(path).requires_grad_(True)
+    optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=ITEMS)
+    assert found.rates == pytest.approx({group["name"]: group["lr"] for group in optimizer.param_groups})
+
+
+def test_a_report_that_is_measured_with_labels_has_the_forecast_and_says_what_to_decide(tmp_path: Path) -> None:
+    model = tiny_model()
+    report = measure_plasticity(model, ITEMS, max_samples=24, forecast=True)
+    assert report.forecast == forecast_finetuning(model, ITEMS, max_samples=24)
+    assert replace(report, forecast=None) == measure_plasticity(model, ITEMS, max_samples=24)
+    report.save(tmp_path / "report.json")
+    assert PlasticityReport.load(tmp_path / "report.json") == report
+    columns, head, *rows = decision_rows(report, report.forecast)
+    assert columns[:3] == ("trained", "parameter plasticity", "accuracy")
+    assert head[:2] == ("head fitted", "")
+    assert [row[0] for row in rows] == [one.name for one in report.forecast.sets]
+    assert [float(row[1]) for row in rows[:5]] == pytest.approx([kind.mean for kind in report.kinds], rel=1e-3)
+    assert report.forecast.advice() in str(report)
+    ax = report.plot(view="forecast")
+    assert [label.get_text().split(" (")[0] for label in ax.get_yticklabels()] == [row[0] for row in rows]
+    with pytest.raises(ConfigError, match="needs a report with a forecast"):
+        replace(report, forecast=None).plot(view="forecast")
+    other = replace(report.forecast, sets=(replace(report.forecast.sets[0], components=("9.MHA",)),))
+    with pytest.raises(ReportError, match=r"components of the report, got '9\.MHA'"):
+        PlasticityReport.from_dict(replace(report, forecast=other).to_dict())
 
 
 @pytest.mark.parametrize("batch_size", [1, 7])

@@ -24,7 +24,9 @@ from plasticity_peft.errors import ReportError
 from plasticity_peft.report.agreement import check_comparable
 from plasticity_peft.report.confidence import FARTHEST, Separation, confidence, in_words
 from plasticity_peft.report.selection import Budget, TopK
+from plasticity_peft.report.text import sure_in_words
 from plasticity_peft.saved.record import AdapterDescription, AdapterRecord
+from tests.report.test_report import make_report
 from tests.support.logs import warned_of_selections
 from tests.support.models import random_images, tiny_model
 
@@ -162,6 +164,42 @@ def test_a_tie_is_said_to_be_one(granularity: str) -> None:
         assert "Confidence" not in str(report)  # exact, and known to be
 
 
+@pytest.mark.parametrize("apart", [9.0, 0.1], ids=["sure", "unsure"])
+@pytest.mark.parametrize("wide", [True, False], ids=["overlap", "apart"])
+def test_a_sure_selection_is_called_paired_if_the_intervals_overlap(apart: float, wide: bool) -> None:
+    means = {"LN1": [5, 5], "MHA": [4, 4], "LN2": [3, 3], "FC1": [2, 2], "FC2": [1, 1]}
+    report = make_report(means)
+    half = 0.6 if wide else 0.4  # of an interval, and the means are 1 apart
+    report = replace(
+        report,
+        kinds=tuple(replace(row, error=half / 1.96) for row in report.kinds),
+        separation=Separation(kinds=(apart,) * 10, components=None, looks=1),
+    )
+    selection, said = report.select(2), "paired comparison: 95 % intervals overlap"
+    expected = wide and apart > 1
+    for view in ("ranking", "depth", "heatmap"):
+        assert (said in report.plot(view, selection=selection).get_title()) == expected
+        assert said not in report.plot(view).get_title()
+    assert (said in str(report)) == (said in sure_in_words(report, selection)) == expected
+
+
+def test_a_picture_says_which_scores_are_equal() -> None:
+    means = {"LN1": [5, 5], "MHA": [4, 4], "LN2": [5, 5], "FC1": [2, 2], "FC2": [1, 1]}
+    report = make_report(means)
+    for view in ("ranking", "depth"):
+        assert "equal scores: LN1, LN2" in report.plot(view).get_title()
+        assert (
+            "equal"
+            not in make_report(dict(zip(means, [[1, 5], [2, 6], [3, 7], [4, 8], [5, 9]], strict=True)))
+            .plot(view)
+            .get_title()
+        )
+    by_component = report.select(3, granularity="component")
+    title = report.plot("ranking", selection=by_component).get_title()
+    assert "equal scores: 10 of 10" in title
+    assert "selection: a tie of 4 equal scores (0.LN1, 0.LN2, 1.LN1, 1.LN2)" in title
+
+
 def test_scores_that_weights_give_exactly_are_tied_if_they_are_equal() -> None:
     model = tiny_model()
     with torch.no_grad():
@@ -276,7 +314,7 @@ def test_the_confidence_is_shown(tmp_path: Path) -> None:
     assert f"Confidence reached: {reached}." in str(report)
     assert f"Confidence reached: {reached}." in report._repr_html_()
     each = ", ".join(in_words(report.select(top_k).confidence) for top_k in (1, 2, 3, 4))
-    assert f"Confidence of top_k=1, 2, 3, 4: {each}." in str(report)
+    assert f"Confidence of top_k=1, 2, 3, 4: {each}" in str(report)
     unknown = replace(report, separation=None)
     assert "Confidence reached: unknown." in str(unknown)
     assert "Confidence of each top_k: unknown, because the report is of an older release." in unknown._repr_html_()

@@ -171,7 +171,7 @@ def test_given_axes_are_drawn_on_and_returned(view: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ({"view": "pie"}, "view must be one of 'overview', 'depth', 'ranking', 'heatmap'. Got 'pie'"),
+        ({"view": "pie"}, "view must be one of 'overview', 'depth', 'ranking', 'heatmap', 'forecast'. Got"),
         ({"ax": Figure().subplots()}, "needs two axes: .* Got 1"),
         ({"view": "depth", "ax": Figure().subplots(1, 2)}, "must be matplotlib axes. Got ndarray"),
     ],

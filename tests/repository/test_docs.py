@@ -42,7 +42,7 @@ from plasticity_peft.criteria.registry import CRITERIA
 from tests.support.families import FIVE
 from tests.support.models import random_images, tiny_model
 from tests.support.pages import PAGES, README, REPOSITORY, anchors, blocks, commands, inline_code, links
-from tests.support.pictures import one_picture_is_drawn  # noqa: F401
+from tests.support.pictures import one_picture_is_drawn, pages_have_no_library  # noqa: F401
 
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 NOT_RUN = {"docs/publishing.md": ["publishes to the Hub"]}
@@ -203,7 +203,7 @@ def is_ours(words: list[str]) -> bool:
 
 # A Trainer without an accelerator pins memory by default, and torch warns of it.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
-@pytest.mark.usefixtures("only_built_in")
+@pytest.mark.usefixtures("only_built_in", "pages_have_no_library")
 @pytest.mark.parametrize("name", NAMES)
 def test_the_code_of_a_page_runs_from_top_to_bottom(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

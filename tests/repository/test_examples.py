@@ -185,11 +185,11 @@ SMALL += ["--steps", "2", "--evaluations", "1", "--max_rates", "4", "--criteria"
 @pytest.mark.slow
 def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Path) -> None:
     arguments = [*SMALL, "--seeds", "2", "--output_dir", tmp_path, "--methods"]
-    assert "1 of 1 methods to do" in run(*arguments, "MHA", script=COMPARE)
+    assert "runs: 1 of 1 methods to do" in run(*arguments, "MHA", script=COMPARE)
     (first,) = (tmp_path / "runs").iterdir()
     written = first.stat().st_mtime_ns
     names = ["everything", "MHA"]
-    assert "1 of 2 methods to do" in run(*arguments, *names, script=COMPARE)
+    assert "runs: 1 of 2 methods to do" in run(*arguments, *names, script=COMPARE)
     assert first.stat().st_mtime_ns == written
     comparison = load_example("comparison").load(tmp_path)
     for result in comparison.results.values():
@@ -221,7 +221,7 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)
-    assert log.count("2 of 2 methods to do") == 1
+    assert log.count("runs: 2 of 2 methods to do") == 1
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -232,10 +232,10 @@ def test_stacked_runs_train_as_torch_does_one_by_one() -> None:
     model.set_attn_implementation("eager")
     images, labels = torch.randn(70, 3, 8, 8), torch.arange(70) % 3
     rates = [{name: rate for name, _ in model.named_parameters()} for rate in (1e-3, 1e-2)]
-    runs = stacked.StackedRuns([model, model], rates)
-    order = stacked.Order(len(images), [0, 5])
-    rows = [order.batch(number) for number in range(4)]
-    norms = [runs.step(number, 4, images[rows[number]], labels[rows[number]]) for number in range(4)]
+    rows = stacked.order_of_images(len(images), [0, 5], 4)
+    runs = stacked.StackedRuns([model, model], rates, stacked.Part(images, labels), rows)
+    for until in (1, 4):
+        runs.train(until)
     for one, rate in enumerate((1e-3, 1e-2)):
         alone = copy.deepcopy(model)
         optimizer = torch.optim.AdamW(alone.parameters(), lr=rate, weight_decay=0.0)
@@ -245,11 +245,20 @@ def test_stacked_runs_train_as_torch_does_one_by_one() -> None:
             optimizer.zero_grad()
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(alone.parameters(), 1.0)
-            assert float(norms[number][one]) == pytest.approx(float(norm), rel=1e-3)
+            assert float(runs.norms[number][one]) == pytest.approx(float(norm), rel=1e-3)
             optimizer.step()
         logits = runs.logits({name: values[one] for name, values in runs.values.items()}, images)
         assert torch.allclose(logits, alone(images).logits, atol=2e-3)
     assert len({int(row) for batch in rows[:2] for row in batch[0]}) == 64  # an epoch repeats no image
+
+
+def test_resized_positions_are_those_that_transformers_interpolates() -> None:
+    compare = load_example("compare_components")
+    model = tiny_model().eval()
+    images = torch.randn(2, 3, 12, 12)
+    expected = model(images, interpolate_pos_encoding=True).logits
+    compare.resize_positions(model, 12)
+    assert torch.allclose(model(images).logits, expected, atol=1e-6)
 
 
 def test_a_difference_has_students_interval() -> None:

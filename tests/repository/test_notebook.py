@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import ast
 import base64
+import os
 import re
+import subprocess
 import sys
+import sysconfig
+import venv
 from functools import cache
 from importlib.metadata import packages_distributions
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,6 +85,41 @@ def test_what_is_committed_is_what_comes_out() -> None:
     facts = r"trainable params: [\d,]+|Selected: \S+|\|    1 \| MHA  \|"
     assert re.findall(facts, printed(executed(epochs=1))) == re.findall(facts, printed(read()))
     assert len(re.findall(facts, printed(read()))) == 3
+
+
+def cells_of(notebook: Any) -> str:
+    return "\n".join(cell.source for cell in code_cells(notebook))
+
+
+def test_it_names_the_repository_of_the_project() -> None:
+    setting = re.search(r'^repository = "(.*?)"', (REPOSITORY / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert re.findall(r'repository = "(.*?)"', cells_of(read())) == [setting]
+
+
+@pytest.mark.slow
+def test_away_from_its_folder_it_fetches_and_installs_what_is_missing(tmp_path: Path) -> None:
+    """A fresh environment has the dependencies, but not the package; the repository lies on this machine."""
+    environment, clone = tmp_path / "environment", tmp_path / "repository"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    (packages,) = environment.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(sysconfig.get_paths()["purelib"])
+    subprocess.run([python, "-c", "import torch, importlib.util as u; assert not u.find_spec('plasticity_peft')"],
+                   check=True, cwd=tmp_path)  # fmt: skip
+    subprocess.run(["git", "clone", "--quiet", REPOSITORY, clone], check=True)
+    away = tmp_path / "away"
+    away.mkdir()
+    script = cells_of(read()).replace("num_train_epochs=4", "num_train_epochs=1")
+    script = re.sub(r'(?<=repository = ")[^"]*', f"file://{clone}", script)
+    (away / "quickstart.py").write_text(script)
+    done = subprocess.run([python, "quickstart.py"], cwd=away, capture_output=True, text=True,
+                          env={**os.environ, "MPLBACKEND": "agg", "PYTHONPATH": "", "PYTHONWARNINGS": ""})  # fmt: skip
+    if "Could not find a version that satisfies the requirement hatchling" in done.stderr:
+        pytest.skip("the package index cannot be reached, and pip takes hatchling from there")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(re.search(r"Test accuracy: ([\d.]+)%", done.stdout)[1]) > 40
+    assert (away / "repository" / "examples" / "quickstart.ipynb").is_file()
+    assert list(packages.glob("plasticity_peft/report/page.html"))
 
 
 def test_it_is_a_valid_executed_notebook_without_traces_of_a_machine() -> None:

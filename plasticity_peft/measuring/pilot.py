@@ -1,0 +1,132 @@
+"""A short run of everything, for what gradients at the pretrained weights do not show: features that move far.
+
+A copy of the model trains for a few steps on one half of the images. On the other half, a head is fitted in closed
+form to the features before and after. The difference of their leave-one-out accuracies is a gain that finetuning
+reaches almost at once, so it is a lower bound of the gain of everything.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import cycle, islice
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from plasticity_peft.components.architecture import Architecture
+from plasticity_peft.components.calls import Call, hooked, run
+from plasticity_peft.images.sampler import SingleImages
+from plasticity_peft.measuring.head import FittedHead, linear_at, solve
+from plasticity_peft.measuring.processes import Share
+from plasticity_peft.measuring.rates import groups_in_full
+from plasticity_peft.measuring.ridge import Ridge, Sums
+from plasticity_peft.report.forecast import PilotRun
+
+STEPS = 16
+BATCH_SIZE = 32
+WARM_UP = 0.1
+"""Share of the steps in which the rates rise, as in a training run. They fall as half a cosine after that."""
+LARGEST_NORM = 1.0
+"""The norm to which larger gradients are scaled."""
+CLASSES = "single_label_classification"
+
+
+@dataclass(frozen=True, eq=False)
+class Pilot:
+    """A run that is to be made."""
+
+    model: nn.Module
+    """It is copied, and stays as it is."""
+    architecture: Architecture
+    sampler: SingleImages
+    path: str
+    """Path of the head's linear layer."""
+    rates: Mapping[str, float]
+    """Learning rates of "head", "matrix" and "vector"."""
+
+    def run(self, features: np.ndarray, targets: np.ndarray) -> PilotRun | None:
+        """Trains, and returns the gain on the second half of the images; None if training diverged.
+
+        Args:
+            features: what the head receives for each image before training, in the order of the sampler: float32 of
+                shape (n, features).
+            targets: -1 and 1 for each class: float32 of shape (n, classes).
+        """
+        half = len(features) // 2
+        model = copy.deepcopy(self.model).requires_grad_(False)
+        self._set_head(model, features[:half], targets[:half])
+        with torch.enable_grad():
+            self._train(model, half)
+        after = self._features(model, range(half, len(features)))
+        if not np.isfinite(after).all():
+            return None
+        differences = _right(after, targets[half:]) - _right(features[half:], targets[half:])
+        return PilotRun(
+            steps=STEPS,
+            gain=float(differences.mean()),
+            gain_error=float(np.std(differences) / len(differences) ** 0.5),
+        )
+
+    def _set_head(self, model: nn.Module, features: np.ndarray, targets: np.ndarray) -> None:
+        """Fits the head of the copy to the images that it trains on."""
+        sums = Sums.of(features, targets)
+        fit = solve(sums, features, targets, None, Share(0, 1), CLASSES)
+        weights, biases = Ridge(sums).weights(fit.penalty)
+        FittedHead(linear_at(model, self.path), weights * fit.temperature, biases * fit.temperature, fit).set()
+
+    def _train(self, model: nn.Module, count: int) -> None:
+        """Trains the components and the head of the copy on the first `count` images."""
+        groups: dict[str, list[nn.Parameter]] = {"head": list(linear_at(model, self.path).parameters())}
+        for own in groups_in_full(model, self.architecture.components).values():
+            for name, group in own.items():
+                groups.setdefault(name, []).extend(parameter for _, parameter in group.parameters)
+        trained = [parameter.requires_grad_(True) for group in groups.values() for parameter in group]
+        optimizer = torch.optim.AdamW(
+            [{"params": group, "lr": self.rates[name]} for name, group in groups.items()], weight_decay=0.0
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _scheduled)
+        for numbers in islice(cycle(_batches(range(count))), STEPS):
+            batch = self.sampler.load(numbers)
+            output = run(model, self.architecture, batch.images)
+            logits = getattr(output, "logits", output)
+            loss = F.cross_entropy(logits.float(), self.sampler.labels(batch).to(logits.device))
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
+            optimizer.step()
+            schedule.step()
+
+    def _features(self, model: nn.Module, numbers: range) -> np.ndarray:
+        """Returns what the head of the copy receives for the images with these numbers."""
+        found: list[np.ndarray] = []
+
+        def keep(_: str, call: Call, output: object) -> None:
+            found.append(call.tokens.detach().float().cpu().numpy())
+
+        for batch in _batches(numbers, self.sampler.batch_size):
+            with hooked({self.path: linear_at(model, self.path)}, keep):
+                run(model, self.architecture, self.sampler.load(batch).images)
+        return np.concatenate(found)
+
+
+def _batches(numbers: range, size: int = BATCH_SIZE) -> list[range]:
+    """Returns the numbers in batches; what is left over is the last one."""
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _scheduled(number: int) -> float:
+    warm = max(1, round(WARM_UP * STEPS))
+    return (number + 1) / warm if number < warm else 0.5 * (1 + math.cos(math.pi * (number - warm) / (STEPS - warm)))
+
+
+def _right(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Returns 1 for each image whose class a head predicts that is fitted to the others, else 0."""
+    sums = Sums.of(features, targets)
+    penalty = solve(sums, features, targets, None, Share(0, 1), CLASSES).penalty
+    predicted = Ridge(sums).left_out(features, targets, penalty)
+    return np.asarray((predicted.argmax(axis=1) == targets.argmax(axis=1)).astype(np.float64))

@@ -1,0 +1,105 @@
+"""Every cut of a ranking that the page of a report offers, each made by the library's own selection.
+
+A cut ends the ranking at a number of units, or at a budget of parameters, time or memory. The page only looks up what
+is computed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from math import ceil, log10
+from typing import Any
+
+from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES
+from plasticity_peft.errors import ConfigError
+from plasticity_peft.report.scores import BaseReport
+from plasticity_peft.report.selecting import Selector
+from plasticity_peft.report.selection import Selection, SelectionRule
+
+LIMITS = ("units", "parameters", "time", "memory")
+"""What can limit a selection: `top_k`, or a budget of one of three kinds."""
+PERCENT = range(5, 101, 5)
+"""Budgets of time and memory, in percent of what finetuning everything takes."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One place at which a ranking can end."""
+
+    limit: int | float | str
+    """The `top_k` or the `budget`."""
+    selection: Selection
+
+
+@dataclass(frozen=True)
+class Series:
+    """The cuts of one ranking by one kind of limit, from small to large."""
+
+    granularity: str
+    training: str
+    limited: str
+    """One of `LIMITS`."""
+    cuts: tuple[Cut, ...]
+
+    @property
+    def name(self) -> str:
+        """Name of the series, such as "kind lora units"."""
+        return f"{self.granularity} {self.training} {self.limited}"
+
+    def arguments(self, cut: Cut) -> dict[str, Any]:
+        """Returns the arguments of `PlasticityReport.select` that differ from one cut to another."""
+        limit = "top_k" if self.limited == "units" else "budget"
+        return {limit: cut.limit, "granularity": self.granularity, "training": self.training}
+
+
+def every_series(report: BaseReport, rule: SelectionRule) -> list[Series]:
+    """Returns all series in which there is a cut.
+
+    Args:
+        report: the report.
+        rule: what is the same in all cuts: candidates, and the options of LoRA.
+    """
+    found = []
+    for granularity in GRANULARITIES:
+        for training in TRAINING_MODES:
+            selector = Selector(report, replace(rule, granularity=granularity, training=training))
+            for limited in LIMITS:
+                cuts = tuple(_cuts(selector, limited))
+                found += [Series(granularity, training, limited, cuts)] if cuts else []
+    return found
+
+
+def _cuts(selector: Selector, limited: str) -> Iterator[Cut]:
+    """Yields the cuts of a series. A parameter budget that selects the same as the one before is left out."""
+    before: tuple[str, ...] = ()
+    for limit in _limits(selector, limited):
+        with suppress(ConfigError):  # no unit fits
+            selection = selector.select(top_k=limit) if limited == "units" else selector.select(budget=limit)
+            if limited != "parameters" or selection.units != before:
+                before = selection.units
+                yield Cut(limit, selection)
+
+
+def _limits(selector: Selector, limited: str) -> list[Any]:
+    if limited == "units":
+        return list(range(1, len(selector.ranking) + 1))
+    if limited == "parameters":
+        totals = accumulate(selector.size(row.unit) for row in selector.ranking)
+        shares = [_rounded_up(total / selector.report.model_parameters) for total in totals]
+        return sorted({share for share in shares if share <= 1})
+    return [] if selector.report.costs is None else [f"{percent / 100:g} {limited}" for percent in PERCENT]
+
+
+def _rounded_up(share: float) -> float:
+    """Returns the smallest number of two digits that is not below `share`.
+
+    Examples:
+        >>> _rounded_up(0.01336), _rounded_up(0.2), _rounded_up(0.00995)
+        (0.014, 0.2, 0.01)
+    """
+    digits: int = 1 - ceil(log10(share) - 1e-12) + 1
+    scaled: int = ceil(share * 10**digits - 1e-9)
+    return float(round(scaled / 10**digits, digits))

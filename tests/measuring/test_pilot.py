@@ -1,0 +1,94 @@
+"""The short run of a forecast: it trains as torch does, gains what fitted heads gain, and only raises a forecast."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from plasticity_peft import find_components, fit_head, forecast_finetuning
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.measuring import forecast as forecasts
+from plasticity_peft.measuring.head import labeled_images, targets_of
+from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot
+from plasticity_peft.report.forecast import PilotRun
+from tests.measuring.test_head import labeled
+from tests.support.models import tiny_model
+
+ITEMS = labeled(90, [number % 3 for number in range(90)])
+RATES = {"head": 1e-3, "matrix": 1e-2, "vector": 3e-2}
+
+
+def test_it_trains_as_torch_does_and_gains_what_fitted_heads_gain() -> None:
+    model = tiny_model().eval()
+    architecture = find_architecture(model)
+    sampler = labeled_images(model, architecture, ITEMS, 90, 32, 0)
+    batch = sampler.load(range(90))
+    images, labels = batch.images["pixel_values"], sampler.labels(batch)
+    items = [{"pixel_values": image, "labels": int(label)} for image, label in zip(images, labels, strict=True)]
+    with torch.no_grad():
+        features = model.vit(images).last_hidden_state[:, 0].numpy()
+    before = copy.deepcopy(model.state_dict())
+    found = Pilot(model, architecture, sampler, "classifier", RATES).run(features, targets_of(labels, 3, CLASSES))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    theirs = copy.deepcopy(model)
+    start = fit_head(theirs, items[45:]).score
+    fit_head(theirs, items[:45])
+    modules = [theirs.get_submodule(path) for part in find_components(theirs) for path in part.modules]
+    matrices = [module.weight for module in modules if module.weight.ndim == 2]
+    vectors = [p for module in modules for p in module.parameters() if p.ndim == 1]
+    groups = {"head": list(theirs.classifier.parameters()), "matrix": matrices, "vector": vectors}
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "name": name} for name, group in groups.items()], weight_decay=0.0
+    )
+    trained = [parameter for group in groups.values() for parameter in group]
+    for step in range(STEPS):
+        rows = slice(0, 32) if step % 2 == 0 else slice(32, 45)
+        share = (step + 1) / 2 if step < 2 else 0.5 * (1 + math.cos(math.pi * (step - 2) / (STEPS - 2)))
+        for group in optimizer.param_groups:
+            group["lr"] = RATES[group["name"]] * share
+        optimizer.zero_grad()
+        F.cross_entropy(theirs(images[rows]).logits, labels[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    assert found.steps == STEPS
+    assert found.gain == pytest.approx(fit_head(theirs, items[45:]).score - start, abs=1.5 / 45)
+    assert found.gain_error > 0
+
+
+@pytest.mark.parametrize(("more", "raised"), [(0.2, True), (0.05, False), (-0.3, False)])
+def test_it_raises_all_gains_by_what_it_gains_more_than_kernels_promise_unless_that_may_be_chance(
+    more: float, raised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model()
+    alone = forecast_finetuning(model, ITEMS, pilot=False)
+    assert (alone.pilot, alone.raised) == (None, 0.0)
+    assert "without a short run" in str(alone)
+    run = PilotRun(steps=16, gain=alone.sets[-1].gain + more, gain_error=0.1)
+    monkeypatch.setattr(forecasts, "Pilot", _Pretended(run))
+    found = forecast_finetuning(model, ITEMS)
+    expected = more if raised else 0.0
+    assert found.pilot == run
+    assert found.raised == pytest.approx(expected)
+    for one, before in zip(found.sets, alone.sets, strict=True):
+        assert one.gain == pytest.approx(before.gain + expected)
+        assert (one.gain_error > before.gain_error + 0.01) == raised
+    assert ("All gains are raised by 20.0." in str(found)) == raised
+
+
+class _Pretended:
+    """In the place of `Pilot`: a run whose result is known."""
+
+    def __init__(self, result: PilotRun) -> None:
+        self.result = result
+
+    def __call__(self, *_: Any) -> _Pretended:
+        return self
+
+    def run(self, *_: Any) -> PilotRun:
+        return self.result
