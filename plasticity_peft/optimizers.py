@@ -78,7 +78,7 @@ def create_plasticity_optimizer(
         >>> from transformers import ViTConfig, ViTForImageClassification
         >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
         ...                                             intermediate_size=64, image_size=8, patch_size=4))
-        >>> model = get_peft_model(model, PlasticityConfig(target_data=torch.rand(8, 3, 8, 8), candidates="MHA"))
+        >>> model = get_peft_model(model, PlasticityConfig(target_data=torch.rand(8, 3, 8, 8), r=4))
         >>> optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, head_lr=1e-3)
         >>> sorted({group["name"] for group in optimizer.param_groups})
         ['head', 'lora_A', 'lora_B']

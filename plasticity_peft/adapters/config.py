@@ -246,7 +246,7 @@ class PlasticityConfig(LoraConfig):
             >>> from transformers import ViTConfig, ViTForImageClassification
             >>> model = ViTForImageClassification(ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
             ...                                             intermediate_size=64, image_size=8, patch_size=4))
-            >>> config = PlasticityConfig(criterion="bound", candidates=("FC1", "FC2")).choose(model)
+            >>> config = PlasticityConfig(criterion="bound", candidates=("FC1", "FC2"), r=4).choose(model)
             >>> (len(config.target_modules), config.modules_to_save)
             (2, ['classifier'])
         """

@@ -51,8 +51,9 @@ def as_page(
         report: the report.
         rule: the selection that the page shows first, and what is the same in all cuts.
         selection: the selection that was trained, if one was.
-        forecast: a forecast to show.
+        forecast: a forecast to show; by default that of the report.
     """
+    forecast = forecast or report.forecast
     scripts = library()  # first: without the extra, the rest is not needed
     series = every_series(report, rule)
     start = _start(series, rule, selection)
@@ -167,7 +168,7 @@ def _call(rule: SelectionRule, series: Series, cut: Cut) -> str:
     """Returns the code that makes the same selection."""
     shared = {"candidates": rule.candidates, "r": rule.r, "rank_pattern": rule.rank_pattern}
     shared |= {"use_dora": rule.use_dora, "lora_bias": rule.lora_bias}
-    usual = {"granularity": "kind", "training": "lora", "candidates": KINDS, "r": 8, "rank_pattern": None}
+    usual = {"granularity": "kind", "candidates": KINDS, "r": 8, "rank_pattern": None}
     usual |= {"use_dora": False, "lora_bias": False}
     given = {**series.arguments(cut), **shared}
     return f"report.select({', '.join(f'{n}={v!r}' for n, v in given.items() if n not in usual or v != usual[n])})"

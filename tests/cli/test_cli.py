@@ -139,7 +139,14 @@ def test_measures_as_the_library_does(case: str, data: str) -> None:
 def test_every_argument_of_measuring_is_an_option() -> None:
     import inspect
 
-    others = {"target_data", "source_data", "rank_pattern", "use_dora", "lora_bias"}  # two have other names
+    others = {
+        "target_data",
+        "source_data",
+        "rank_pattern",
+        "use_dora",
+        "lora_bias",
+        "forecast",
+    }  # three have other names
     arguments = set(inspect.signature(measure_plasticity).parameters) - others
     assert arguments <= set(inspect.signature(measure.measure).parameters)
 
@@ -280,7 +287,7 @@ def test_select_names_modules_as_the_model_at_hand_does(tmp_path: Path) -> None:
     for row in values["scores"]:
         row["modules"] = [f"old.names.{path}" for path in row["modules"]]
     (tmp_path / "old.json").write_text(json.dumps(values))
-    candidates = ["--candidates", "MHA"]
+    candidates = ["--candidates", "MHA", "--training", "lora"]
     here = [path for part in find_components(tiny_model()) if part.kind == "MHA" for path in part.modules]
     config = yaml.safe_load(run("select", tmp_path / "old.json", *candidates, "--model", "model").stdout)
     assert (config["target_modules"], config["modules_to_save"]) == (here, ["classifier"])
