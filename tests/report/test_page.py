@@ -85,7 +85,9 @@ def test_every_cut_is_what_select_selects(report: PlasticityReport, rule: Select
         f"{g} {t} {u}" for g in ("kind", "component") for t in ("lora", "full") for u in LIMITS
     }
     for name, cuts in data["series"].items():
-        _, training, _ = name.split()
+        granularity, training, limited = name.split()
+        units = len(report.ranking(granularity, rule.candidates))
+        assert limited != "units" or [len(cut["units"]) for cut in cuts] == list(range(1, units + 1))
         for cut in cuts:
             found = eval(cut["shown"]["call"], {"report": report})
             assert list(found.units) == cut["units"]
