@@ -21,6 +21,8 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +37,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from PIL import Image as PILImage
 from PIL import ImageOps
+from plan import warn_of_plan
 from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
@@ -72,7 +75,7 @@ from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.sharding import whole
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
-from plasticity_peft.errors import DataError
+from plasticity_peft.errors import DataError, SelectionError
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
 
 HERE = Path(__file__).resolve().parent
@@ -441,6 +444,20 @@ def configure(plasticity: PlasticityArguments, checkpoint: str | None, splits: d
     return PlasticityConfig(**{**options, "report": PlasticityReport.load(report)}, target_data=images)
 
 
+@contextmanager
+def keeping_the_report(arguments: FinetuningArguments) -> Iterator[None]:
+    """Inside, a report from which the budget selects nothing is saved, so that it need not be measured again."""
+    try:
+        yield
+    except SelectionError as error:
+        if error.report is None:
+            raise
+        path = Path(arguments.output_dir, "report.json")
+        if arguments.should_save:
+            error.report.save(path)
+        raise SystemExit(f"{error.__cause__ or error} --report {path} selects from what was measured.") from None
+
+
 def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: FinetuningArguments) -> None:
     """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
     image = next(iter(splits["target"]))["pixel_values"]
@@ -552,13 +569,16 @@ def main() -> None:
 
     set_seed(arguments.seed)
     revision = None if model_arguments.revision == "main" else model_arguments.revision
-    model = get_peft_model(on_device(load_model(model_arguments, labels), arguments), config, revision=revision)
+    with keeping_the_report(arguments):
+        model = get_peft_model(on_device(load_model(model_arguments, labels), arguments), config, revision=revision)
     units = config.selection.units
     logger.info("\n%s\n\nSelected: %s (%s)", config.report, ", ".join(units), config.training)
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
     log_size(model, splits, arguments)
     steps = number_of_steps(arguments, splits["train"])
+    cost = config.selection.cost
+    warn_of_plan(model, arguments, splits, image_column=data.image_column, cost=cost, steps=steps)
     arguments.warmup_steps = arguments.warmup_steps or round(0.1 * steps)
     if arguments.logging_steps < 1:  # a checkpoint contains the number, with which a resumed run is compared
         arguments.logging_steps = int(np.ceil(arguments.logging_steps * steps))

@@ -4,6 +4,10 @@ Every child is also the built-in exception that fits, so an `except ValueError` 
 catches these errors too.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
 
 class PlasticityError(Exception):
     """Parent of every error that this library raises on purpose."""
@@ -11,6 +15,17 @@ class PlasticityError(Exception):
 
 class ConfigError(PlasticityError, ValueError):
     """An argument, or a combination of arguments, that is not allowed."""
+
+
+class SelectionError(ConfigError):
+    """A budget into which nothing fits.
+
+    Attributes:
+        report: the `PlasticityReport` to select from, so that a measurement is not lost; None if the error was found
+            before measuring.
+    """
+
+    report: Any = None
 
 
 class DataError(PlasticityError, ValueError):

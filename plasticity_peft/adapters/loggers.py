@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.integrations.integration_utils import MLflowCallback, TensorBoardCallback, WandbCallback
 from transformers.utils import logging
 
+from plasticity_peft.extras import require
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 
@@ -64,8 +65,7 @@ def _in_tensorboard(callback: Any, report: PlasticityReport, picture: np.ndarray
 
 
 def _in_wandb(callback: Any, report: PlasticityReport, picture: np.ndarray | None, step: int) -> None:
-    import wandb
-
+    wandb: Any = require("wandb", extra="integrations", purpose="W&B")
     if wandb.run is None:
         return
     values = {f"{NAME}/report": wandb.Html(report._repr_html_()), "train/global_step": step}
@@ -75,8 +75,7 @@ def _in_wandb(callback: Any, report: PlasticityReport, picture: np.ndarray | Non
 
 
 def _in_mlflow(callback: Any, report: PlasticityReport, picture: np.ndarray | None, step: int) -> None:
-    import mlflow
-
+    mlflow: Any = require("mlflow", extra="integrations", purpose="MLflow")
     if mlflow.active_run() is None:
         return
     mlflow.log_text(str(report), f"plasticity/{step}.txt")

@@ -60,7 +60,7 @@ from plasticity_peft.components.architecture import Architecture, find_architect
 from plasticity_peft.components.component import Component
 from plasticity_peft.components.sharding import whole
 from plasticity_peft.components.wrappers import originals_in_place
-from plasticity_peft.errors import ConfigError, ModelError
+from plasticity_peft.errors import ConfigError, ModelError, SelectionError
 from plasticity_peft.measuring.head import fitted_head
 from plasticity_peft.measuring.measure import measure_by
 from plasticity_peft.registration import PEFT_TYPE
@@ -197,15 +197,33 @@ def _choose(model: nn.Module, config: PlasticityConfig) -> None:
     report = config.load_report()
     if report is not None:
         report.check_matches(architecture.model_type, architecture.components)
+    config.rule.check_possible(architecture.components, architecture.parameters)
     with _head_fitted(model, config) as head_fit:
         if report is None:
             report = _measure(model, config)
-        selection = config.select(report)
+            with _keeping(report):
+                selection = config.select(report)
+        else:
+            selection = config.select(report)
         training = Training(*_split(architecture.components, selection.components, config.training), heads, named)
         check_lora_takes_part(model, architecture, training.linears)
         names = _lora_names(model, training, config.modules_to_save)
         config.resolve(model, report, selection, **names, id2label=labels, head_fit=head_fit)
     report_what_trains(model, architecture, training, selection.units)
+
+
+@contextmanager
+def _keeping(report: PlasticityReport) -> Iterator[None]:
+    """Inside, an error of selecting says where the report is that was just measured."""
+    try:
+        yield
+    except SelectionError as error:
+        kept = SelectionError(
+            f"{error} Nothing needs to be measured again: the attribute `report` of this error is the report, and "
+            "PlasticityConfig(report=error.report, ...) selects from it."
+        )
+        kept.report = report
+        raise kept from error
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from plasticity_peft.cli import images as named
 from plasticity_peft.cli import options
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
+from plasticity_peft.errors import SelectionError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -104,6 +106,8 @@ def measure(
     loaded = named.load_for(target, model, state, seed, revision)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
+    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
+    rule["candidates"] = options.several(candidates)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     if fit_head:
         _fit_head(loaded, images, state, **shared, forward_kwargs=forward_kwargs)
@@ -116,18 +120,12 @@ def measure(
         inputs=inputs,
         max_samples=_max_samples(max_samples, pairs),
         settle=settle or None,
-        top_k=top_k,
-        budget=budget,
-        granularity=granularity,
-        candidates=options.several(candidates),
-        training=training,
+        **rule,
         forward_kwargs=forward_kwargs,
-        r=r,
         forecast=labels,
     )
     if state.is_main_process:
-        rule = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
-        _hand_out(report, {**rule, "candidates": options.several(candidates)}, output, plot, view, as_json)
+        _hand_out(report, rule, output, plot, view, as_json)
     state.destroy_process_group()
 
 
@@ -161,7 +159,10 @@ def _hand_out(
     if output is not None:
         report.save(output)
     if plot is not None:
-        save_picture(report, plot, view, selected_by(report, SelectionRule(**rule)))
+        selection = None
+        with suppress(SelectionError):  # the best unit does not fit into the budget
+            selection = selected_by(report, SelectionRule(**rule))
+        save_picture(report, plot, view, selection)
     if as_json:
         print_json(report.to_dict())
     else:

@@ -229,7 +229,7 @@ def measure_by(
         architecture = find_architecture(inner, settings.backbone)
         architecture = with_forward_kwargs(inner, architecture, settings.forward_kwargs)
         _check_device(inner)
-        rule.units(architecture.components)
+        rule.check_possible(architecture.components, architecture.parameters)
         measuring = _Measuring(inner, architecture, rule, settings, target_data, source_data)
         return run_left_as_found(measuring.report, inner, settings.seed, settings.dtype, target_data, source_data)
 
@@ -267,7 +267,9 @@ class _Measuring:
         return self._report(columns, Seen(observed, skipped=0), costs, observed="weights")
 
     def _choice(self, costs: Costs | None) -> Choice:
-        return self.rule.choice(self.architecture.components, self.architecture.parameters, lambda: costs)
+        choice = self.rule.choice(self.architecture.components, self.architecture.parameters, lambda: costs)
+        choice.check_ever_possible()
+        return choice
 
     def images(self, criterion: Criterion) -> PlasticityReport:
         """Returns the scores of a criterion that looks at images, spread over all processes."""
@@ -296,7 +298,8 @@ class _Measuring:
         ending = None
         if confidence is not None:
             chosen = choice.chosen(columns.ranking(seen.observed))
-            ending = Ending(seen.settled, chosen, self.rule.granularity, confidence, planned)
+            if chosen:  # or the best unit does not fit into the budget
+                ending = Ending(seen.settled, chosen, self.rule.granularity, confidence, planned)
         report = self._report(columns, seen, costs, observed=sampler.plural, ending=ending, input_std=spread)
         if share.rank == 0:
             _log(report, choice)

@@ -248,7 +248,7 @@ class Progress:
     def show(self, number: int, ranking: Sequence[str], choice: Choice) -> None:
         """Shows that all processes together observed `number` samples, and what they would select."""
         self._to(number)
-        self._bar.set_postfix_str(f"selected so far: {', '.join(choice.chosen(ranking))}")
+        self._bar.set_postfix_str(f"selected so far: {', '.join(choice.chosen(ranking)) or 'nothing fits'}")
 
     def end(self) -> None:
         """Shows that no more samples are needed."""

@@ -10,14 +10,13 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from math import ceil, log10
 from typing import Any
 
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES
-from plasticity_peft.errors import ConfigError
+from plasticity_peft.errors import SelectionError
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selecting import Selector
-from plasticity_peft.report.selection import Selection, SelectionRule
+from plasticity_peft.report.selection import Selection, SelectionRule, rounded_up
 
 LIMITS = ("units", "parameters", "time", "memory")
 """What can limit a selection: `top_k`, or a budget of one of three kinds."""
@@ -76,7 +75,7 @@ def _cuts(selector: Selector, limited: str) -> Iterator[Cut]:
     """Yields the cuts of a series. A parameter budget that selects the same as the one before is left out."""
     before: tuple[str, ...] = ()
     for limit in _limits(selector, limited):
-        with suppress(ConfigError):  # no unit fits
+        with suppress(SelectionError):  # no unit fits
             selection = selector.select(top_k=limit) if limited == "units" else selector.select(budget=limit)
             if limited != "parameters" or selection.units != before:
                 before = selection.units
@@ -88,18 +87,6 @@ def _limits(selector: Selector, limited: str) -> list[Any]:
         return list(range(1, len(selector.ranking) + 1))
     if limited == "parameters":
         totals = accumulate(selector.size(row.unit) for row in selector.ranking)
-        shares = [_rounded_up(total / selector.report.model_parameters) for total in totals]
+        shares = [rounded_up(total / selector.report.model_parameters) for total in totals]
         return sorted({share for share in shares if share <= 1})
     return [] if selector.report.costs is None else [f"{percent / 100:g} {limited}" for percent in PERCENT]
-
-
-def _rounded_up(share: float) -> float:
-    """Returns the smallest number of two digits that is not below `share`.
-
-    Examples:
-        >>> _rounded_up(0.01336), _rounded_up(0.2), _rounded_up(0.00995)
-        (0.014, 0.2, 0.01)
-    """
-    digits: int = 1 - ceil(log10(share) - 1e-12) + 1
-    scaled: int = ceil(share * 10**digits - 1e-9)
-    return float(round(scaled / 10**digits, digits))

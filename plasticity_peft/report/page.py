@@ -51,8 +51,9 @@ def as_page(
         report: the report.
         rule: the selection that the page shows first, and what is the same in all cuts.
         selection: the selection that was trained, if one was.
-        forecast: a forecast to show.
+        forecast: a forecast to show; by default that of the report.
     """
+    forecast = forecast or report.forecast
     scripts = library()  # first: without the extra, the rest is not needed
     series = every_series(report, rule)
     start = _start(series, rule, selection)

@@ -18,7 +18,7 @@ from typing import Any
 from plasticity_peft.arguments import check_candidates
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import read_as
-from plasticity_peft.errors import ReportError
+from plasticity_peft.errors import ReportError, SelectionError
 from plasticity_peft.files import read_json, write_text
 from plasticity_peft.hub import REPORT_NAME, find_file, without_report
 from plasticity_peft.report.confidence import SURE, in_words
@@ -108,8 +108,10 @@ class PlasticityReport(BaseReport):
             lora_bias: see `r`.
 
         Raises:
-            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, no unit fits into the
-                budget, or the report does not contain the costs that it needs.
+            ConfigError: an argument is out of its range, both `top_k` and `budget` are given, or the report does not
+                contain the costs that a budget needs.
+            SelectionError: nothing fits into the budget; the message has the smallest one that works. It is a
+                ConfigError, and its attribute `report` is this report.
         """
         rule = SelectionRule(
             top_k=top_k,
@@ -126,7 +128,11 @@ class PlasticityReport(BaseReport):
 
     def select_by(self, rule: SelectionRule) -> Selection:
         """Returns the selection that `rule` makes; see `select`."""
-        selection = selected_by(self, rule)
+        try:
+            selection = selected_by(self, rule)
+        except SelectionError as error:
+            error.report = self
+            raise
         ranking = self.ranking(rule.granularity, rule.candidates)
         explanation = why_norms_lead(self, (row for row in ranking if row.unit in selection.units))
         if explanation:
@@ -232,7 +238,7 @@ class PlasticityReport(BaseReport):
 
         Args:
             selection: selection to show first. It is called the one that was trained.
-            forecast: what `forecast_finetuning` returned, to show with it.
+            forecast: what `forecast_finetuning` returned, to show with it; by default that of the report.
             arguments: `granularity`, `training`, `candidates`, `r`, `rank_pattern`, `use_dora` and `lora_bias`, as in
                 `select`. The first two are those of the ranking that the page shows first.
 

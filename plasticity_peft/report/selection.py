@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from math import ceil, floor, log10
 from typing import Annotated, NamedTuple
 
 from annotated_types import Len
@@ -15,7 +16,7 @@ from plasticity_peft.arguments import check_arguments, parse_budget
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import Chance, Count, PositiveCount, Text, allowed, one_of
-from plasticity_peft.errors import ConfigError
+from plasticity_peft.errors import SelectionError
 from plasticity_peft.report.cost import Cost, Costs, Trained, check_known
 
 BY_MODE = allowed(
@@ -54,6 +55,17 @@ class Selection:
     """Units of equal score, selected and others, whose order decided the selection: that of the blocks, best first."""
     cost: Cost | None = None
     """What a training step costs. None if the report does not contain what follows from it."""
+
+
+def rounded_up(share: float, digits: int = 2) -> float:
+    """Returns the smallest number of some digits that is not below `share`.
+
+    Examples:
+        >>> rounded_up(0.01336), rounded_up(0.2), rounded_up(0.00995), rounded_up(0.10884, digits=3)
+        (0.014, 0.2, 0.01, 0.109)
+    """
+    places = digits - 1 - floor(log10(share) + 1e-12)
+    return float(round(ceil(share * 10**places - 1e-9) / 10**places, places))
 
 
 def lora_parameters(
@@ -157,6 +169,17 @@ class SelectionRule:
             check_count("top_k", self.top_k or 1, 1, len(units), reason)
         return units
 
+    def check_possible(self, components: Sequence[Component], model_parameters: int) -> None:
+        """Raises an error if it is known before measuring that nothing can be selected.
+
+        Raises:
+            ConfigError: there are fewer than `top_k` units.
+            SelectionError: no unit fits into the budget of parameters. Budgets of time and memory need the costs.
+        """
+        self.units(components)
+        if self.budget is not None and parse_budget("budget", self.budget)[1] == "parameters":
+            self.choice(components, model_parameters, lambda: None).check_ever_possible()
+
     def choice(
         self,
         components: Sequence[Component],
@@ -223,7 +246,10 @@ class Choice(ABC):
         return [(better, worse) for better in chosen for worse in ranking[len(chosen) :]]
 
     def check_possible(self, ranking: Sequence[str]) -> None:  # noqa: B027 - most choices are always possible
-        """Raises ConfigError if nothing can be selected from a ranking."""
+        """Raises SelectionError if nothing can be selected from a ranking."""
+
+    def check_ever_possible(self) -> None:  # noqa: B027 - most choices are always possible
+        """Raises SelectionError if nothing can be selected, whatever the ranking is."""
 
 
 @dataclass(frozen=True)
@@ -255,8 +281,8 @@ class Budget(Choice):
 
     @property
     def limit(self) -> float:
-        """The budget as a number of parameters."""
-        return self.budget * self.model_parameters
+        """The budget as a number of parameters. 0.0768 of 10,000 is 768, although the product is a little less."""
+        return round(self.budget * self.model_parameters, 6)
 
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
         """Returns the units that fit, best first."""
@@ -274,14 +300,30 @@ class Budget(Choice):
         return super().orders(ranking) + [(rest[0], worse) for worse in rest[1:] if self.sizes[worse] <= left]
 
     def check_possible(self, ranking: Sequence[str]) -> None:
-        """Raises ConfigError if not even the best unit fits."""
+        """Raises SelectionError if not even the best unit fits."""
         if not self.chosen(ranking):
             best, size = ranking[0], self.sizes[ranking[0]]
-            raise ConfigError(
-                f"budget={self.budget!r} is {self.limit:,.0f} of {self.model_parameters:,} parameters, less than the "
-                f"{size:,} of the best unit, {best}. Give a budget above {size / self.model_parameters:.4f}, a "
-                'smaller r, or granularity="component".'
+            raise SelectionError(
+                f"{self._in_words()}, less than the {size:,} of the best unit, {best}. Give a budget of at least "
+                f'{self._least(best):g}, a smaller r, or granularity="component".'
             )
+
+    def check_ever_possible(self) -> None:
+        """Raises SelectionError if not even the smallest unit fits."""
+        small, large = (pick(self.units, key=self.sizes.__getitem__) for pick in (min, max))
+        if self.sizes[small] > self.limit:
+            raise SelectionError(
+                f"{self._in_words()}, less than the {self.sizes[small]:,} of the smallest unit, {small}. A budget of "
+                f"{self._least(small):g} fits {small}, and one of {self._least(large):g} fits whichever unit is best. "
+                'Or give a smaller r, or granularity="component".'
+            )
+
+    def _in_words(self) -> str:
+        return f"budget={self.budget!r} is {self.limit:,.0f} of {self.model_parameters:,} parameters"
+
+    def _least(self, unit: str) -> float:
+        """Returns the smallest budget, of three digits, that a unit fits into."""
+        return rounded_up(self.sizes[unit] / self.model_parameters, digits=3)
 
 
 @dataclass(frozen=True)
@@ -326,16 +368,20 @@ class CostBudget(Choice):
         ]
 
     def check_possible(self, ranking: Sequence[str]) -> None:
-        """Raises ConfigError if no unit fits."""
+        """Raises SelectionError if no unit fits."""
         if not self.chosen(ranking):
             ratios = {unit: self._ratio([unit]) for unit in ranking}
             cheapest = min(ranking, key=ratios.__getitem__)
-            advice = "" if "." in cheapest else ', or give granularity="component"'
-            raise ConfigError(
+            advice = "" if "." in cheapest else ', or granularity="component"'
+            raise SelectionError(
                 f"The {self.unit} of a training step may be at most {self.limit:g} of that of finetuning everything, "
-                f"and no unit fits: the cheapest, {cheapest}, takes {ratios[cheapest]:.4f}. Give a larger "
-                f"budget{advice}."
+                f"and no unit fits: the cheapest, {cheapest}, takes {ratios[cheapest]:.4f}. Give a budget of at least "
+                f"'{ratios[cheapest]:g} {self.unit}'{advice}."
             )
+
+    def check_ever_possible(self) -> None:
+        """Raises SelectionError if no unit fits, which does not depend on the ranking."""
+        self.check_possible(self.units)
 
     def _ratio(self, units: Collection[str]) -> float:
         return float(getattr(self.cost(units), self.unit))

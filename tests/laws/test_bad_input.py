@@ -131,7 +131,11 @@ WHEN_USED = {
     "top_k above the blocks": Case(
         "top_k must be a whole number from 1 to 10", given(top_k=11, granularity="component")
     ),
-    "budget too small": Case("less than the .* of the best unit, .* Give a budget above 0.", given(budget=1e-4)),
+    "budget too small": Case("less than the .* of the smallest unit, .* A budget of 0.\\d+ fits", given(budget=1e-4)),
+    "budget below the best": Case(
+        "best unit, .* Give a budget of at least 0.*the attribute `report` of this error", given(budget=0.02)
+    ),
+    "time too short": Case("no unit fits: the cheapest, .*Give a budget of at least '0.", given(budget="0.01 time")),
     "no pixel_values": Case(r"has no 'pixel_values'; it has \['image', 'label'\]", data(WithoutPixelValues())),
     "a path": Case("target_data must be a datasets.Dataset .* Got str", data("images/")),
     "a number": Case("target_data must be .* Got int", data(7)),

@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, ViTForImageClassification
 from transformers.utils import logging
 
-from plasticity_peft import find_components, measure_plasticity
+from plasticity_peft import PlasticityConfig, PlasticityReport, find_components, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.errors import ModelError, NonFiniteError
+from plasticity_peft.errors import ModelError, NonFiniteError, SelectionError
 from plasticity_peft.images.pairs import draw_pairs
 from tests.support import oracles
 from tests.support.measures import PROTOCOLS, distances, rates
@@ -298,3 +298,38 @@ def test_a_device_without_double_precision_is_refused(vit: PreTrainedModel, monk
     monkeypatch.setattr(vit, "parameters", lambda *_, **__: iter([OnApple()]))
     with pytest.raises(ModelError, match=r"mps\), which has no float64. Measure it on the CPU"):
         measure_plasticity(vit, random_images())
+
+
+# ---- budgets
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": 1e-6}, {"budget": "0.01 time"}, {"budget": 0.05, "candidates": ("MHA",), "training": "full"}],
+    ids=["parameters", "time", "candidates"],
+)
+def test_a_budget_that_nothing_fits_into_is_refused_before_measuring(
+    vit: PreTrainedModel, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "plasticity_peft.measuring.measure.observe_until_settled", lambda *_, **__: pytest.fail("measured")
+    )
+    with pytest.raises(SelectionError, match=r"of at least|fits whichever") as caught:
+        measure_plasticity(vit, random_images(6), max_samples=4, **options)
+    assert caught.value.report is None
+
+
+def test_a_measurement_is_kept_if_the_budget_does_not_fit_the_best_unit(vit: PreTrainedModel) -> None:
+    images = random_images(8)
+    sizes = {row.kind: 0 for row in find_components(vit)}
+    for row in find_components(vit):
+        sizes[row.kind] += row.parameters
+    budget = 1.01 * min(sizes.values()) / sum(parameter.numel() for parameter in vit.parameters())
+    options = {"max_samples": 6, "budget": budget, "training": "full"}
+    report = measure_plasticity(vit, images, **options)
+    assert report.ending is None
+    assert PlasticityReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
+    with pytest.raises(SelectionError, match="the attribute `report` of this error") as caught:
+        get_peft_model(vit, PlasticityConfig(target_data=images, **options))
+    assert caught.value.report == report
+    assert PlasticityConfig(report=caught.value.report, top_k=1).select(report).units

@@ -156,6 +156,23 @@ def replace_names(forecast: Forecast) -> Forecast:
 
 
 @pytest.mark.usefixtures("pages_have_no_library")
+def test_the_page_has_the_forecast_of_the_report_or_the_one_that_is_given(report: PlasticityReport) -> None:
+    head = HeadFit("single_label_classification", 0.6, 0.9, 1.0, 1.0, 8, 4, 2)
+    first, second = (
+        Forecast(model_type="vit", seed=0, head=head, head_error=0.1, sets=(
+            SetForecast(name=name, components=("0.MHA",), parameters=1, accuracy=0.7, error=0.1, gain=0.1,
+                        gain_error=0.1),
+        ))
+        for name in ("own", "given")
+    )  # fmt: skip
+    own = replace(report, forecast=first)
+    for made, names in ((report.to_html(), []), (own.to_html(), ["own"]), (own.to_html(forecast=second), ["given"])):
+        chart = Parsed(made).data["charts"].get("forecast")
+        assert [row["set"] for row in chart["data"]["values"]] == names if names else chart is None
+        assert ('<div class="chart" id="forecast">' in made) == bool(names)
+
+
+@pytest.mark.usefixtures("pages_have_no_library")
 def test_the_page_names_no_other_file_and_forbids_to_load_one(report: PlasticityReport) -> None:
     parsed = Parsed(report.to_html())
     assert not [attributes for _, attributes in parsed.elements if {"src", "href", "action"} & set(attributes)]

@@ -15,10 +15,11 @@ import pytest
 from peft import LoraConfig, get_peft_model
 
 from plasticity_peft.components.component import KINDS, MATRIX_KINDS
-from plasticity_peft.errors import ConfigError, PlasticityError, ReportError
+from plasticity_peft.errors import ConfigError, PlasticityError, ReportError, SelectionError
 from plasticity_peft.report.provenance import Provenance
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.scores import Ending, KindScore, Score
+from plasticity_peft.report.selection import SelectionRule
 from tests.support.models import REPOSITORY, random_images, tiny_model
 from tests.support.processes import python
 
@@ -117,12 +118,37 @@ def test_a_budget_is_kept_and_a_larger_one_drops_nothing(
     assert before == tuple(ranked)
 
 
+@pytest.mark.parametrize("training", ["lora", "full"])
+@pytest.mark.parametrize("granularity", ["kind", "component"])
+@pytest.mark.parametrize("candidates", [("MHA", "FC2"), KINDS])
+def test_the_budget_that_an_error_names_is_the_smallest_that_works(
+    training: str, granularity: str, candidates: tuple[str, ...]
+) -> None:
+    options = {"training": training, "granularity": granularity, "candidates": candidates}
+    with pytest.raises(SelectionError) as caught:
+        REPORT.select(budget=1e-6, **options)
+    assert caught.value.report is REPORT
+    named = float(re.search(r"at least (\S+),", str(caught.value))[1])
+    assert REPORT.select(budget=named, **options).units
+    with pytest.raises(SelectionError):
+        REPORT.select(budget=0.989 * named, **options)  # it has three digits
+    rule = SelectionRule(budget=1e-6, **options)
+    with pytest.raises(SelectionError, match="smallest unit") as known:
+        rule.check_possible(REPORT.scores, REPORT.model_parameters)
+    smallest, enough = map(float, re.findall(r" of (0\.\d+) fits ", str(known.value)))
+    for budget in (smallest, enough):
+        SelectionRule(budget=budget, **options).check_possible(REPORT.scores, REPORT.model_parameters)
+    for order in (candidates, candidates[::-1]):
+        means = {kind: [1, 1] if kind not in order else [2 + order.index(kind)] * 2 for kind in KINDS}
+        assert make_report(means).select(budget=enough, **options).units
+
+
 def test_a_budget_too_small_says_what_is_enough() -> None:
     with pytest.raises(
-        ConfigError, match=r"is 10 of 10,000 .* less than the 1,088 .* FC1. Give a budget above 0.1088"
+        ConfigError, match=r"is 10 of 10,000 .* less than the 1,088 .* FC1. Give a budget of at least 0.109,"
     ):
         REPORT.select(budget=0.001, training="full", candidates=MATRIX_KINDS)
-    assert REPORT.select(budget=0.1089, training="full", candidates=MATRIX_KINDS).units == ("FC1",)
+    assert REPORT.select(budget=0.109, training="full", candidates=MATRIX_KINDS).units == ("FC1",)
 
 
 @pytest.mark.parametrize(
@@ -201,6 +227,7 @@ def edited(*path: str | int, value: object = ...) -> dict[str, Any]:
 
 ADDED_SINCE = ("stage", "features", "criterion", "title", "observed", "input_std", "ending")
 ADDED_SINCE += ("target_provenance", "source_provenance", "batch_size", "separation", "error", "costs")
+ADDED_SINCE += ("forecast",)
 FIELDS = [*((name,) for name in REPORT.to_dict()), *(("scores", 3, name) for name in REPORT.to_dict()["scores"][3])]
 WRONG_TYPES: list[object] = [None, "text", 1.5, [1], {"a": 1}, True, -3]
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from plasticity_peft import PlasticityReport
-from plasticity_peft.errors import DataError
+from plasticity_peft.errors import DataError, SelectionError
 from tests.support.forking import run_script
 from tests.support.models import REPOSITORY, tiny_model
 from tests.support.processes import launch
@@ -50,6 +50,36 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """Returns the folder of a run without arguments, but for those that make it short, and what it logged."""
     folder = tmp_path_factory.mktemp("demo")
     return folder, run(*DIGITS, "--compare_seeds", "1", "--output_dir", folder)
+
+
+@pytest.mark.slow
+def test_what_will_disappoint_is_said_before_training(tmp_path: Path) -> None:
+    wrong = ["--training", "full", "--learning_rate", "0.05", "--budget", "0.2"]
+    result = run_script(TRAIN, *DIGITS, *wrong, "--output_dir", tmp_path, processes=1, cwd=REPOSITORY.parent)
+    assert result.returncode == 1
+    found = re.search(r"Give a budget of at least ([\d.]+), .* --report (\S+) selects", result.stderr)
+    report = PlasticityReport.load(found[2])
+    with pytest.raises(SelectionError):
+        report.select(budget=0.2, training="full")
+    wrong[wrong.index("0.2")] = found[1]
+    log = run(*DIGITS, *wrong, "--compare", "false", "--report", found[2], "--output_dir", tmp_path)
+    warned = log.index("times the rate that is recommended for what trains (matrix)")
+    assert warned < log.index("head + ")
+    assert "enlarged" not in log  # small images cost little
+    assert "A step will take" not in log
+
+
+def test_sizes_and_times_that_disappoint_are_named() -> None:
+    plan = load_example("plan")
+    assert list(plan.about_size((224, 224), (224, 300), 16)) == []
+    assert list(plan.about_size((28, 28), (8, 8), 4)) == []
+    (enlarged,) = plan.about_size((224, 224), (56, 60), [16, 16])
+    assert "of 56 x 60 pixels are enlarged to 224 x 224" in enlarged
+    (rest,) = plan.about_size((50, 56), (100, 100), 14)
+    assert "56 x 50 pixels do not consist of whole patches of 14" in rest
+    assert list(plan.about_time(29, 100)) == []
+    (slow,) = plan.about_time(90, 100)
+    assert "about 0:01:30, and the 100 steps about 2:30:00" in slow
 
 
 def test_without_arguments_it_compares_with_stock_peft_and_with_everything(demo: tuple[Path, str]) -> None:
