@@ -95,7 +95,6 @@ def measure(
     from plasticity_peft.cli.reports import check_file, check_picture
     from plasticity_peft.measuring.measure import measure_plasticity
 
-    max_samples = _max_samples(max_samples, pairs)
     check_file(output, "--output")
     check_picture(plot)
     state = named.processes(ddp_timeout)
@@ -119,7 +118,7 @@ def measure(
         **shared,
         criterion=criterion,
         inputs=inputs,
-        max_samples=max_samples,
+        max_samples=_max_samples(max_samples, pairs),
         settle=settle or None,
         **rule,
         forward_kwargs=forward_kwargs,
