@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -120,7 +120,7 @@ def why_not_whole(
     """Returns what is missing or damaged in a checkpoint, or "" if it is whole.
 
     Every file is read: sizes and headers of safetensors, the checksums of what torch.save wrote, and all of JSON.
-    No object of a pickle is made, so that none can do harm.
+    Nothing is unpickled: of a pickle, the instructions are read, and not carried out.
 
     Args:
         checkpoint: folder of the checkpoint.
@@ -215,7 +215,7 @@ def _damage(folder: Path) -> str:
         try:
             if check is not None and path.is_file():
                 check(path)
-        except (OSError, ValueError, RecursionError, EOFError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        except (OSError, ValueError, RecursionError, EOFError, TypeError, zipfile.BadZipFile) as error:
             return f"{path.name} is damaged ({error})"
     try:
         AdapterRecord.find(folder)
@@ -249,27 +249,51 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{damaged} in it does not have its checksum")
 
 
-class _Named(pickle.Unpickler):
-    """Reads a pickle without any of the classes and functions in it. Their objects are those of an empty class."""
+OF_NUMBERS = ("INT", "BININT", "BININT1", "BININT2", "LONG1", "LONG4")
+NUMBERS_AND_TEXTS = (*OF_NUMBERS, "UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8")
+"""Instructions of a pickle that hold a number or a text."""
 
-    class Empty:
-        def __init__(self, *_: Any, **__: Any) -> None:
-            pass
 
-        def __setstate__(self, state: Any) -> None:
-            vars(self).update(state if isinstance(state, dict) else {})
+def _values_in(path: Path) -> Iterator[Any]:
+    """Yields the numbers and texts of a pickle in their order. Its instructions are read, and not carried out.
 
-    def find_class(self, *_: str) -> type:
-        return _Named.Empty
+    Raises:
+        ValueError: it is cut off, or no pickle.
+    """
+    memo: dict[int, Any] = {}
+    last: Any = None
+    for code, argument, _ in pickletools.genops(path.read_bytes()):
+        if code.name == "MEMOIZE":
+            memo[len(memo)] = last
+        elif code.name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            memo[int(str(argument))] = last
+        elif code.name in ("GET", "BINGET", "LONG_BINGET"):
+            last = memo.get(int(str(argument)))
+            yield last
+        else:
+            last = argument if code.name in NUMBERS_AND_TEXTS else None
+            if last is not None:
+                yield last
+
+
+def _parts_in(path: Path) -> Iterator[dict[str, Any]]:
+    """Yields "relative_path", "offset" and "length" of each tensor that the metadata of FSDP names."""
+    found: dict[str, Any] = {}
+    values = _values_in(path)
+    for value in values:
+        if value in ("relative_path", "offset", "length"):
+            found[value] = next(values, None)
+        if len(found) == 3:
+            yield found
+            found = {}
 
 
 def _check_parts(path: Path) -> None:
     """Raises ValueError unless the files that the metadata of FSDP name have the sizes that they tell."""
-    with open(path, "rb") as file:
-        stored = getattr(_Named(file).load(), "storage_data", None)
-    if not isinstance(stored, dict) or not stored:
+    parts = list(_parts_in(path))
+    if not parts:
         raise ValueError("it names no files")
-    for part in map(vars, stored.values()):
+    for part in parts:
         due, held = part["offset"] + part["length"], path.with_name(part["relative_path"])
         if not held.is_file():
             raise ValueError(f"there is no {held.name}")

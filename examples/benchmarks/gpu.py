@@ -10,7 +10,6 @@ as JSON and as Markdown. All ratios compare what ran in turns.
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import logging
 import tempfile
@@ -33,6 +32,7 @@ from peft import LoraConfig, get_peft_model
 from probe import WAYS
 from torch import nn
 from transformers import BitsAndBytesConfig, HfArgumentParser, ViTForImageClassification, ViTModel
+from transformers.utils import is_bitsandbytes_available
 from transformers.utils.logging import disable_progress_bar
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
@@ -256,7 +256,7 @@ def copies(arguments: BenchmarkArguments) -> Iterator[Row]:
 
 def quantized(arguments: BenchmarkArguments) -> Iterator[Row]:
     """LoRA on 8-bit and 4-bit models by bitsandbytes"""
-    if importlib.util.find_spec("bitsandbytes") is None:
+    if not is_bitsandbytes_available():
         return
     images = images_of(arguments, arguments.batch_size)
     with tempfile.TemporaryDirectory() as folder:

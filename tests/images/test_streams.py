@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import io
-import sys
 import tarfile
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import datasets
@@ -91,14 +90,9 @@ def test_names_of_files(folder: Path) -> None:
 
 
 @pytest.fixture
-def streaming() -> Iterator[Any]:
-    sys.path.insert(0, str(REPOSITORY / "examples"))
-    try:
-        import streaming
-
-        yield streaming
-    finally:
-        sys.path.remove(str(REPOSITORY / "examples"))
+def streaming(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    return importlib.import_module("streaming")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3])
