@@ -33,7 +33,7 @@ from accelerate import PartialState
 from comparison import Result, Run, load
 from huggingface_hub.utils import disable_progress_bars
 from methods import EVERYTHING, GROUPS, Catalog, Method
-from stacked import BATCH_SIZE, Part, StackedRuns, order_of_images
+from stacked import BATCH_SIZE, PLAIN, Part, StackedRuns, order_of_images
 from step_cost import in_turns, kept_bytes, state_bytes, training_step
 from summarize import write
 from torch import nn
@@ -133,9 +133,9 @@ class Pair:
         return copy.deepcopy(self.model)
 
     def adapted(self, method: Method, seed: int) -> nn.Module:
-        """Returns a copy of the model in which a method trains, with eager attention, which vmap can batch."""
+        """Returns a copy of the model in which a method trains, with an attention that vmap can batch."""
         model = self.fresh()
-        model.set_attn_implementation("eager")
+        model.set_attn_implementation(PLAIN)
         set_seed(seed)
         return method.adapt(model, self.parts["train"].images).eval()
 

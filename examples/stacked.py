@@ -16,12 +16,39 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
+from transformers import AttentionInterface
 
 BATCH_SIZE = 32
 EVALUATED = 250
 """Number of images in one pass of the evaluation."""
 EAGER_STEPS = 3
 """Number of steps before one is recorded on a GPU: torch asks for a few, which allocate what later ones use."""
+
+
+PLAIN = "plain_attention"
+"""Name under which transformers finds `plain_attention`."""
+
+
+def plain_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None = None,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[torch.Tensor, None]:
+    """Returns what attention comes to, (batch, tokens, heads, features), by operations that vmap can batch.
+
+    For this name transformers makes no mask. The mask that it makes for "eager" is copied from the CPU in each pass,
+    which a CUDA graph cannot record.
+    """
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    weights = (query @ key.transpose(-1, -2) * scale).softmax(dim=-1)
+    return (weights @ value).transpose(1, 2).contiguous(), None
+
+
+AttentionInterface.register(PLAIN, plain_attention)
 
 
 class Part(NamedTuple):
@@ -47,7 +74,7 @@ class StackedRuns:
 
         Args:
             models: a model for each run. They differ in the parameters that train only, are in evaluation mode, and
-                use eager attention, which vmap can batch. They stay as they are.
+                have `plain_attention`. They stay as they are.
             rates: the rates of each run, by the names of the parameters that train.
             images: the images to train on.
             order: the numbers of the images of each batch, (steps, runs, batch).
