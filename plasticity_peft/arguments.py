@@ -215,8 +215,8 @@ ARGUMENTS: Mapping[str, Argument] = {
     ),
     "training": Argument(
         "How the selected components train: 'full' (all of their weights) or 'lora' (LoRA on their linear layers; a "
-        "layer norm, which LoRA cannot adapt, trains in full). By default 'lora' if an option of LoRA has another "
-        "value than in LoraConfig(), such as r=16 or lora_alpha=16, else 'full'.",
+        "layer norm, which LoRA cannot adapt, trains in full). By default 'lora' if an option of LoRA, such as r "
+        "or lora_alpha, is given, else 'full'.",
         _or_none(partial(check_choice, allowed=TRAINING_MODES)),
     ),
     "max_samples": Argument(

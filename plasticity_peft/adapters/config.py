@@ -7,6 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sized
 from dataclasses import dataclass, field, fields, replace
+from functools import wraps
 from typing import Any
 
 from peft import LoraConfig, PeftConfig
@@ -54,7 +55,10 @@ def _described(name: str) -> dict[str, str]:
 
 
 def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
-    """Returns the class, which then accepts `pairs`, the former name of `max_samples`, with a FutureWarning."""
+    """Returns the class, which then accepts `pairs`, the former name of `max_samples`, with a FutureWarning.
+
+    If an option of LoRA is given, and no `training`, it trains LoRA.
+    """
 
     def get(self: PlasticityConfig) -> int:
         warn_renamed("pairs", "max_samples", stacklevel=2)
@@ -64,7 +68,15 @@ def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
         warn_renamed("pairs", "max_samples", stacklevel=2)
         self.max_samples = value
 
-    cls.__init__ = renamed_arguments(pairs="max_samples")(cls.__init__)  # type: ignore[method-assign]
+    of_dataclass = cls.__init__
+
+    @wraps(of_dataclass)
+    def init(self: PlasticityConfig, *arguments: Any, **options: Any) -> None:
+        if options.get("training") is None and not options.keys().isdisjoint(OPTIONS_OF_LORA):
+            options["training"] = "lora"
+        of_dataclass(self, *arguments, **options)
+
+    cls.__init__ = renamed_arguments(pairs="max_samples")(init)  # type: ignore[method-assign]
     cls.pairs = property(get, set_)  # type: ignore[attr-defined]
     return cls
 
@@ -131,7 +143,7 @@ class PlasticityConfig(LoraConfig):
         except (TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"PEFT refuses the options of LoRA: {error}") from error
         self.task_type = self.task_type or PEFT_TYPE
-        self.training = self.training or ("lora" if self._has_options_of_lora() else "full")
+        self.training = self.training or "full"
         if self.report is None or (self.criterion, self.inputs) != (None, None):
             self.criterion, self.inputs = resolve(self.criterion, self.inputs)
         if not isinstance(self.chosen, (Chosen, type(None))):
@@ -156,11 +168,6 @@ class PlasticityConfig(LoraConfig):
     def id2label(self) -> dict[int, str] | None:
         """Names of the labels of the model that was adapted, from its config."""
         return None if self.chosen is None else self.chosen.id2label
-
-    def _has_options_of_lora(self) -> bool:
-        """Returns whether an option of LoRA has another value than in `LoraConfig()`."""
-        usual = LoraConfig()
-        return any(getattr(self, name) != getattr(usual, name) for name in OPTIONS_OF_LORA)
 
     def check_modules_are_not_named(self) -> None:
         """Raises ConfigError if an option of LoRA names the modules that the ranking selects.

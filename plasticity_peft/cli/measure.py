@@ -106,7 +106,8 @@ def measure(
     loaded = named.load_for(target, model, state, seed, revision)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
-    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "training": training, "r": r}
+    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "r": r}
+    rule["training"] = training or ("full" if r == 8 else "lora")
     rule["candidates"] = options.several(candidates)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     if fit_head:

@@ -133,7 +133,7 @@ def forecast_finetuning(
     options = check_arguments({"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone})
     options |= check_arguments({"forward_kwargs": forward_kwargs})
     check_count("max_samples", max_samples, 2, MOST_IMAGES)
-    sharded = is_sharded(model)
+    sharded = isinstance(model, nn.Module) and is_sharded(model)
     with whole(model) as inner:
         architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
         wanted = named_sets(sets, architecture.components)

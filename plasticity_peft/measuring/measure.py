@@ -53,7 +53,7 @@ from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.provenance import Provenance, provenance_of
 from plasticity_peft.report.report import PlasticityReport, warn_if_not_settled
 from plasticity_peft.report.scores import Ending, KindScore, Score
-from plasticity_peft.report.selection import Choice, SelectionRule
+from plasticity_peft.report.selection import Choice, SelectionRule, mode
 from plasticity_peft.report.text import how_it_ended
 
 # A child of the logger of transformers, so that its verbosity applies here too.
@@ -79,7 +79,7 @@ def measure_plasticity(
     granularity: str = "kind",
     candidates: Iterable[str] = KINDS,
     training: str | None = None,
-    r: int = 8,
+    r: int | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     use_dora: bool = False,
     lora_bias: bool = False,
@@ -132,7 +132,8 @@ def measure_plasticity(
         granularity: see `top_k`.
         candidates: see `top_k`.
         training: see `top_k`.
-        r: rank of LoRA, as in `peft.LoraConfig`. This and the next three arguments affect how a `budget` is counted.
+        r: rank of LoRA, as in `peft.LoraConfig`, by default 8. This and the next three arguments affect how a `budget`
+            is counted.
         rank_pattern: see `r`.
         use_dora: see `r`.
         lora_bias: see `r`.
@@ -173,8 +174,8 @@ def measure_plasticity(
         budget=budget,
         granularity=granularity,
         candidates=check_candidates(candidates),
-        training=training,
-        r=r,
+        training=mode(r, rank_pattern, use_dora, lora_bias) if training is None else training,
+        r=8 if r is None else r,
         rank_pattern=rank_pattern,
         use_dora=use_dora,
         lora_bias=lora_bias,

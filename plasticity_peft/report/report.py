@@ -28,7 +28,7 @@ from plasticity_peft.report.page import as_page
 from plasticity_peft.report.plotting import draw
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selecting import selected_by
-from plasticity_peft.report.selection import Selection, SelectionRule
+from plasticity_peft.report.selection import Selection, SelectionRule, mode
 from plasticity_peft.report.text import as_html, as_text, observed, why_norms_lead
 
 # Below the logger of transformers, which is not imported here, so that its verbosity holds here too.
@@ -81,7 +81,7 @@ class PlasticityReport(BaseReport):
         granularity: str = "kind",
         candidates: Iterable[str] = KINDS,
         training: str | None = None,
-        r: int = 8,
+        r: int | None = None,
         rank_pattern: Mapping[str, int] | None = None,
         use_dora: bool = False,
         lora_bias: bool = False,
@@ -101,9 +101,9 @@ class PlasticityReport(BaseReport):
             granularity: "kind" or "component", as in `ranking`.
             candidates: kinds that may be selected; all five by default.
             training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it. By
-                default "lora" if one of the next arguments has another value than in `LoraConfig()`, else "full".
-            r: rank of LoRA, as in `peft.LoraConfig`. This and the next three arguments determine the number of LoRA
-                parameters.
+                default "lora" if one of the next arguments is given, else "full".
+            r: rank of LoRA, as in `peft.LoraConfig`, by default 8. This and the next three arguments determine the
+                number of LoRA parameters.
             rank_pattern: see `r`.
             use_dora: see `r`.
             lora_bias: see `r`.
@@ -119,8 +119,8 @@ class PlasticityReport(BaseReport):
             budget=budget,
             granularity=granularity,
             candidates=check_candidates(candidates),
-            training=training,
-            r=r,
+            training=mode(r, rank_pattern, use_dora, lora_bias) if training is None else training,
+            r=8 if r is None else r,
             rank_pattern=rank_pattern,
             use_dora=use_dora,
             lora_bias=lora_bias,

@@ -106,6 +106,17 @@ def _together(units: Iterable[str], trained: Mapping[str, list[Trained]]) -> lis
     return [part for unit in units for part in trained[unit]]
 
 
+def mode(r: int | None, rank_pattern: Mapping[str, int] | None, use_dora: bool, lora_bias: bool) -> str:
+    """Returns how components train if that is not given: by LoRA if an option of LoRA is given, otherwise in full.
+
+    Examples:
+        >>> mode(None, None, False, False), mode(8, None, False, False)
+        ('full', 'lora')
+    """
+    given = r is not None or rank_pattern is not None or use_dora is not False or lora_bias is not False
+    return "lora" if given else "full"
+
+
 @dataclass(frozen=True, kw_only=True)
 class SelectionRule:
     """Which units to select from the scores of a model: how many, of which kinds, and how they train.

@@ -100,7 +100,8 @@ OF_LORA: list[dict[str, Any]] = [{"r": 16}, {"lora_alpha": 16}, {"use_dora": Tru
     ("options", "expected"),
     [
         ({}, "full"),
-        ({"r": 8, "lora_alpha": 8, "modules_to_save": ["classifier"], "inference_mode": True}, "full"),
+        ({"modules_to_save": ["classifier"], "inference_mode": True}, "full"),
+        ({"r": 8}, "lora"),
         *((options, "lora") for options in [*OF_LORA, {"lora_dropout": 0.1}, {"bias": "all"}]),
         ({"training": "lora"}, "lora"),
         ({"training": "full", "r": 16}, "full"),

@@ -54,6 +54,7 @@ def adapted(size, image_size, options):
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts from here
     config = PlasticityConfig(
+        training="lora",
         target_data=torch.rand(4, 3, image_size, image_size), max_samples=2, batch_size=1, settle=None, **options
     )
     get_peft_model(model, config)

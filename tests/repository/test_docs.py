@@ -286,9 +286,19 @@ def test_commands_name_options_targets_extras_and_files_that_exist(name: str) ->
 
 def test_options_in_prose_exist() -> None:
     commands = get_command(app).commands.values()  # type: ignore[attr-defined]
-    known = {option for command in commands for parameter in command.params for option in parameter.opts}
+    parameters = [parameter for command in commands for parameter in command.params]
+    known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
     known |= {option for action in train_options()._actions for option in action.option_strings}
-    known |= {"--install-completion", "--cpu", "--multi_gpu", "--num_processes", "--rounds", "--pairs", "--inputs"}
+    known |= {
+        "--install-completion",
+        "--config_file",
+        "--cpu",
+        "--multi_gpu",
+        "--num_processes",
+        "--rounds",
+        "--pairs",
+        "--inputs",
+    }
     for page in PAGES:
         for text in inline_code(page):
             options = set(re.findall(r"(?<!\S)--[\w-]+", text))

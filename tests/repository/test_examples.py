@@ -176,7 +176,8 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     else:
         name = REPOSITORY / "examples" / "data" / "fashion_mnist.parquet"
     log = run(
-        *SHORT, "--dataset_name", name, "--learning_rate", "0.001", "--budget", "0.05", "--horizontal_flip", "true",
+        *SHORT, "--dataset_name", name, "--learning_rate", "0.001", "--horizontal_flip", "true",
+        "--training", "lora", "--budget", "0.05",
         "--output_dir", tmp_path, "--criterion", "rate_of_change", "--candidates", "MHA", "FC1", "FC2",
     )  # fmt: skip
     assert "pairs of two target images" in log

@@ -149,7 +149,8 @@ measure_plasticity(model, data, criterion="gradient_norm", max_samples=8)
 print(report)
 assert not written, f"measuring wrote {written}"
 report.save(folder / "report.json")
-adapted = get_peft_model(model, PlasticityConfig(report=PlasticityReport.load(folder / "report.json")))
+loaded = PlasticityReport.load(folder / "report.json")
+adapted = get_peft_model(model, PlasticityConfig(report=loaded, training="lora"))
 arguments = TrainingArguments(output_dir=str(folder / "out"), max_steps=2, per_device_train_batch_size=4,
                               report_to="none", use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
                               remove_unused_columns=False)

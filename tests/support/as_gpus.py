@@ -1,4 +1,4 @@
-"""Lets Accelerate use FSDP and DeepSpeed on CPUs, as it does on GPUs. Imported by a script before anything else of it.
+"""Lets Accelerate use FSDP and DeepSpeed on CPUs, as it does on GPUs. Called by a script before anything else of it.
 
 Accelerate enables them only for processes that have an accelerator each. Here it takes the CPU for one, and gloo for
 the backend. All else is as it is.
@@ -21,5 +21,7 @@ def _set_device(state: PartialState) -> None:
     state.device = torch.device("cpu")
 
 
-PartialState._prepare_backend = _prepare_backend
-PartialState.set_device = _set_device
+def take_cpus_for_gpus() -> None:
+    """Changes Accelerate in this process."""
+    PartialState._prepare_backend = _prepare_backend
+    PartialState.set_device = _set_device

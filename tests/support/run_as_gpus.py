@@ -10,9 +10,11 @@ import sys
 import warnings
 from pathlib import Path
 
-import tests.support.as_gpus  # noqa: F401
+if __name__ == "__main__":
+    from tests.support.as_gpus import take_cpus_for_gpus
 
-warnings.simplefilter("ignore")  # DeepSpeed and Accelerate use what torch has renamed
-sys.argv = sys.argv[1:]
-sys.path[0] = str(Path(sys.argv[0]).parent)
-runpy.run_path(sys.argv[0], run_name="__main__")
+    take_cpus_for_gpus()
+    warnings.simplefilter("ignore")  # DeepSpeed and Accelerate use what torch has renamed
+    sys.argv = sys.argv[1:]
+    sys.path[0] = str(Path(sys.argv[0]).parent)
+    runpy.run_path(sys.argv[0], run_name="__main__")
