@@ -50,7 +50,14 @@ from train import (
 )
 from transformers import HfArgumentParser, PreTrainedModel, set_seed
 
-from plasticity_peft import PlasticityReport, create_plasticity_optimizer, fit_head, measure_plasticity
+from plasticity_peft import (
+    PlasticityReport,
+    create_plasticity_optimizer,
+    find_components,
+    fit_head,
+    forecast_finetuning,
+    measure_plasticity,
+)
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.files import write_text
@@ -62,6 +69,7 @@ STEP = 2.5
 STAGES = {
     "train": "train the methods",
     "cost": "measure the time and memory of a training step, for which the machine should do nothing else",
+    "forecast": "forecast the gains of the methods that train whole components in full, without training",
 }
 
 
@@ -397,6 +405,8 @@ def main() -> None:
         train_methods(pair, wanted, reports, compare)
     if "cost" in compare.stages:
         measure_costs(pair, wanted, compare)
+    if "forecast" in compare.stages:
+        forecast_methods(pair, wanted, folder / "forecast.json")
     state.wait_for_everyone()
     if state.is_main_process and list((folder / "runs").iterdir()):
         write(load(folder), folder)
@@ -445,6 +455,18 @@ def measure_costs(pair: Pair, wanted: Sequence[Method], compare: CompareArgument
             found = cost(pair, method, compare)
             write_text(folder / f"{method.file}.json", json.dumps(found, indent=1) + "\n")
             logger.info("%-45s %.2f of the time of everything", method.name, found["time"])
+
+
+def forecast_methods(pair: Pair, wanted: Sequence[Method], path: Path) -> None:
+    """Writes the forecast of the methods that train whole components in full, on the images that they train on."""
+    everything = tuple(part.id for part in find_components(pair.model))
+    sets = {one.name: one.units or everything for one in wanted if one.units or one.name == EVERYTHING}
+    found = forecast_finetuning(pair.fresh(), pair.items, sets=list(sets.values()))
+    if PartialState().is_main_process:
+        gains = {name: {"gain": one.gain, "error": one.gain_error} for name, one in zip(sets, found.sets, strict=True)}
+        short = None if found.pilot is None else asdict(found.pilot)
+        values = {"gains": gains, "pilot": short, "raised": found.raised}
+        write_text(path, json.dumps(values, indent=1) + "\n")
 
 
 if __name__ == "__main__":

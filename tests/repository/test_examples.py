@@ -236,6 +236,7 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert everything.cost["memory"] == 1
     assert attention.cost["activations"] == pytest.approx(attention.formula["activations"], abs=0.05)
     assert attention.parameters == 6 * 4 * (96 * 96 + 96)
+    assert set(json.loads((tmp_path / "forecast.json").read_text())["gains"]) == {"MHA", "everything"}
     table = pd.read_csv(tmp_path / "methods.csv", index_col="name")
     assert table.loc["MHA (full)", "test"] == pytest.approx(
         np.mean(list(attention.tests(attention.best_factor).values())), rel=1e-4
