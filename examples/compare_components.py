@@ -461,6 +461,8 @@ def forecast_methods(pair: Pair, wanted: Sequence[Method], path: Path) -> None:
     """Writes the forecast of the methods that train whole components in full, on the images that they train on."""
     everything = tuple(part.id for part in find_components(pair.model))
     sets = {one.name: one.units or everything for one in wanted if one.units or one.name == EVERYTHING}
+    if not sets:
+        return
     found = forecast_finetuning(pair.fresh(), pair.items, sets=list(sets.values()))
     if PartialState().is_main_process:
         gains = {name: {"gain": one.gain, "error": one.gain_error} for name, one in zip(sets, found.sets, strict=True)}

@@ -29,6 +29,11 @@ MEASURING: dict[str, dict[str, Any]] = {
 }
 
 
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """Returns the blocks, which have another name in transformers 4."""
+    return model.vit.layers if hasattr(model.vit, "layers") else model.vit.encoder.layer
+
+
 def ddp(model: nn.Module) -> nn.Module:
     return nn.parallel.DistributedDataParallel(model)
 
@@ -36,7 +41,7 @@ def ddp(model: nn.Module) -> nn.Module:
 def fsdp2(model: nn.Module) -> nn.Module:
     from torch.distributed.fsdp import fully_shard
 
-    for layer in model.vit.layers:
+    for layer in blocks_of(model):
         fully_shard(layer)
     return fully_shard(model)
 
@@ -45,8 +50,8 @@ def fsdp2_checkpointed(model: nn.Module) -> nn.Module:
     """Wraps the blocks as Accelerate does for `fsdp_activation_checkpointing`."""
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    for name, layer in list(model.vit.layers.named_children()):
-        model.vit.layers._modules[name] = checkpoint_wrapper(layer)
+    for name, layer in list(blocks_of(model).named_children()):
+        blocks_of(model)._modules[name] = checkpoint_wrapper(layer)
     return fsdp2(model)
 
 
@@ -54,7 +59,7 @@ def fsdp1(model: nn.Module, use_orig_params: bool = True) -> nn.Module:
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    policy = ModuleWrapPolicy({type(model.vit.layers[0])})
+    policy = ModuleWrapPolicy({type(blocks_of(model)[0])})
     return FullyShardedDataParallel(
         model, auto_wrap_policy=policy, use_orig_params=use_orig_params, device_id=torch.device("cpu")
     )
@@ -64,10 +69,9 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    for layer in model.vit.layers:
-        parallelize_module(
-            layer, init_device_mesh("cpu", (2,)), {"mlp.fc1": ColwiseParallel(), "mlp.fc2": RowwiseParallel()}
-        )
+    first, second = ("mlp.fc1", "mlp.fc2") if hasattr(model.vit, "layers") else ("intermediate.dense", "output.dense")
+    for layer in blocks_of(model):
+        parallelize_module(layer, init_device_mesh("cpu", (2,)), {first: ColwiseParallel(), second: RowwiseParallel()})
     return model
 
 

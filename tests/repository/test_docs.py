@@ -292,6 +292,7 @@ def test_options_in_prose_exist() -> None:
     known |= {
         "--install-completion",
         "--config_file",
+        "--stages",
         "--cpu",
         "--multi_gpu",
         "--num_processes",
