@@ -54,10 +54,10 @@ def _described(name: str) -> dict[str, str]:
     return {"help": ARGUMENTS[name].help}
 
 
-def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
-    """Returns the class, which then accepts `pairs`, the former name of `max_samples`, with a FutureWarning.
+def _with_own_constructor(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
+    """Returns the class, whose constructor then trains LoRA if an option of LoRA is given, and no `training`.
 
-    If an option of LoRA is given, and no `training`, it trains LoRA.
+    It also accepts `pairs`, the former name of `max_samples`, with a FutureWarning.
     """
 
     def get(self: PlasticityConfig) -> int:
@@ -81,7 +81,7 @@ def _with_former_names(cls: type[PlasticityConfig]) -> type[PlasticityConfig]:
     return cls
 
 
-@_with_former_names
+@_with_own_constructor
 @with_documented_fields
 @dataclass
 class PlasticityConfig(LoraConfig):

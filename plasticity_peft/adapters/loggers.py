@@ -36,10 +36,10 @@ def show(
         step: number of steps that were trained.
     """
     shows = {TensorBoardCallback: _in_tensorboard, WandbCallback: _in_wandb, MLflowCallback: _in_mlflow}
-    for callback in callbacks:
-        for logger_class, function in shows.items():
-            if isinstance(callback, logger_class):
-                function(callback, report, _picture(report, selection), step)
+    found = [(one, function) for one in callbacks for kind, function in shows.items() if isinstance(one, kind)]
+    picture = _picture(report, selection) if found else None
+    for callback, function in found:
+        function(callback, report, picture, step)
 
 
 def _picture(report: PlasticityReport, selection: Selection | None) -> np.ndarray | None:
