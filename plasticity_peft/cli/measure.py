@@ -107,7 +107,7 @@ def measure(
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
     rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "r": r}
-    rule["training"] = training or ("full" if r == 8 else "lora")
+    rule["training"] = options.mode(training, r)
     rule["candidates"] = options.several(candidates)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}
     if fit_head:

@@ -21,6 +21,16 @@ WIDEST_CHOICES = 40
 """Largest number of characters of the choices of an option in the help. Longer lists must be in the help text."""
 
 
+def mode(training: str | None, r: int, lora_alpha: int = 8) -> str:
+    """Returns the mode that is given, or else LoRA if one of its options has another value than by default.
+
+    Examples:
+        >>> mode(None, 8), mode(None, 16), mode("full", 16)
+        ('full', 'lora', 'full')
+    """
+    return training or ("full" if (r, lora_alpha) == (8, 8) else "lora")
+
+
 def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, str] | None = None) -> Any:
     """Returns an option with a fixed set of values, which the shell completes.
 

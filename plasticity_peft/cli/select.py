@@ -61,7 +61,7 @@ def select(
 
     found = read_report(report, revision)
     kinds = options.several(candidates)
-    training = training or ("lora" if (r, lora_alpha) != (8, 8) else "full")
+    training = options.mode(training, r, lora_alpha)
     selection = found.select(top_k, budget, granularity=granularity, candidates=kinds, training=training, r=r)
     components: Any = found.scores
     heads = options.several(head)
