@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[str], training: str) -> list[Method]:
-    """Returns the methods of the table: stock PEFT's LoRA, the selected units in both modes, and everything."""
+    """Returns the methods of the table: stock PEFT's LoRA, the selected units, and everything."""
     parts, units = find_components(model), tuple(units)
     heads = list(find_architecture(model).heads)
     linears = [path for part in parts if part.features for path in part.modules]
@@ -69,19 +69,20 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
         config = LoraConfig(target_modules=targets, modules_to_save=heads, r=8, lora_alpha=16)
         return lambda model: get_peft_model(model, copy.copy(config))
 
-    def selected(mode: str) -> Callable[[PreTrainedModel], nn.Module]:
-        options = {"report": report, "top_k": len(units), "training": mode, "r": 8, "lora_alpha": 16}
-        if all("." in unit for unit in units):
-            options |= {"granularity": "component"}
-        else:
-            options |= {"candidates": units}
-        return lambda model: get_peft_model(model, PlasticityConfig(**options))
-
-    modes = [training, "full" if training == "lora" else "lora"]
+    options = {"report": report, "top_k": len(units), "training": training}
+    if training == "lora":
+        options |= {"r": 8, "lora_alpha": 16}
+    if all("." in unit for unit in units):
+        options |= {"granularity": "component"}
+    else:
+        options |= {"candidates": units}
     return [
         Method("stock LoRA on query and value", lora(query_and_value)),
         Method("stock LoRA on all linear layers", lora(linears)),
-        *(Method(f"selected: {' + '.join(units)} ({mode})", selected(mode)) for mode in modes),
+        Method(
+            f"selected: {' + '.join(units)} ({training})",
+            lambda model: get_peft_model(model, PlasticityConfig(**options)),
+        ),
         Method("everything in full", lambda model: model),
     ]
 

@@ -227,7 +227,8 @@ class FinetuningArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
     logging_strategy: str = field(default="steps", metadata={"help": "When to log."})
-    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1, a share of all steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best checkpoint."})
@@ -243,6 +244,9 @@ class FinetuningArguments(TrainingArguments):
         metadata={"help": "With --push_to_hub, also publish the merged model, as <hub_model_id>-merged."},
     )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
+    verbose: bool = field(
+        default=False, metadata={"help": "Also log what the libraries say, and all numbers of the Trainer."}
+    )
 
     def __post_init__(self) -> None:
         """Starts processes on CPUs with the timeout, which transformers gives to those on accelerators alone."""
@@ -512,7 +516,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
     # peft reads an attribute that transformers renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    for noisy in ("httpx", "datasets", "evaluate"):
+    for noisy in () if arguments.verbose else ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
@@ -592,7 +596,9 @@ def main() -> None:
     arguments.warmup_steps = arguments.warmup_steps or round(0.1 * steps)
     if arguments.logging_steps < 1:  # a checkpoint contains the number, with which a resumed run is compared
         arguments.logging_steps = int(np.ceil(arguments.logging_steps * steps))
-    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint, plasticity.measure_every)
+    trainer, metrics = finetune(
+        model, arguments, processor, splits, checkpoint, plasticity.measure_every, arguments.verbose
+    )
     selected = " + ".join(("head", *units))
 
     about = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -132,10 +132,10 @@ class FittedHead:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Inside, and afterwards, the layer is the fitted one. An exception inside takes that back."""
-        copies, before = self._copies(), is_fitted(self.layer)
+        copies, before = self._copies(), vars(self.layer).get(_FITTED)
         try:
             self.set()
-            vars(self.layer)[_FITTED] = True
+            vars(self.layer)[_FITTED] = _Fitted(self.found, _sums_of(self.layer))
             yield
         except BaseException:
             self._restore(copies)
@@ -156,7 +156,27 @@ _FITTED = "fitted_in_closed_form"
 
 def is_fitted(module: nn.Module) -> bool:
     """Returns whether `fit_head` has fitted a layer of this module, or of the module that it was copied from."""
-    return any(vars(part).get(_FITTED, False) for part in module.modules())
+    return any(vars(part).get(_FITTED) is not None for part in module.modules())
+
+
+def fit_of(layer: nn.Linear) -> HeadFit | None:
+    """Returns what `fit_head` found for a layer; None if it was not fitted, or has other weights by now."""
+    fitted: _Fitted | None = vars(layer).get(_FITTED)
+    return fitted.found if fitted is not None and fitted.sums == _sums_of(layer) else None
+
+
+class _Fitted(NamedTuple):
+    """What a fitted layer remembers, and its copies too."""
+
+    found: HeadFit
+    sums: tuple[float, ...]
+    """By which it sees whether it was changed."""
+
+
+def _sums_of(layer: nn.Linear) -> tuple[float, ...]:
+    """Returns numbers that change with the weights and biases."""
+    values = [parameter.detach().double() for parameter in (layer.weight, layer.bias)]
+    return tuple(float(each) for value in values for each in (value.sum(), value.square().sum()))
 
 
 def fitted_head(
@@ -218,12 +238,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
     Raises:
         ModelError: there is no such layer; the message lists the parts of the head.
     """
-    linears = {
-        f"{head}.{name}" if name else head: module
-        for head in architecture.heads
-        for name, module in walk(model.get_submodule(head))
-        if isinstance(module, nn.Linear)
-    }
+    linears = linears_of_head(model, architecture)
     outputs: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
     hooks: dict[str, nn.Module] = {path: linear_at(model, path) for path in linears}
     with hooked(hooks, lambda path, call, output: outputs[path].append(output)):
@@ -241,6 +256,16 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
             f"is the logits of the model. Its head is: {parts or 'none'}. Train such a head instead."
         )
     return ends[0]
+
+
+def linears_of_head(model: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
+    """Returns the linear layers of the head by path, as they are in the base model."""
+    return {
+        f"{head}.{name}" if name else head: module
+        for head in architecture.heads
+        for name, module in walk(model.get_submodule(head))
+        if isinstance(module, nn.Linear)
+    }
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,8 +31,17 @@ from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches
-from plasticity_peft.measuring.head import FittedHead, fitted_head, is_fitted, sampler_of
+from plasticity_peft.measuring.head import (
+    FittedHead,
+    fit_of,
+    fitted_head,
+    is_fitted,
+    linear_at,
+    linears_of_head,
+    sampler_of,
+)
 from plasticity_peft.measuring.left_as_found import run_left_as_found
+from plasticity_peft.report.head import HeadFit
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -201,15 +211,22 @@ class Gradient:
     def sums_of_magnitudes(self, groups: Sequence[Group]) -> dict[str, float]:
         """Returns the sum of the absolute values of the gradient by each group, as for images left out of a fit."""
         with whole(self.model) as model:
-            head = self._head(model)
-            if head is None:
-                return self._measured(model, groups)[0]
-            with head.restored():
-                head.set()
+            fit = self._present_fit(model)
+            head = self._head(model) if fit is None else None
+            with head.restored() if head is not None else nullcontext():
+                if head is not None:
+                    head.set()
+                    fit = head.found
                 sums, loss = self._measured(model, groups)
         # The fewer images a head is fitted on, the better it fits them, and the smaller is their gradient.
-        share = loss / head.found.loss / USUAL_SHARE if head.found.loss > 0 else 1.0
+        share = loss / fit.loss / USUAL_SHARE if fit is not None and fit.loss > 0 else 1.0
         return {name: total / share for name, total in sums.items()} if 0 < share < 1 else sums
+
+    def _present_fit(self, model: nn.Module) -> HeadFit | None:
+        """Returns what `fit_head` found for the head of the model; None if it is not as `fit_head` left it."""
+        paths = linears_of_head(model, find_architecture(model, self.backbone))
+        fits = [fit for path in paths if (fit := fit_of(linear_at(model, path))) is not None]
+        return fits[0] if len(fits) == 1 else None
 
     def _head(self, model: nn.Module) -> FittedHead | None:
         """Returns a fitted head: what comes through a fresh one is noise. None if the head cannot be fitted."""
