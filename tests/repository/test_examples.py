@@ -121,6 +121,7 @@ def test_several_seeds_have_a_standard_error(tmp_path: Path) -> None:
     assert ["±" in row for row in rows.values()] == [False, *[True] * 4]
 
 
+@pytest.mark.slow
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     short = [*ONCE, "--output_dir", tmp_path, "--save_strategy", "steps"]
     short += ["--save_steps", "1"]
@@ -249,6 +250,16 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
 
 
+def test_a_method_is_compared(tmp_path: Path) -> None:
+    options = ["--seeds", "1", "--max_rates", "3", "--stages", "train", "--methods", "attention output"]
+    log = run(*SMALL[:-1], *options, "--output_dir", tmp_path, script=COMPARE)
+    assert "runs: 1 of 1 methods to do" in log
+    (result,) = load_example("comparison").load(tmp_path).results.values()
+    assert {run.factor for run in result.runs} == {1.0, result.best_factor}
+    assert "attention output" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)
