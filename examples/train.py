@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from baselines import compare, methods, quiet, table
+from baselines import batch_size, compare, methods, number_of_steps, quiet, table
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -42,15 +42,7 @@ from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from streaming import for_measuring, for_training, stream_splits
-from training import (
-    batch_size,
-    compute_metrics,
-    find_checkpoint,
-    finetune,
-    is_sharded,
-    number_of_steps,
-    save,
-)
+from training import compute_metrics, find_checkpoint, finetune, is_sharded, save
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,

@@ -15,10 +15,9 @@ from datetime import timedelta
 from pathlib import Path
 
 import evaluate
-import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
-from baselines import recommended_optimizer
+from baselines import number_of_steps, recommended_optimizer
 from datasets import Dataset, Features, Value
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -81,7 +80,8 @@ class ResumableTrainer(Trainer):
     def create_optimizer(self, *args: object) -> torch.optim.Optimizer:
         """Returns an optimizer with a learning rate for each group of parameters."""
         if self.optimizer is None:
-            self.optimizer = recommended_optimizer(self.model, self.args, self.measured_on)
+            steps = number_of_steps(self.args, self.train_dataset)
+            self.optimizer = recommended_optimizer(self.model, self.args, self.measured_on, steps)
         return super().create_optimizer(*args)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -247,18 +247,6 @@ def find_checkpoint(arguments: TrainingArguments, *also: str) -> str | None:
         return None
     logger.info("Training resumes from %s.", checkpoint)
     return str(checkpoint)
-
-
-def batch_size(arguments: TrainingArguments) -> int:
-    """Returns the number of images per step, on all devices together."""
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def number_of_steps(arguments: TrainingArguments, images: Dataset) -> int:
-    """Returns the number of training steps."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
 
 
 def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,13 +13,13 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as WITH_HEAD
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.heads import within
 from plasticity_peft.errors import ModelError
 
-logger = logging.get_logger(f"transformers.{__name__}")
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 NOT_LOADED = (OSError, ValueError, KeyError, HFValidationError)
 """The errors of transformers for a name, a folder or a type that it cannot load."""
@@ -52,13 +53,13 @@ def load_model(name: str, labels: list[str] | None, *, revision: str | None = No
 @contextmanager
 def without_load_report() -> Iterator[None]:
     """Inside, transformers does not print which weights it found, unless its verbosity is "info" or more."""
-    verbosity = logging.get_verbosity()
+    verbosity = transformers_logging.get_verbosity()
     if verbosity > logging.INFO:
-        logging.set_verbosity_error()
+        transformers_logging.set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(verbosity)
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _warn_of_random(name: str, model: nn.Module, info: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -87,9 +88,9 @@ def several(value: str | None) -> tuple[str, ...]:
 def _set_verbosity(verbose: bool) -> None:
     """Sets transformers' verbosity to "info", which the loggers of this package follow."""
     if verbose:
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_verbosity_info()
+        transformers_logging.set_verbosity(logging.INFO)
 
 
 Report = Annotated[

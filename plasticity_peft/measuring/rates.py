@@ -65,6 +65,9 @@ WITHOUT_DATA = {"matrix": 0.3, "vector": 3.0}
 MOST_OVER_SIZE = 100.0
 """Largest rate by the gradient, as a multiple of the rate by size alone. A gradient that vanishes says nothing of the
 rate. In our experiments the multiple was 0.4 to 8."""
+LONG, LEAST_OF_SHORT_RUN = 100, 0.1
+"""Number of steps from which the rate of what trains in full does not depend on it. Below, the rate falls with its
+square, to a tenth: the features that large steps disturb need time to become better than they were."""
 IMAGES = 256
 """Number of images whose mean gradient is taken."""
 TO_FIT = 1024
@@ -124,6 +127,7 @@ def recommended_rates(
     groups: Sequence[Group],
     train_dataset: Any = None,
     *,
+    num_training_steps: int | None = None,
     batch_size: int = 32,
     seed: int = 0,
     backbone: str | None = None,
@@ -144,7 +148,18 @@ def recommended_rates(
     if train_dataset is not None:
         gradient = Gradient(model, train_dataset, batch_size, seed, backbone, forward_kwargs)
         sums = gradient.sums_of_magnitudes(in_full)
-    return rates | rates_in_full({group.name: group.count for group in in_full}, sums)
+    found = rates_in_full({group.name: group.count for group in in_full}, sums)
+    return rates | {name: of_short_run(num_training_steps) * rate for name, rate in found.items()}
+
+
+def of_short_run(steps: int | None) -> float:
+    """Returns the rate of what trains in full in a run of so many steps, as a share of that in a long run.
+
+    Examples:
+        >>> of_short_run(50), of_short_run(1000), of_short_run(None)
+        (0.25, 1.0, 1.0)
+    """
+    return 1.0 if steps is None else min(1.0, max(LEAST_OF_SHORT_RUN, (steps / LONG) ** 2))
 
 
 def rates_in_full(counts: Mapping[str, int], sums: Mapping[str, float]) -> dict[str, float]:

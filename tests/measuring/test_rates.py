@@ -169,6 +169,20 @@ def test_a_head_that_is_as_it_was_fitted_is_not_fitted_again(training: str) -> N
             {name: rate for name, rate in wanted.items() if name != "head"}, rel=1e-5
         )
         assert (images.read < with_fit) == (not changed)
+    with pytest.raises(ConfigError, match="num_training_steps must be a whole number of at least 1. Got 0"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, num_training_steps=0)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(None, 1), (100, 1), (5000, 1), (50, 0.25), (1, 0.1)])
+def test_short_runs_take_smaller_steps_in_full_but_not_by_lora(steps: int | None, share: float) -> None:
+    for training, options in (("full", {}), ("lora", {"r": 2})):
+        model = adapted(training, **options)
+        usual = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED))
+        found = rates(
+            create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED, num_training_steps=steps)
+        )
+        ratios = {name: rate / usual[name] for name, rate in found.items()}
+        assert ratios == pytest.approx({name: share if name in ("vector", "matrix") else 1 for name in usual})
 
 
 def test_given_rates_are_used_and_nothing_is_recommended_then() -> None:
