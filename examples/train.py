@@ -16,6 +16,7 @@ finetuning everything.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from baselines import batch_size, compare, methods, number_of_steps, quiet, table
@@ -73,7 +75,8 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
-TEST_FRACTION = 0.25
+DEMO = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "max_train_samples": 640, "test_fraction": 0.5}
+"""What differs by default if neither a model nor images are given, for a table within minutes."""
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
 logger = logging.getLogger(__name__)
@@ -118,11 +121,8 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.15, metadata={"help": "Share of the training images for validation, if there is no such split."}
     )
-    test_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the images for the test, if there is no test split (default: 0.25; 0.5 in the demo)."
-        },
+    test_fraction: float = field(
+        default=0.25, metadata={"help": "Share of the images for the test, if there is no test split (demo: 0.5)."}
     )
     streaming: bool = field(
         default=False,
@@ -136,7 +136,9 @@ class DataArguments:
     max_held_samples: int = field(
         default=2000, metadata={"help": "Use at most this many validation and test images of a stream each."}
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Use at most this many training images (demo: 640)."}
+    )
     random_crop: float = field(
         default=0.85, metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop."}
     )
@@ -208,10 +210,8 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the training images (default: 12; 4 in the demo)."}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
+    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 2)."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device (demo: 16)."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of warm-up (default: a tenth of all steps)."})
@@ -305,8 +305,7 @@ def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
     dataset = with_named_labels(dataset, data)
     train = dataset["train"]
     parts = {"validation": dataset.get("validation"), "test": dataset.get("test")}
-    test_fraction = TEST_FRACTION if data.test_fraction is None else data.test_fraction
-    for name, fraction in (("test", test_fraction), ("validation", data.validation_fraction)):
+    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if parts[name] is None:
             cut = train.train_test_split(fraction, seed=seed, stratify_by_column=data.label_column)
             train, parts[name] = cut["train"], cut["test"]
@@ -477,6 +476,16 @@ def is_demo(model: ModelArguments, data: DataArguments) -> bool:
     return data.dataset_name is None and model.model_name_or_path == str(DEMO_MODEL)
 
 
+def parse_command_line(parser: HfArgumentParser) -> tuple:
+    """Returns the arguments of the command line."""
+    model, data, _ = HfArgumentParser((ModelArguments, DataArguments)).parse_args_into_dataclasses(
+        [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")], return_remaining_strings=True
+    )
+    if is_demo(model, data):
+        parser.set_defaults(**DEMO)
+    return parser.parse_args_into_dataclasses()
+
+
 def config_file() -> Path | None:
     """Returns the file of arguments, if the command line consists of one."""
     name = sys.argv[1] if len(sys.argv) == 2 else ""
@@ -490,21 +499,22 @@ def parse_file(parser: HfArgumentParser, path: Path) -> tuple:
         SystemExit: there is no such file, or it names an argument that does not exist.
     """
     try:
-        return parser.parse_json_file(path) if path.suffix == ".json" else parser.parse_yaml_file(path)
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it must contain names and values")
+        if values.get("model_name_or_path") is None and values.get("dataset_name") is None:
+            values = DEMO | values
+        return parser.parse_dict(values)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"Cannot read the arguments in {path}: {error}") from None
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
-    parsed = parser.parse_args_into_dataclasses() if config_file() is None else parse_file(parser, config_file())
-    model_arguments, data, plasticity, arguments = parsed
-    demo = is_demo(model_arguments, data)
-    if arguments.num_train_epochs is None:
-        arguments.num_train_epochs = 4 if demo else 12
-    if data.test_fraction is None:
-        data.test_fraction = 0.5 if demo else TEST_FRACTION
+    path = config_file()
+    parsed = parse_command_line(parser) if path is None else parse_file(parser, path)
+    _, data, plasticity, arguments = parsed
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
     # peft reads an attribute that transformers renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -169,7 +169,7 @@ def test_a_head_that_is_as_it_was_fitted_is_not_fitted_again(training: str) -> N
             {name: rate for name, rate in wanted.items() if name != "head"}, rel=1e-5
         )
         assert (images.read < with_fit) == (not changed)
-    with pytest.raises(ConfigError, match="num_training_steps must be a whole number of at least 1. Got 0"):
+    with pytest.raises(ConfigError, match=r"num_training_steps must be a whole number of at least 1. Got 0"):
         create_plasticity_optimizer(model, torch.optim.AdamW, num_training_steps=0)
 
 

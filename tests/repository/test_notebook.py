@@ -92,13 +92,13 @@ def test_its_cells_run_and_print_what_is_committed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_it_runs_in_a_kernel_with_its_pictures() -> None:
     assert accuracy(printed(executed())) > 80
-    assert len(pictures(executed())) == len(pictures(read())) == 3
+    assert len(pictures(executed())) == len(pictures(read())) == 4
     assert facts(printed(executed())) == facts(printed(read()))
 
 
 def in_one_epoch(code: str) -> str:
-    assert code.count("num_train_epochs=4") == 1
-    return code.replace("num_train_epochs=4", "num_train_epochs=1")
+    assert code.count("num_train_epochs=6") == 1
+    return code.replace("num_train_epochs=6", "num_train_epochs=1")
 
 
 def cells_of(notebook: Any) -> str:
