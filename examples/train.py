@@ -75,7 +75,7 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
-DEMO = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "max_train_samples": 640, "test_fraction": 0.5}
+DEMO = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "max_train_samples": 512, "test_fraction": 0.5}
 """What differs by default if neither a model nor images are given, for a table within minutes."""
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
@@ -137,7 +137,7 @@ class DataArguments:
         default=2000, metadata={"help": "Use at most this many validation and test images of a stream each."}
     )
     max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use at most this many training images (demo: 640)."}
+        default=None, metadata={"help": "Use at most this many training images (demo: 512)."}
     )
     random_crop: float = field(
         default=0.85, metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop."}

@@ -65,9 +65,12 @@ WITHOUT_DATA = {"matrix": 0.3, "vector": 3.0}
 MOST_OVER_SIZE = 100.0
 """Largest rate by the gradient, as a multiple of the rate by size alone. A gradient that vanishes says nothing of the
 rate. In our experiments the multiple was 0.4 to 8."""
-LONG, LEAST_OF_SHORT_RUN = 100, 0.1
-"""Number of steps from which the rate of what trains in full does not depend on it. Below, the rate falls with its
-square, to a tenth: the features that large steps disturb need time to become better than they were."""
+LONG = 100
+"""Number of steps from which the rate of what trains in full does not depend on it."""
+OF_SHORT_RUN = 0.25
+"""Share of that rate in shorter runs. At the whole rate, large steps first disturb the features, and a short run ends
+before these are better than they were: on the digits of the demo, 48 steps in full reached 89 % at the rate of a long
+run, which is that of the fitted head, and 92 % at a quarter of it. After 96 steps the whole rate was better."""
 IMAGES = 256
 """Number of images whose mean gradient is taken."""
 TO_FIT = 1024
@@ -159,7 +162,7 @@ def of_short_run(steps: int | None) -> float:
         >>> of_short_run(50), of_short_run(1000), of_short_run(None)
         (0.25, 1.0, 1.0)
     """
-    return 1.0 if steps is None else min(1.0, max(LEAST_OF_SHORT_RUN, (steps / LONG) ** 2))
+    return OF_SHORT_RUN if steps is not None and steps < LONG else 1.0
 
 
 def rates_in_full(counts: Mapping[str, int], sums: Mapping[str, float]) -> dict[str, float]:
