@@ -75,7 +75,7 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
-DEMO = {"num_train_epochs": 2, "per_device_train_batch_size": 16, "max_train_samples": 512, "test_fraction": 0.5}
+DEMO = {"num_train_epochs": 2, "random_crop": 1.0, "test_fraction": 0.5}
 """What differs by default if neither a model nor images are given, for a table within minutes."""
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
@@ -136,11 +136,10 @@ class DataArguments:
     max_held_samples: int = field(
         default=2000, metadata={"help": "Use at most this many validation and test images of a stream each."}
     )
-    max_train_samples: int | None = field(
-        default=None, metadata={"help": "Use at most this many training images (demo: 512)."}
-    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
-        default=0.85, metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop."}
+        default=0.85,
+        metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop (demo: 1)."},
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
 
@@ -211,7 +210,7 @@ class FinetuningArguments(TrainingArguments):
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 2)."})
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device (demo: 16)."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of warm-up (default: a tenth of all steps)."})
