@@ -15,9 +15,10 @@ pretraining, the norms alone reach most of it. `docs/forecast.md` compares forec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +71,8 @@ MODEL_ERROR = 0.015
 cover models whose features move far."""
 PAIRS_OF_KINDS = (("LN1", "LN2"), ("MHA", "FC1"), ("MHA", "FC2"), ("FC1", "FC2"))
 EVERYTHING = "everything"
+
+T = TypeVar("T")
 
 
 def forecast_finetuning(
@@ -211,6 +214,23 @@ class _Seen:
             sketches={path: ordered(part.sketches[path] for part in parts) for path in parts[0].sketches},
         )
 
+    @classmethod
+    def of_all(cls, share: Share, own: Sequence[_Seen], layers: Sequence[str]) -> _Seen:
+        """Returns the images of all processes. `own` has those of this process, if there are any.
+
+        Sketches are exchanged layer by layer, so that no message of all layers is in memory beside the result.
+        """
+
+        def all_of(part: Callable[[_Seen], T]) -> list[T]:
+            return [each for found in gathered(share, list(map(part, own))) for each in found]
+
+        rest = all_of(lambda seen: replace(seen, sketches={}))
+        order = np.argsort(np.concatenate([seen.numbers for seen in rest]))
+        sketches = {}
+        for path in layers:
+            sketches[path] = np.concatenate(all_of(partial(_sketch, path)))[order]
+        return replace(cls.together(rest), sketches=sketches)
+
 
 @dataclass(frozen=True, eq=False)
 class _Observer:
@@ -239,8 +259,7 @@ class _Observer:
             same(share, "number of images", count)
             with failing_together(share):
                 seen = self._seen(passes, sampler, share.of(range(count)), share)
-        found = [part for parts in gathered(share, seen) for part in parts]
-        return _Seen.together(found), costs
+        return _Seen.of_all(share, seen, passes.sketcher.layers), costs
 
     def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
@@ -321,6 +340,10 @@ class _Passes:
             targets=targets_of(sampler.labels(batch), layer.out_features, CLASSES),
             sketches={name: _stacked(name, sketches, len(numbers)) for name in self.sketcher.layers},
         )
+
+
+def _sketch(path: str, seen: _Seen) -> np.ndarray:
+    return seen.sketches[path]
 
 
 def _stacked(path: str, sketches: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
