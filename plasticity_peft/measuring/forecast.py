@@ -18,6 +18,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
+from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
@@ -215,10 +217,10 @@ class _Seen:
         )
 
     @classmethod
-    def of_all(cls, share: Share, own: Sequence[_Seen], layers: Sequence[str]) -> _Seen:
+    def of_all(cls, share: Share, own: Sequence[_Seen], architecture: Architecture) -> _Seen:
         """Returns the images of all processes. `own` has those of this process, if there are any.
 
-        Sketches are exchanged layer by layer, so that no message of all layers is in memory beside the result.
+        Sketches are exchanged block by block, so that memory never holds messages of all blocks beside the result.
         """
 
         def all_of(part: Callable[[_Seen], T]) -> list[T]:
@@ -227,9 +229,15 @@ class _Seen:
         rest = all_of(lambda seen: replace(seen, sketches={}))
         order = np.argsort(np.concatenate([seen.numbers for seen in rest]))
         sketches = {}
-        for path in layers:
-            sketches[path] = np.concatenate(all_of(partial(_sketch, path)))[order]
+        for _, block in groupby(architecture.components, key=attrgetter("block_id")):
+            paths = [path for part in block for path in part.modules]
+            found = all_of(partial(_of_layers, paths))
+            sketches.update({path: np.concatenate([each[path] for each in found])[order] for path in paths})
         return replace(cls.together(rest), sketches=sketches)
+
+
+def _of_layers(paths: Sequence[str], seen: _Seen) -> dict[str, np.ndarray]:
+    return {path: seen.sketches[path] for path in paths}
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,7 +267,7 @@ class _Observer:
             same(share, "number of images", count)
             with failing_together(share):
                 seen = self._seen(passes, sampler, share.of(range(count)), share)
-        return _Seen.of_all(share, seen, passes.sketcher.layers), costs
+        return _Seen.of_all(share, seen, architecture), costs
 
     def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
@@ -340,10 +348,6 @@ class _Passes:
             targets=targets_of(sampler.labels(batch), layer.out_features, CLASSES),
             sketches={name: _stacked(name, sketches, len(numbers)) for name in self.sketcher.layers},
         )
-
-
-def _sketch(path: str, seen: _Seen) -> np.ndarray:
-    return seen.sketches[path]
 
 
 def _stacked(path: str, sketches: Sequence[Mapping[str, torch.Tensor]], count: int) -> np.ndarray:
