@@ -128,12 +128,16 @@ def _short(value: Any) -> str:
 
 
 def write_sections(
-    path: Path, where: str, values: Mapping[str, Any], sections: Mapping[str, Sequence[Mapping[str, Any]]]
+    path: Path,
+    where: str,
+    values: Mapping[str, Any],
+    sections: Mapping[str, Sequence[Mapping[str, Any]]],
+    titles: Mapping[str, str],
 ) -> None:
-    """Writes the rows of each section, by title, with `values` as JSON, and below `where` as Markdown beside it."""
+    """Writes the rows of each section with `values` as JSON, and as Markdown below `where`, in a file beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**values, "sections": sections}, indent=2) + "\n", encoding="utf-8")
-    texts = [as_markdown(title, rows) for title, rows in sections.items() if rows]
+    texts = [as_markdown(titles[name], rows) for name, rows in sections.items() if rows]
     path.with_suffix(".md").write_text("\n\n".join([where, *texts]) + "\n", encoding="utf-8")
 
 

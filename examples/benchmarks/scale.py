@@ -426,16 +426,24 @@ def main() -> None:
     found = counted(arguments)
     network = f"{arguments.network}: {arguments.latency:g} us a step, {arguments.bandwidth:g} GB/s"
     sections = {
-        "What each process receives, and how long the operations take": exchanged(found),
-        "Factors of the formula for the bytes": fitted_bytes(found),
-        "Formulas for the time of an operation on this machine": fitted_times(found),
-        f"By formula on {arguments.gpus:,} GPUs, 1,000 classes, 1,024 samples ({network})": on_gpus(arguments, found),
+        "exchanged": exchanged(found),
+        "bytes": fitted_bytes(found),
+        "times": fitted_times(found),
+        "gpus": on_gpus(arguments, found),
+    }
+    titles = {
+        "exchanged": "What each process receives, and how long the operations take",
+        "bytes": "Factors of the formula for the bytes",
+        "times": "Formulas for the time of an operation on this machine",
+        "gpus": f"By formula on {arguments.gpus:,} GPUs, 1,000 classes, 1,024 samples ({network})",
     }
     machine = {"torch": torch.__version__, "cpus": os.cpu_count()}
-    for title, rows in sections.items():
-        print(as_markdown(title, rows), end="\n\n")
+    for name, rows in sections.items():
+        print(as_markdown(titles[name], rows), end="\n\n")
     where = f"{machine['cpus']} CPU cores, gloo, torch {machine['torch']}"
-    write_sections(Path(arguments.output), where, {"machine": machine, "arguments": asdict(arguments)}, sections)
+    write_sections(
+        Path(arguments.output), where, {"machine": machine, "arguments": asdict(arguments)}, sections, titles
+    )
 
 
 if __name__ == "__main__":
