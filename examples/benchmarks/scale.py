@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from harness import as_markdown, write_sections
+from scipy.optimize import nnls
 from torch import distributed
 from torch.distributed import distributed_c10d
 from torch.multiprocessing import start_processes
@@ -45,10 +46,10 @@ from plasticity_peft.measuring.tangents import WIDTH
 Row = dict[str, Any]
 DOUBLE, SINGLE = 8, 4
 MEGABYTE = 1e6
-ENVELOPES = {"start of measuring": 30, "look, images": 70, "look, pairs": 70, "fitted head": 30, "forecast": 270}
+ENVELOPES = {"start of measuring": 40, "look, images": 95, "look, pairs": 95, "fitted head": 40, "forecast": 400}
 """About how many bytes an object has beside its numbers: the fitted ones."""
 SCALARS = 55
-"""About how many numbers are added up one by one to fit a head: errors of 28 penalties, and of temperatures."""
+"""About how many more numbers are added up to fit a head: errors of 28 penalties, and of one temperature at a time."""
 
 
 @dataclass
@@ -56,7 +57,7 @@ class BenchmarkArguments:
     """The settings of the benchmark."""
 
     processes: list[int] = field(default_factory=lambda: [2, 4, 8, 16], metadata={"help": "Numbers of processes."})
-    rounds: int = field(default=5, metadata={"help": "Number of timed rounds, of which the median counts."})
+    rounds: int = field(default=3, metadata={"help": "Number of timed rounds, of which the median counts."})
     gpus: int = field(default=1024, metadata={"help": "Number of GPUs to say something about."})
     network: str = field(
         default="InfiniBand at 200 Gb/s per GPU", metadata={"help": "Name of the network between them."}
@@ -64,7 +65,7 @@ class BenchmarkArguments:
     latency: float = field(default=10.0, metadata={"help": "Microseconds of a step between two GPUs."})
     bandwidth: float = field(default=20.0, metadata={"help": "Gigabytes a second that a GPU receives."})
     unpacking: float = field(
-        default=50.0, metadata={"help": "Microseconds to copy one process's object to the CPU and to unpickle it."}
+        default=100.0, metadata={"help": "Microseconds to copy one process's object to the CPU and to unpickle it."}
     )
     output: str = field(default="outputs/benchmarks/scale.json", metadata={"help": "JSON file to write."})
 
@@ -123,7 +124,7 @@ def bytes_added(work: Work) -> int:
     """Returns how many bytes of sums the processes add up, by the formula."""
     k, d, outputs = work.columns, work.width, work.classes
     if work.name.startswith("look"):
-        return DOUBLE * (k + 1 + 2 * k * k + work.groups * k + 1)
+        return DOUBLE * (k + 1 + 2 * k * k + work.groups * k + 2)
     if work.name == "fitted head":
         return DOUBLE * (d + outputs + 1 + d * d + d * outputs + SCALARS)
     return 0
@@ -289,7 +290,8 @@ def parts(work: Work, processes: int, objects: int) -> list[float]:
     others = processes - 1
     return [
         moved("all_reduce", bytes_added(work), processes),
-        bytes_gathered(work) * others / processes,
+        # Messages are as long as the longest one.
+        bytes_gathered(work) / work.images * math.ceil(work.images / processes) * others,
         float(objects * others),
     ]
 
@@ -317,17 +319,15 @@ def fitted_bytes(found: Mapping[int, list[list[list[Row]]]]) -> list[Row]:
 
 
 def least_squares(terms: np.ndarray, values: np.ndarray) -> tuple[list[float | None], float, float]:
-    """Returns the factors of the terms, R2, and the largest relative error. Relative errors are minimized."""
+    """Returns the factors of the terms, R2 of the logarithms, and the largest relative error.
+
+    No factor is negative, and the squares of relative errors are minimized, as values differ by orders of magnitude.
+    """
     used = terms.any(axis=0)
-    factors = np.linalg.lstsq(terms[:, used] / values[:, None], np.ones(len(values)), rcond=None)[0]
-    apart = terms[:, used] @ factors - values
-    spread = ((values - values.mean()) ** 2).sum()
-    remaining = iter(factors.tolist())
-    return (
-        [next(remaining) if each else None for each in used],
-        float(1 - (apart**2).sum() / spread),
-        float(np.abs(apart / values).max()),
-    )
+    factors = iter(nnls(terms[:, used] / values[:, None], np.ones(len(values)))[0].tolist())
+    found = [next(factors) if each else None for each in used]
+    ratios = terms @ [factor or 0.0 for factor in found] / values
+    return found, float(1 - (np.log(ratios) ** 2).mean() / np.log(values).var()), float(np.abs(ratios - 1).max())
 
 
 STEPS: dict[str, Callable[[int], float]] = {
@@ -347,11 +347,11 @@ def fitted_times(found: Mapping[int, list[list[list[Row]]]]) -> list[Row]:
             for row in (row for rounds in of_works for operations in rounds for row in operations):
                 if row["operation"] == operation:
                     points.setdefault((processes, row["given"]), []).append(row["seconds"])
-        seconds = np.array([statistics.median(each) for each in points.values()])
+        times = np.array([statistics.median(each) for each in points.values()])
         for name, steps in STEPS.items():
             terms = [[1.0, steps(n), n * moved(operation, given, n)] for n, given in points]
-            (start, latency, inverse), r2, _ = least_squares(np.array(terms), seconds)
-            fit = np.array(terms) @ np.array([start, latency, inverse])
+            (start, latency, inverse), r2, _ = least_squares(np.array(terms), times)
+            fit = np.array(terms) @ np.array([start or 0.0, latency or 0.0, inverse or 0.0])
             rows.append(
                 {
                     "operation": operation,
@@ -361,7 +361,7 @@ def fitted_times(found: Mapping[int, list[list[list[Row]]]]) -> list[Row]:
                     "all together, MB/s": 1 / (inverse or math.nan) / MEGABYTE,
                     "points": len(points),
                     "R2": r2,
-                    "median error": float(np.median(np.abs(fit / seconds - 1))),
+                    "median error": float(np.median(np.abs(fit / times - 1))),
                 }
             )
     return rows

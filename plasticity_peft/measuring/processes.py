@@ -54,7 +54,7 @@ def this_process() -> Share:
 def failing_together(share: Share) -> Iterator[None]:
     """Inside, every process works on its own. If one of them fails, all of them raise, so that none hangs.
 
-    Only error messages are exchanged.
+    The number of errors is exchanged, and their messages if there are any.
 
     Raises:
         Exception: in the process that failed: its own error.
@@ -68,12 +68,13 @@ def failing_together(share: Share) -> Iterator[None]:
         yield
     except Exception as failure:
         error = failure
+    if not summed(share, np.array(error is not None))[0]:
+        return
     message = None if error is None else f"process {share.rank} of {share.world_size}: {type(error).__name__}: {error}"
     messages = [found for found in gathered(share, message) if found is not None]
     if error is not None:
         raise error
-    if messages:
-        raise PlasticityError("Measuring failed in another process. " + "; ".join(messages))
+    raise PlasticityError("Measuring failed in another process. " + "; ".join(messages))
 
 
 def gathered(share: Share, value: T) -> list[T]:
