@@ -38,7 +38,8 @@ def this_process() -> Share:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    # Schedulers of clusters set WORLD_SIZE alone, also for programs that are one process.
+    started = int(os.environ.get("WORLD_SIZE", "1")) if {"RANK", "LOCAL_RANK"} & os.environ.keys() else 1
     if not PartialState._shared_state and started == 1:
         return Share(0, 1)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))

@@ -118,7 +118,9 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
     last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for checkpoint in out.glob("checkpoint-*"):
         assert why_not_whole(checkpoint, processes=2, also=("plasticity.json",)) == ""
-    for path in [path for path in last.rglob("*") if path.suffix in (".bin", ".distcp", ".pt")]:
+    of_state = [path for path in last.rglob("*") if path.suffix in (".bin", ".distcp", ".pt")]
+    assert len(of_state) >= 3  # weights, optimizer and scheduler
+    for path in of_state:
         if path.name == "scheduler.pt" and spread == "ZeRO-3":
             continue
         kept = path.read_bytes()
@@ -129,6 +131,7 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
         assert why_not_whole(last, processes=2), path
         path.write_bytes(kept)
     (last / "trainer_state.json").unlink()
+    (out / "test_results.json").unlink()
     result = trained(2, out, *arguments, "--resume_from_checkpoint", "True")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "Training resumes from" in result.stderr
@@ -149,6 +152,7 @@ def test_resumes_on_another_number_of_processes(spread: str, tmp_path: Path) -> 
     for processes in (4, 1):
         copied = tmp_path / str(processes)
         shutil.copytree(out, copied)
+        (copied / "test_results.json").unlink()
         batch = ("--per_device_train_batch_size", str(64 // processes), "--per_device_eval_batch_size", "256")
         result = trained(processes, copied, *SPREAD[spread], *batch, "--resume_from_checkpoint", "True")
         if spread == "ZeRO-3":
@@ -156,6 +160,7 @@ def test_resumes_on_another_number_of_processes(spread: str, tmp_path: Path) -> 
             assert "by 2 processes with DeepSpeed, which continues only with as many" in result.stderr
         else:
             assert result.returncode == 0, result.stderr[-4000:]
+            assert "Training resumes from" in result.stderr
             assert results(copied)["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.02)
         assert not list(copied.glob("not-whole-*"))
     assert kept == {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint-*/**/*") if path.is_file()}
