@@ -178,14 +178,18 @@ def test_killed_at_random_ten_times(tmp_path: Path) -> None:
         with log.open("w") as file:
             process = subprocess.Popen(
                 command(2, out, *longer, "--resume_from_checkpoint", "True"),
-                env=environment(HF_HUB_OFFLINE="1"), cwd=tmp_path, stdout=file, stderr=file, start_new_session=True,
+                env=environment(HF_HUB_OFFLINE="1"), cwd=tmp_path, stdout=file, stderr=file,
             )  # fmt: skip
         wait_for(log, "eval_loss", process, 0)
         time.sleep(moments.uniform(0, 6))
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for pid in (process.pid, *workers):  # the launcher first, which would log how the others ended
+            os.kill(pid, signal.SIGKILL)
         process.wait()
+        wait_until_gone(workers)
         kills += 1
         found = [p for p in out.glob("checkpoint-*") if not why_not_whole(p, processes=2, also=("plasticity.json",))]
         reached = max((int(path.name.split("-")[1]) for path in found), default=0)
@@ -246,6 +250,17 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[Any], otherwise: in
             assert process.returncode == otherwise, log.read_text()[-4000:]
             return
         time.sleep(0.1)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Waits until killed processes write no more."""
+    while any(Path(f"/proc/{pid}").exists() and state_of(pid) != "Z" for pid in pids):
+        time.sleep(0.05)
+
+
+def state_of(pid: int) -> str:
+    """Returns the letter of `ps` for the state of a process."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
 
 
 def children(pid: int) -> list[int]:
