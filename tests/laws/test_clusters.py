@@ -254,13 +254,16 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[Any], otherwise: in
 
 def wait_until_gone(pids: list[int]) -> None:
     """Waits until killed processes write no more."""
-    while any(Path(f"/proc/{pid}").exists() and state_of(pid) != "Z" for pid in pids):
+    while any(map(is_running, pids)):
         time.sleep(0.05)
 
 
-def state_of(pid: int) -> str:
-    """Returns the letter of `ps` for the state of a process."""
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+def is_running(pid: int) -> bool:
+    """Returns whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def children(pid: int) -> list[int]:
