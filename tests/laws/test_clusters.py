@@ -139,6 +139,30 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
     assert results(out) == pytest.approx(whole, rel=1e-4)
 
 
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "zero3"])
+def test_launch_files_start_two_processes_that_train(name: str, tmp_path: Path) -> None:
+    """As far as CPUs go: the file is used as it is, but for the precision, and CPUs are taken for GPUs."""
+    needed("ZeRO-3" if name == "zero3" else "")
+    file = REPOSITORY / "examples" / "launch" / f"{name}.yaml"
+    started = [str(TRAIN)] if name == "cpu" else [str(AS_GPUS), str(TRAIN)]
+    variables = {"ACCELERATE_USE_CPU": "1"} if name == "cpu" else {"DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--mixed_precision", "no",
+         "--main_process_port", str(free_port()), *started,
+         "--output_dir", str(tmp_path / "out"), *SMALL, "--num_train_epochs", "1", "--compare", "false",
+         "--learning_rate", "1e-3"],
+        env=environment(HF_HUB_OFFLINE="1", **variables),
+        cwd=tmp_path, capture_output=True, text=True, timeout=480, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert why_not_whole(checkpoint, processes=2, also=("plasticity.json",)) == ""
+    held = {"fsdp2": "pytorch_model_fsdp.bin", "zero3": "zero_pp_rank_1_mp_rank_00_optim_states.pt"}.get(name)
+    assert held is None or list(checkpoint.rglob(held))
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert results(tmp_path / "out")["test_accuracy"] > 0.5
+
+
 @pytest.mark.parametrize("spread", SPREAD)
 def test_resumes_on_another_number_of_processes(spread: str, tmp_path: Path) -> None:
     """The images of each step are the same, so that the result is."""
