@@ -274,7 +274,7 @@ def quantized(arguments: BenchmarkArguments) -> Iterator[Row]:
                 folder, quantization_config=BitsAndBytesConfig(**options), device_map={"": DEVICE}
             )
             adapted = get_peft_model(
-                model, PlasticityConfig(target_data=images[:32], max_samples=32, candidates="MHA")
+                model, PlasticityConfig(target_data=images[:32], max_samples=32, candidates="MHA", training="lora")
             )
             step = training_step(adapted, images)
             step()
