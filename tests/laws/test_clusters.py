@@ -141,7 +141,7 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
 
 @pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "zero3"])
 def test_launch_files_start_two_processes_that_train(name: str, tmp_path: Path) -> None:
-    """As far as CPUs go: the file is used as it is, but for the precision. To spread weights, CPUs are taken for GPUs."""
+    """As far as CPUs go: only the precision is another one. To spread weights, CPUs are taken for GPUs."""
     on_cpus = name in ("cpu", "ddp")
     needed("ZeRO-3" if name == "zero3" else "")
     file = REPOSITORY / "examples" / "launch" / f"{name}.yaml"
