@@ -30,7 +30,7 @@ from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFinite
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
+from plasticity_peft.measuring.processes import Share, failing_together, same, summed, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.report.head import HeadFit
@@ -355,8 +355,7 @@ def _collect(
             count += len(features)
             progress.advance(len(features))
         progress.end()
-    for number, other in enumerate(gathered(share, sums)):
-        sums = other if number == 0 else sums.merge(other)
+    sums = sums.of_all(share)
     if not kept:
         return sums, np.empty((0, layer.in_features), np.float32), np.empty((0, layer.out_features), np.float32)
     return sums, np.concatenate([x for x, _ in kept]), np.concatenate([y for _, y in kept])
@@ -397,25 +396,25 @@ def solve(
     """Returns the penalty and the temperature with the smallest leave-one-out errors, and these errors."""
     ridge = Ridge(sums)
 
-    def total(of: Callable[[], float]) -> float:
-        return sum(gathered(share, of()))
+    def total(*values: float) -> list[float]:
+        return list(map(float, summed(share, np.array(values))[0]))
 
     def squared(penalty: float) -> float:
-        return total(lambda: float(((ridge.left_out(features, targets, penalty) - targets) ** 2).sum()))
+        return float(((ridge.left_out(features, targets, penalty) - targets) ** 2).sum())
 
-    tried = default_penalties(sums.count) if penalties is None else penalties
-    penalty = min(map(float, tried), key=squared)
-    left_out, held = ridge.left_out(features, targets, penalty), total(lambda: float(len(features)))
+    tried = [*map(float, default_penalties(sums.count) if penalties is None else penalties)]
+    errors = total(*map(squared, tried))
+    penalty = tried[int(np.argmin(errors))]
+    left_out, (held,) = ridge.left_out(features, targets, penalty), total(len(features))
     if problem == "regression":
-        spread = total(lambda: float(((targets - sums.y) ** 2).sum()))
-        error = squared(penalty)
+        (spread,), error = total(((targets - sums.y) ** 2).sum()), min(errors)
         score, loss, temperature = 1 - error / spread if spread > 0 else 0.0, error / held / targets.shape[1], 1.0
     else:
         right, log_likelihood = _OUTCOMES[problem]
-        score = total(lambda: float(right(left_out, targets))) / held
+        score = total(right(left_out, targets))[0] / held
 
         def entropy(log_temperature: float) -> float:
-            return -total(lambda: float(log_likelihood(left_out * np.exp(log_temperature), targets))) / held
+            return -total(log_likelihood(left_out * np.exp(log_temperature), targets))[0] / held
 
         best = minimize_scalar(entropy, bounds=(-5.0, 8.0), method="bounded", options={"xatol": 1e-4})
         temperature, loss = float(np.exp(best.x)), float(best.fun)

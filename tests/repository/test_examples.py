@@ -52,6 +52,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run(*DIGITS, "--compare_seeds", "1", "--output_dir", folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", "multi_gpu"), ("ddp", "multi_gpu"), ("fsdp2", "use_fsdp"), ("zero3", "use_deepspeed")]
+)
+def test_accelerate_reads_the_launch_files(name: str, kind: str) -> None:
+    """Every field is one that Accelerate knows, and says how the processes work together."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = REPOSITORY / "examples" / "launch" / f"{name}.yaml"
+    assert load_config_from_file(str(path)).num_processes == 2
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    )
+    assert arguments.num_processes == 2
+    assert [each for each in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(arguments, each)] == [kind]
+    if name == "fsdp2":
+        model = AutoModelForImageClassification.from_pretrained(MODEL)
+        assert arguments.fsdp_transformer_layer_cls_to_wrap in {type(part).__name__ for part in model.modules()}
+        assert arguments.fsdp_version in (2, "2")
+
+
 @pytest.mark.slow
 def test_what_will_disappoint_is_said_before_training(tmp_path: Path) -> None:
     wrong = ["--training", "full", "--learning_rate", "0.05", "--budget", "0.2"]
