@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, TypeVar
@@ -48,7 +48,7 @@ from plasticity_peft.measuring.head import (
 )
 from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.pilot import CLASSES, Pilot
+from plasticity_peft.measuring.pilot import CLASSES, MORE_STEPS, STEPS, Pilot
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full
 from plasticity_peft.measuring.ridge import Ridge, Sums
@@ -101,7 +101,8 @@ def forecast_finetuning(
     processes, and the result is the same in each. The model is left as it was: the fitted head is not set.
 
     Gradients alone promise too little for images that are unlike those of pretraining. So a copy of the model trains
-    for 16 steps, and raises the forecast if it gains more. `docs/forecast.md` compares forecasts with trained models.
+    for 16 steps. If it gains more than they promise, another one trains for 64 steps, and the forecast is raised.
+    `docs/forecast.md` compares forecasts with trained models.
 
     Args:
         model: a vision transformer of transformers with a head that ends in one linear layer.
@@ -146,10 +147,17 @@ def forecast_finetuning(
         seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
         rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
         everything = rates.of_set(architecture.components, seen.features.shape[1])
-        short = None
+        forecaster = _Forecaster(architecture, seen, costs, rates, None, seed)
         if pilot and everything is not None and not sharded:
-            short = run_left_as_found(lambda: observer.pilot(seen, everything), inner, seed, options["dtype"], dataset)
-    return _Forecaster(architecture, seen, costs, rates, short, seed).forecast(wanted)
+
+            def run_for(steps: int) -> PilotRun | None:
+                def run() -> PilotRun | None:
+                    return observer.pilot(seen, everything, steps)
+
+                return run_left_as_found(run, inner, seed, options["dtype"], dataset)
+
+            forecaster = forecaster.with_runs(run_for)
+    return forecaster.forecast(wanted)
 
 
 def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Component, ...]]:
@@ -269,7 +277,7 @@ class _Observer:
                 seen = self._seen(passes, sampler, share.of(range(count)), share)
         return _Seen.of_all(share, seen, architecture), costs
 
-    def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
+    def pilot(self, seen: _Seen, rates: Mapping[str, float], steps: int) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
         share = this_process()
         with failing_together(share):
@@ -277,7 +285,8 @@ class _Observer:
                 self.model, self.architecture, self.dataset, self.max_samples, self.batch_size, self.seed
             )
             path = final_layer(self.model, self.architecture, sampler.example())
-            found = Pilot(self.model, self.architecture, sampler, path, rates).run(seen.features, seen.targets)
+            run = Pilot(self.model, self.architecture, sampler, path, rates, steps)
+            found = run.run(seen.features, seen.targets)
         return gathered(share, found)[0]
 
     def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[_Seen]:
@@ -415,49 +424,80 @@ class _Forecaster:
     pilot: PilotRun | None
     seed: int
 
+    def with_runs(self, run: Callable[[int], PilotRun | None]) -> _Forecaster:
+        """Returns this forecaster with a short run, or with a longer one if the features move far.
+
+        Args:
+            run: trains a copy of the model for a number of steps.
+        """
+        short = run(STEPS)
+        if self._raised(short) > 0:
+            longer = run(MORE_STEPS)
+            if longer is not None and short is not None and longer.gain > short.gain:
+                short = longer
+        return replace(self, pilot=short)
+
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
         """Returns the forecast of some sets, by their names."""
-        features, targets = self.seen.features, self.seen.targets
-        sums = Sums.of(features, targets)
-        fit = solve(sums, features, targets, None, Share(0, 1), CLASSES)
-        kernels = Tangents(self.seen.sketches).kernels(self.architecture)
-        scaled = (features - sums.x) / Ridge(sums).scale
-        head = scaled @ scaled.T / fit.penalty
-        whole = np.sum(list(kernels.values()), axis=0, dtype=np.float64)
-        strength = min(STRENGTHS, key=lambda each: squared_error(left_out(head + each * whole, targets), targets))
-        alone = self._right(head)
-
-        def right(parts: Sequence[Component]) -> np.ndarray:
-            return self._right(head + _strengthened(parts, kernels, strength))
-
-        raised = self._raised(float((right(self.architecture.components) - alone).mean()))
-        sets = tuple(self._of_set(name, parts, right(parts), alone, raised, fit) for name, parts in wanted.items())
+        alone, raised = self._alone, self._raised(self.pilot)
+        sets = tuple(self._of_set(name, parts, raised) for name, parts in wanted.items())
         return Forecast(
             model_type=self.architecture.model_type,
             seed=self.seed,
-            head=fit,
+            head=self._fit,
             head_error=float(np.std(alone) / len(alone) ** 0.5),
             sets=sets,
             pilot=self.pilot,
             raised=raised,
         )
 
-    def _raised(self, promised: float) -> float:
-        """Returns by how much the short run gained more than kernels promise for everything; 0 if it may be chance."""
-        if self.pilot is None:
+    @cached_property
+    def _sums(self) -> Sums:
+        return Sums.of(self.seen.features, self.seen.targets)
+
+    @cached_property
+    def _fit(self) -> HeadFit:
+        return solve(self._sums, self.seen.features, self.seen.targets, None, Share(0, 1), CLASSES)
+
+    @cached_property
+    def _head(self) -> np.ndarray:
+        """The kernel of the fitted head: (n, n), in units of the noise."""
+        scaled = (self.seen.features - self._sums.x) / Ridge(self._sums).scale
+        return np.asarray(scaled @ scaled.T / self._fit.penalty)
+
+    @cached_property
+    def _kernels(self) -> dict[str, np.ndarray]:
+        return Tangents(self.seen.sketches).kernels(self.architecture)
+
+    @cached_property
+    def _strength(self) -> float:
+        """The strength of the kernels at which everything has the smallest error."""
+        whole, targets = np.sum(list(self._kernels.values()), axis=0, dtype=np.float64), self.seen.targets
+        errors = [squared_error(left_out(self._head + each * whole, targets), targets) for each in STRENGTHS]
+        return STRENGTHS[int(np.argmin(errors))]
+
+    @cached_property
+    def _alone(self) -> np.ndarray:
+        return self._right(self._head)
+
+    def _right_of(self, parts: Sequence[Component]) -> np.ndarray:
+        return self._right(self._head + _strengthened(parts, self._kernels, self._strength))
+
+    def _raised(self, run: PilotRun | None) -> float:
+        """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
+        if run is None:
             return 0.0
-        more = self.pilot.gain - promised
-        return more if more > self.pilot.gain_error else 0.0
+        more = run.gain - float((self._right_of(self.architecture.components) - self._alone).mean())
+        return more if more > run.gain_error else 0.0
 
     def _right(self, kernel: np.ndarray) -> np.ndarray:
         """Returns 1 for each image whose class is predicted from the other images, else 0: float64 of shape (n,)."""
         targets = self.seen.targets
         return np.asarray((left_out(kernel, targets).argmax(axis=1) == targets.argmax(axis=1)).astype(np.float64))
 
-    def _of_set(
-        self, name: str, parts: Sequence[Component], right: np.ndarray, alone: np.ndarray, raised: float, fit: HeadFit
-    ) -> SetForecast:
-        gains, count = right - alone, len(right)
+    def _of_set(self, name: str, parts: Sequence[Component], raised: float) -> SetForecast:
+        right, fit = self._right_of(parts), self._fit
+        gains, count = right - self._alone, len(right)
         gain = float(gains.mean()) + raised
         own = MODEL_ERROR if not raised or self.pilot is None else float(np.hypot(MODEL_ERROR, self.pilot.gain_error))
         rows = {part.id: row for row, part in enumerate(self.architecture.components)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -61,34 +62,39 @@ def test_it_trains_as_torch_does_and_gains_what_fitted_heads_gain() -> None:
     assert found.gain_error > 0
 
 
+@pytest.mark.parametrize("longer", [0.1, -0.1])
 @pytest.mark.parametrize(("more", "raised"), [(0.2, True), (0.05, False), (-0.3, False)])
 def test_it_raises_all_gains_by_what_it_gains_more_than_kernels_promise_unless_that_may_be_chance(
-    more: float, raised: bool, monkeypatch: pytest.MonkeyPatch
+    more: float, raised: bool, longer: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_model()
     alone = forecast_finetuning(model, ITEMS, pilot=False)
     assert (alone.pilot, alone.raised) == (None, 0.0)
     assert "without a short run" in str(alone)
-    run = PilotRun(steps=16, gain=alone.sets[-1].gain + more, gain_error=0.1)
-    monkeypatch.setattr(forecasts, "Pilot", _Pretended(run))
+    short = PilotRun(steps=16, gain=alone.sets[-1].gain + more, gain_error=0.1)
+    pretended = _Pretended(short, replace(short, steps=64, gain=short.gain + longer))
+    monkeypatch.setattr(forecasts, "Pilot", pretended)
     found = forecast_finetuning(model, ITEMS)
-    expected = more if raised else 0.0
-    assert found.pilot == run
+    assert pretended.steps == ([16, 64] if raised else [16])
+    expected = more + max(0, longer) if raised else 0.0
+    assert found.pilot == pretended.results[int(raised and longer > 0)]
     assert found.raised == pytest.approx(expected)
     for one, before in zip(found.sets, alone.sets, strict=True):
         assert one.gain == pytest.approx(before.gain + expected)
         assert (one.gain_error > before.gain_error + 0.01) == raised
-    assert ("All gains are raised by 20.0." in str(found)) == raised
+    assert (f"All gains are raised by {100 * expected:.1f}." in str(found)) == raised
 
 
 class _Pretended:
-    """In the place of `Pilot`: a run whose result is known."""
+    """In the place of `Pilot`: runs whose results are known."""
 
-    def __init__(self, result: PilotRun) -> None:
-        self.result = result
+    def __init__(self, *results: PilotRun) -> None:
+        self.results = results
+        self.steps: list[int] = []
 
-    def __call__(self, *_: Any) -> _Pretended:
+    def __call__(self, *arguments: Any) -> _Pretended:
+        self.steps.append(arguments[-1])
         return self
 
     def run(self, *_: Any) -> PilotRun:
-        return self.result
+        return self.results[len(self.steps) - 1]
