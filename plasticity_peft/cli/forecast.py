@@ -54,8 +54,8 @@ def forecast(
         bool,
         typer.Option(
             "--pilot/--no-pilot",
-            help="Train a copy of the model for 16 steps, and one for 64 if that gains more than expected, which raises "
-            "the forecast.",
+            help="Train a copy of the model for 16 steps, and one for 64 if that gains more than expected. Then the "
+            "forecast is raised.",
         ),
     ] = True,
     output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,

@@ -474,7 +474,7 @@ class _Forecaster:
         """The strength of the kernels at which everything has the smallest error."""
         whole, targets = np.sum(list(self._kernels.values()), axis=0, dtype=np.float64), self.seen.targets
         errors = [squared_error(left_out(self._head + each * whole, targets), targets) for each in STRENGTHS]
-        return STRENGTHS[int(np.argmin(errors))]
+        return float(STRENGTHS[int(np.argmin(errors))])
 
     @cached_property
     def _alone(self) -> np.ndarray:
@@ -487,7 +487,7 @@ class _Forecaster:
         """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
         if run is None:
             return 0.0
-        more = run.gain - float((self._right_of(self.architecture.components) - self._alone).mean())
+        more: float = run.gain - float((self._right_of(self.architecture.components) - self._alone).mean())
         return more if more > run.gain_error else 0.0
 
     def _right(self, kernel: np.ndarray) -> np.ndarray:
