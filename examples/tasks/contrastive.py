@@ -34,9 +34,7 @@ class ContrastiveArguments(TaskArguments):
 
 
 @torch.no_grad()
-def zero_shot_accuracy(
-    model: nn.Module, texts: dict[str, torch.Tensor], images: torch.Tensor, own: list[int]
-) -> float:
+def zero_shot(model: nn.Module, texts: dict[str, torch.Tensor], images: torch.Tensor, own: list[int]) -> float:
     """Returns the share of images whose own text, given by its number, is the likeliest."""
     batches = [model.eval()(pixel_values=part, **texts).logits_per_image.argmax(dim=1) for part in images.split(32)]
     return float((torch.cat(batches).cpu() == torch.tensor(own)).float().mean())
@@ -65,7 +63,7 @@ def main() -> None:
         device = next(model.parameters()).device
         texts = {name: value.to(device) for name, value in tokens(captions).items()}
         images = torch.stack([item["pixel_values"] for item in shown]).to(device)
-        return {"eval_accuracy": zero_shot_accuracy(model, texts, images, own)}
+        return {"eval_accuracy": zero_shot(model, texts, images, own)}
 
     captions = sorted(set(test["caption"]))
     own = [captions.index(caption) for caption in test["caption"]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,9 +40,7 @@ class TaskArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use at most so many for the test."})
     training: str = field(default="full", metadata={"help": "full or lora", "choices": ["full", "lora"]})
     top_k: int | None = field(default=None, metadata={"help": "Number of the best kinds to train (default: 1)."})
-    budget: str | None = field(
-        default=None, metadata={"help": "How much to train, not top_k, as in PlasticityConfig."}
-    )
+    budget: str | None = field(default=None, metadata={"help": "How much to train, not top_k; see PlasticityConfig."})
     criterion: str | None = field(default=None, metadata={"help": "Criterion that ranks."})
     max_samples: int = field(default=256, metadata={"help": "Measure on at most so many."})
 
@@ -60,10 +57,8 @@ class TaskArguments:
             data = scenes(self.max_train_samples or 384, self.max_eval_samples or 128)
         else:
             data = load_dataset(self.dataset_name)
-        most = {"train": self.max_train_samples, "test": self.max_eval_samples}
-        train, test = (
-            data[split].select(range(min(count or sys.maxsize, len(data[split])))) for split, count in most.items()
-        )
+        parts = (data["train"], self.max_train_samples), (data["test"], self.max_eval_samples)
+        train, test = (part.select(range(min(most or len(part), len(part)))) for part, most in parts)
         return train, test
 
     def base(self, small: Callable[[Path], str], output_dir: str) -> str:
@@ -146,13 +141,11 @@ def finish(trainer: Trainer, before: dict[str, float], after: dict[str, float], 
         update_card(arguments.output_dir, metrics=metrics, dataset=trainer.eval_dataset, split="test")
     logger.info("\n%s\n", config.report)
     trainable, total = model.get_nb_trainable_parameters()
-    logger.info(
-        "%s train (%s): %d of %d parameters", ", ".join(config.selection.units), config.training, trainable, total
-    )
+    units = ", ".join(config.selection.units)
+    logger.info("%s and heads train (%s): %d of %d parameters", units, config.training, trainable, total)
     for name in names:
         logger.info("%s: %.3f before training, %.3f after", name, before[f"eval_{name}"], after[f"eval_{name}"])
-    logger.info(
-        'The adapter is in %s. To load it:\n    base = %s.from_pretrained("%s")\n'
-        '    model = PeftModel.from_pretrained(base, "%s")',
-        arguments.output_dir, type(model.get_base_model()).__name__, config.base_model_name_or_path, arguments.output_dir,
-    )  # fmt: skip
+    base, folder = type(model.get_base_model()).__name__, arguments.output_dir
+    logger.info("The adapter is in %s. To load it:", folder)
+    logger.info('    base = %s.from_pretrained("%s")', base, config.base_model_name_or_path)
+    logger.info('    model = PeftModel.from_pretrained(base, "%s")', folder)

@@ -41,10 +41,8 @@ class VisionLanguageArguments(TaskArguments):
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Returns the share of answers of which each token is right."""
-    found, labels = (
-        prediction.predictions[:, :-1],
-        prediction.label_ids[:, 1:],
-    )  # a token is predicted by the one before
+    # The output at a token predicts the next one.
+    found, labels = prediction.predictions[:, :-1], prediction.label_ids[:, 1:]
     return {"accuracy": float(((found == labels) | (labels == IGNORED)).all(axis=1).mean())}
 
 

@@ -20,7 +20,6 @@ from plasticity_peft.report.selection import Selection
 from plasticity_peft.saved.record import AdapterRecord, Results, present_results, reading_record
 from plasticity_peft.saved.weights import read_header
 
-
 TASKS = {
     "depth-estimation": ("DEPTH_ESTIMATION",),
     "image-classification": ("IMAGE_CLASSIFICATION",),

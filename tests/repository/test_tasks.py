@@ -8,13 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file
-from transformers import CLIPConfig, CLIPImageProcessor, DPTConfig, DPTImageProcessor, SegformerConfig
 
 from tests.support.forking import EXAMPLES, STOCK, run_code
 from tests.support.models import REPOSITORY
-from tests.support.outputs import answers, difference
 from tests.support.stock import WITHOUT_US
 
 TASKS = REPOSITORY / "examples" / "tasks"
