@@ -34,8 +34,10 @@ import pathlib, runpy, sys, torch
 script = pathlib.Path(sys.argv.pop(1))
 sys.path.insert(0, str(script.parent))
 import running
+import plasticity_peft.card
 from tests.support.outputs import answers
 
+plasticity_peft.card.DRAWN.update(dict.fromkeys(plasticity_peft.card.DRAWN, lambda *_: False))  # pictures take long
 torch.set_num_threads(1)
 finish = running.finish
 
@@ -44,7 +46,10 @@ def kept(trainer, *rest):
     finish(trainer, *rest)
     batch = next(iter(trainer.get_eval_dataloader()))
     batch = {name: value for name, value in batch.items() if name not in ("labels", "return_loss")}
-    torch.save((batch, answers(trainer.model, batch)), pathlib.Path(trainer.args.output_dir, "live.pt"))
+    folder, model = pathlib.Path(trainer.args.output_dir), trainer.model
+    torch.save((batch, answers(model, batch)), folder / "live.pt")
+    base = type(model.get_base_model()).from_pretrained(model.peft_config["default"].base_model_name_or_path)
+    torch.save(base.state_dict(), folder / "base.pt")
 
 
 running.finish = kept
@@ -56,7 +61,6 @@ LOADING = (
     + """
 import json, pathlib, torch, transformers
 from peft import PeftModel
-from tests.support.outputs import answers, difference
 
 torch.set_num_threads(1)
 folder = pathlib.Path(sys.argv[1])
@@ -90,7 +94,7 @@ def check_what_trained(name: str, folder: Path) -> None:
     """Fails unless the selected components and the heads are in the adapter, trained, and nothing else."""
     kept = load_file(folder / "adapter_model.safetensors")
     trained = {key.removeprefix("base_model.model."): value for key, value in kept.items()}
-    base = load_file(folder / "base" / "model.safetensors")
+    base = torch.load(folder / "base.pt")
     written = json.loads((folder / "plasticity.json").read_text())["adapter"]
     assert written["training"] == "full"
     expected = tuple(f"{path}." for path in (*written["modules"], *HEADS[name]))
@@ -104,7 +108,7 @@ def check_what_trained(name: str, folder: Path) -> None:
 GAINS = {
     "segmentation": ({"max_steps": 16}, {"mean_iou": 0.02}),
     "contrastive": ({"max_steps": 24}, {"accuracy": 0.1}),
-    "video": ({"max_steps": 8}, {}),
+    "video": ({"max_steps": 8, "learning_rate": 0.0003}, {"accuracy": 0.0}),
     "depth": ({"max_steps": 12}, {"abs_rel": -0.2, "delta_1_25": 0.1}),
     "vision_language": ({"max_steps": 24}, {"accuracy": 0.1}),
 }
@@ -117,7 +121,7 @@ def test_a_task_is_learned_saved_and_loaded_by_stock_peft(name: str, tmp_path: P
     metrics, log = run(name, tmp_path, **options)
     for metric, gain in least.items():
         before, after = metrics[metric]
-        assert (after - before) / gain >= 1, (metric, before, after)
+        assert (after - before) * (1 if gain > 0 else -1) >= abs(gain), (metric, before, after)
     assert "Without --model_name_or_path, a small model is made" in log
     check_what_trained(name, tmp_path / "out")
     assert loaded_by_stock_peft(tmp_path / "out") == "equal"
