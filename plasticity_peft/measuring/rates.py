@@ -32,7 +32,7 @@ from plasticity_peft.components.heads import within
 from plasticity_peft.components.sharding import shape_of, whole
 from plasticity_peft.components.wrappers import bare
 from plasticity_peft.criteria.losses import own_loss
-from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.items import LABELS
 from plasticity_peft.images.sampler import Batches
@@ -207,6 +207,17 @@ def _rate_of_lora(model: nn.Module) -> float:
     return float(OF_LORA * len(widths) / (strength * sum(widths)))
 
 
+def _loss(model: nn.Module, architecture: Architecture, sampler: Batches, number: int) -> torch.Tensor:
+    """Returns the model's own loss for a batch. Its errors say that rates can do without one."""
+    try:
+        return own_loss(model, architecture, sampler, sampler.load([number]))
+    except (DataError, ModelError) as error:
+        raise type(error)(
+            f"{error} If the model has no loss of images and labels alone, leave train_dataset out: the rates then "
+            "follow from the sizes of what trains."
+        ) from error
+
+
 @dataclass(frozen=True, eq=False)
 class Gradient:
     """The mean gradient of the loss over labeled images, through a head that is fitted to them."""
@@ -280,7 +291,7 @@ class Gradient:
         total: list[torch.Tensor] = []
         losses = []
         for number in batches:
-            loss = own_loss(model, architecture, sampler, sampler.load([number]))
+            loss = _loss(model, architecture, sampler, number)
             losses.append(float(loss.detach()))
             found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             total = list(found) if not total else [a.add_(b) for a, b in zip(total, found, strict=True)]

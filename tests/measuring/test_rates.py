@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components
-from plasticity_peft.errors import ConfigError, DataError
+from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.rates import (
     MOST_OVER_MATRICES,
     OF_GRADIENT,
@@ -22,6 +22,7 @@ from plasticity_peft.measuring.rates import (
 )
 from tests.support.families import items
 from tests.support.models import tiny_model
+from tests.support.round_trips import adapt
 from tests.support.tasks import TASKS
 
 LABELED = [
@@ -184,3 +185,16 @@ def test_a_gradient_through_a_decoder_as_it_is_only_lowers_a_rate(scale: float) 
     found = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=data))
     assert found["head"] == by_size["head"]
     assert found["matrix"] == by_size["matrix"] if scale < 1e6 else found["matrix"] < 0.5 * by_size["matrix"]
+
+
+@pytest.mark.parametrize("name", ["dpt-depth", "clip-towers", "llava"])
+def test_a_model_without_a_loss_of_images_alone_gets_rates_by_size(name: str) -> None:
+    """DPT has none in transformers; that of CLIP and of LLaVA needs text."""
+    task = TASKS[name]
+    model = adapt(task, task.build(), "full", granularity="kind", top_k=1, candidates="MHA")
+    data = items({**task.images(), "labels": torch.zeros(2, 16, 16)})
+    with pytest.raises((DataError, ModelError), match=r"leave train_dataset out"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=data)
+    found = rates(create_plasticity_optimizer(model, torch.optim.AdamW))
+    counts = {group.name: group.count for group in trained_groups(model)}
+    assert found["matrix"] == pytest.approx(0.3 / math.sqrt(counts["matrix"]))
