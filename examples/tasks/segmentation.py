@@ -1,20 +1,22 @@
 """Semantic segmentation: finetune the components of a backbone that are worth it, and the decoder in full.
 
     python examples/tasks/segmentation.py
-    python examples/tasks/segmentation.py --model_name_or_path nvidia/segformer-b0-finetuned-ade-512-512 \
+    python examples/tasks/segmentation.py --model_name_or_path nvidia/mit-b0 --num_labels 21 \
         --dataset_name path/to/dataset --per_device_train_batch_size 8
 
-A dataset has the columns "image" and "label", an image in which each pixel is the number of its class. The metric is
-the mean intersection over union (IoU) of the classes.
+A dataset has the columns "image" and "label", an image in which each pixel is the number of its class; pixels of 255
+do not count. The metric is the mean intersection over union (IoU) of the classes.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
 
 import scenes
 import small_models
 import torch
 from peft import get_peft_model
-from running import finish, optimizer_for, parse
+from running import TaskArguments, finish, optimizer_for, parse
 from sklearn.metrics import jaccard_score
 from torch.nn.functional import interpolate
 from transformers import AutoImageProcessor, AutoModelForSemanticSegmentation, Trainer, default_data_collator
@@ -22,6 +24,15 @@ from transformers.trainer_utils import EvalPrediction
 
 IGNORED = 255
 """Class of pixels that do not count."""
+
+
+@dataclass
+class SegmentationArguments(TaskArguments):
+    """The classes of the pixels."""
+
+    num_labels: int | None = field(
+        default=None, metadata={"help": "Number of classes, if the dataset has others than the model was made for."}
+    )
 
 
 def classes(output: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor) -> torch.Tensor:
@@ -39,7 +50,7 @@ def mean_iou(prediction: EvalPrediction) -> dict[str, float]:
 
 def main() -> None:
     """Measures, trains, evaluates and saves."""
-    task, arguments = parse("segmentation")
+    task, arguments = parse("segmentation", SegmentationArguments)
     train, test = task.load(scenes.segmentation)
     name = task.base(small_models.segmenter, arguments.output_dir)
     processor = AutoImageProcessor.from_pretrained(name)
@@ -49,8 +60,8 @@ def main() -> None:
         return dict(processor(images=images, segmentation_maps=batch["label"], return_tensors="pt"))
 
     train, test = train.with_transform(transform), test.with_transform(transform)
-    labels = max(int(item["labels"][item["labels"] != IGNORED].max()) for part in (train, test) for item in part) + 1
-    model = AutoModelForSemanticSegmentation.from_pretrained(name, num_labels=labels, ignore_mismatched_sizes=True)
+    options = {} if task.num_labels is None else {"num_labels": task.num_labels, "ignore_mismatched_sizes": True}
+    model = AutoModelForSemanticSegmentation.from_pretrained(name, **options)
     model = get_peft_model(model, task.configure(train))
     trainer = Trainer(
         model,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from tests.support.forking import EXAMPLES, STOCK, run_code
 from tests.support.models import REPOSITORY
 from tests.support.stock import WITHOUT_US
+from tests.support.tasks import TASKS as ALL
 
 TASKS = REPOSITORY / "examples" / "tasks"
 SCRIPTS = ("segmentation", "contrastive", "video", "depth", "vision_language")
@@ -48,8 +51,8 @@ def kept(trainer, *rest):
     batch = {name: value for name, value in batch.items() if name not in ("labels", "return_loss")}
     folder, model = pathlib.Path(trainer.args.output_dir), trainer.model
     torch.save((batch, answers(model, batch)), folder / "live.pt")
-    base = type(model.get_base_model()).from_pretrained(model.peft_config["default"].base_model_name_or_path)
-    torch.save(base.state_dict(), folder / "base.pt")
+    if (folder / "base").is_dir():  # the small model
+        torch.save(type(model.get_base_model()).from_pretrained(folder / "base").state_dict(), folder / "base.pt")
 
 
 running.finish = kept
@@ -134,3 +137,32 @@ def test_scripts_are_short_and_described() -> None:
         assert len((TASKS / f"{name}.py").read_text().splitlines()) <= MOST_LINES
         assert f"examples/tasks/{name}.py" in page
         assert f"tasks/{name}.py" in readme
+
+
+OTHERS = {
+    "segmentation": ("segformer-semantic", "SegformerImageProcessor", 32, {"num_labels": 11}),
+    "depth": ("dpt-depth", "DPTImageProcessor", 16, {"inverse": "true"}),
+}
+"""A small model of another architecture, its image processor, the size of its images, and options."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", ["full", "lora"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_model_and_a_dataset_of_the_users(
+    name: str, training: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, processor, size, options = OTHERS[name]
+    ALL[task].build().save_pretrained(tmp_path / "model")
+    getattr(transformers, processor)(size={"height": size, "width": size}).save_pretrained(tmp_path / "model")
+    monkeypatch.syspath_prepend(TASKS)
+    for split, data in getattr(importlib.import_module("scenes"), name)(24, 8).items():
+        (tmp_path / "data").mkdir(exist_ok=True)
+        data.to_parquet(tmp_path / "data" / f"{split}.parquet")
+    given = {"model_name_or_path": tmp_path / "model", "dataset_name": tmp_path / "data", "training": training}
+    metrics, log = run(name, tmp_path, max_steps=2, **given, **options)
+    assert metrics
+    assert "a small model is made" not in log
+    labels = {key: value for key, value in options.items() if key == "num_labels"}
+    loading = {**labels, "ignore_mismatched_sizes": True} if labels else {}
+    assert loaded_by_stock_peft(tmp_path / "out", **loading) == "equal"
