@@ -32,6 +32,8 @@ HEADS = {
     "vision_language": ("model.multi_modal_projector",),
 }
 """What trains beside the selected components."""
+NEVER_CALLED = ("neck.fusion_stage.layers.0.residual_layer1.",)
+"""A part of the decoder of Depth Anything that its forward pass leaves out."""
 SCRIPT = """
 import pathlib, runpy, sys, torch
 script = pathlib.Path(sys.argv.pop(1))
@@ -106,7 +108,7 @@ def check_what_trained(name: str, folder: Path) -> None:
     for path in expected:
         assert any(key.startswith(path) for key in trained), path
     still = [key for key, value in trained.items() if torch.equal(value, base[key])]
-    assert not still
+    assert all(key.startswith(NEVER_CALLED) for key in still)
 
 
 GAINS = {
