@@ -91,7 +91,7 @@ class FinetuningArguments(TrainingArguments):
     num_train_epochs: float = field(default=4, metadata={"help": "Passes over the training images."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Images per step on each device."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
-    warmup_steps: float = field(default=10, metadata={"help": "Steps of warm-up."})
+    warmup_steps: int = field(default=10, metadata={"help": "Steps of warm-up."})
     logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1, a share of all steps."})
     save_strategy: str = field(default="no", metadata={"help": "When to save checkpoints."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "The transforms need all columns."})
