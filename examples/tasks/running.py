@@ -104,8 +104,8 @@ def optimizer_for(
 ) -> torch.optim.Optimizer:
     """Returns AdamW with --learning_rate, or the recommended rates.
 
-    With images, the rates depend on the gradient of the model's own loss. A model without one, or whose loss is one of
-    images and texts, gets rates by the sizes of what trains.
+    With images, the rates depend on the gradient of the model's own loss too. A model without one, or whose loss is
+    one of images and texts, gets rates by the sizes of what trains.
     """
     return create_plasticity_optimizer(
         model,

@@ -58,7 +58,7 @@ def main() -> None:
         data_collator=default_data_collator,
         processing_class=processor,
         compute_metrics=accuracy,
-        optimizers=(optimizer_for(model, arguments, train), None),
+        optimizers=(optimizer_for(model, arguments), None),
     )
     before = trainer.evaluate()
     trainer.train()
