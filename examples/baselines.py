@@ -59,7 +59,7 @@ class Row(NamedTuple):
 
 
 def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[str], training: str) -> list[Method]:
-    """Returns the methods of the table: stock PEFT's LoRA, the selected units in both modes, and everything."""
+    """Returns the methods of the table: stock PEFT's LoRA, the selected units, and everything."""
     parts, units = find_components(model), tuple(units)
     heads = list(find_architecture(model).heads)
     linears = [path for part in parts if part.features for path in part.modules]
@@ -69,25 +69,30 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
         config = LoraConfig(target_modules=targets, modules_to_save=heads, r=8, lora_alpha=16)
         return lambda model: get_peft_model(model, copy.copy(config))
 
-    def selected(mode: str) -> Callable[[PreTrainedModel], nn.Module]:
-        options = {"report": report, "top_k": len(units), "training": mode, "r": 8, "lora_alpha": 16}
-        if all("." in unit for unit in units):
-            options |= {"granularity": "component"}
-        else:
-            options |= {"candidates": units}
-        return lambda model: get_peft_model(model, PlasticityConfig(**options))
-
-    modes = [training, "full" if training == "lora" else "lora"]
+    options = {"report": report, "top_k": len(units), "training": training}
+    if training == "lora":
+        options |= {"r": 8, "lora_alpha": 16}
+    if all("." in unit for unit in units):
+        options |= {"granularity": "component"}
+    else:
+        options |= {"candidates": units}
     return [
         Method("stock LoRA on query and value", lora(query_and_value)),
         Method("stock LoRA on all linear layers", lora(linears)),
-        *(Method(f"selected: {' + '.join(units)} ({mode})", selected(mode)) for mode in modes),
+        Method(
+            f"selected: {' + '.join(units)} ({training})",
+            lambda model: get_peft_model(model, PlasticityConfig(**options)),
+        ),
         Method("everything in full", lambda model: model),
     ]
 
 
 def recommended_optimizer(
-    model: nn.Module, arguments: TrainingArguments, images: Dataset, rates: Mapping[str, float] | None = None
+    model: nn.Module,
+    arguments: TrainingArguments,
+    images: Dataset,
+    steps: int,
+    rates: Mapping[str, float] | None = None,
 ) -> torch.optim.Optimizer:
     """Returns the optimizer that the arguments name, at recommended rates unless they give one.
 
@@ -95,6 +100,7 @@ def recommended_optimizer(
         model: a model in which something trains.
         arguments: what names the optimizer.
         images: labeled images, on which the rates are recommended.
+        steps: number of steps that will be trained.
         rates: rates that were recommended before, by the names of the groups.
     """
     optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
@@ -103,12 +109,25 @@ def recommended_optimizer(
         model,
         optimizer_cls,
         train_dataset=images,
+        num_training_steps=steps,
         lr=learning_rate,
         weight_decay=arguments.weight_decay,
         batch_size=arguments.per_device_eval_batch_size,
         **{f"{name}_lr": rate for name, rate in (rates or {}).items()},
         **options,
     )
+
+
+def batch_size(arguments: TrainingArguments) -> int:
+    """Returns the number of images per step, on all devices together."""
+    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
+
+
+def number_of_steps(arguments: TrainingArguments, images: Dataset) -> int:
+    """Returns the number of training steps."""
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
 
 
 def quiet(arguments: TrainingArguments, folder: str) -> TrainingArguments:
@@ -172,7 +191,9 @@ def _run(
     arguments = copy.copy(arguments)
     arguments.seed = seed
     model = method.adapt(model)
-    optimizer = recommended_optimizer(model, arguments, splits["target"], rates)
+    optimizer = recommended_optimizer(
+        model, arguments, splits["target"], number_of_steps(arguments, splits["train"]), rates
+    )
     used = {group["name"]: group["lr"] for group in optimizer.param_groups}
     trainer = _quiet_trainer(model, arguments, splits, optimizers=(optimizer, None))
     memory = step_memory(trainer)

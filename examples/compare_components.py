@@ -23,7 +23,7 @@ import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -368,7 +368,9 @@ def check_settings(folder: Path, settings: Mapping[str, object]) -> None:
     """Writes the settings of the comparison. Exits if the folder contains results of other settings."""
     path = folder / "settings.json"
     if path.is_file():
-        before = json.loads(path.read_text())
+        # A setting that did not exist then had what is the default now.
+        usual = {each.name: each.default for kind in (ModelArguments, DataArguments) for each in fields(kind)}
+        before = usual | json.loads(path.read_text())
         changed = sorted(key for key in settings if before.get(key) != json.loads(json.dumps(settings[key])))
         if changed:
             raise SystemExit(

@@ -47,7 +47,7 @@ def warn_of_plan(
     warnings = [
         *about_size(tuple(pixels.shape[-2:]), original, getattr(model.config, "patch_size", None)),
         *about_time(seconds, steps),
-        *([] if is_sharded(model) else about_rate(model, arguments, splits["target"])),
+        *([] if is_sharded(model) else about_rate(model, arguments, splits["target"], steps)),
     ]
     if arguments.should_log:
         for warning in warnings:
@@ -103,14 +103,16 @@ def about_time(seconds: float, steps: int) -> Iterator[str]:
         )
 
 
-def about_rate(model: nn.Module, arguments: TrainingArguments, images: Dataset) -> Iterator[str]:
+def about_rate(model: nn.Module, arguments: TrainingArguments, images: Dataset, steps: int) -> Iterator[str]:
     """Yields that the learning rate is far from the one that is recommended for the largest group beside the head."""
     given = arguments.learning_rate
     if given is None:
         return
     free = copy.copy(arguments)
     free.learning_rate = None
-    groups = [group for group in recommended_optimizer(model, free, images).param_groups if group["name"] != "head"]
+    groups = [
+        group for group in recommended_optimizer(model, free, images, steps).param_groups if group["name"] != "head"
+    ]
     if not groups:
         return
     largest = max(groups, key=lambda group: sum(parameter.numel() for parameter in group["params"]))

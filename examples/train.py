@@ -16,6 +16,7 @@ finetuning everything.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -29,9 +30,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
-from baselines import compare, methods, quiet, table
+from baselines import batch_size, compare, methods, number_of_steps, quiet, table
 from datasets import ClassLabel, Dataset, DatasetDict, DatasetInfo, Features, Image
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -42,15 +44,7 @@ from publishing import claim_repository, publish, publish_merged, save_merged
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from streaming import for_measuring, for_training, stream_splits
-from training import (
-    batch_size,
-    compute_metrics,
-    find_checkpoint,
-    finetune,
-    is_sharded,
-    number_of_steps,
-    save,
-)
+from training import compute_metrics, find_checkpoint, finetune, is_sharded, save
 from transformers import (
     AutoImageProcessor,
     AutoModelForImageClassification,
@@ -81,7 +75,8 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
-TEST_FRACTION = 0.25
+DEMO = {"num_train_epochs": 2, "random_crop": 1.0, "test_fraction": 0.5}
+"""What differs by default if neither a model nor images are given, for a table within minutes."""
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
 logger = logging.getLogger(__name__)
@@ -126,11 +121,8 @@ class DataArguments:
     validation_fraction: float = field(
         default=0.15, metadata={"help": "Share of the training images for validation, if there is no such split."}
     )
-    test_fraction: float | None = field(
-        default=None,
-        metadata={
-            "help": "Share of the images for the test, if there is no test split (default: 0.25; 0.5 in the demo)."
-        },
+    test_fraction: float = field(
+        default=0.25, metadata={"help": "Share of the images for the test, if there is no test split (demo: 0.5)."}
     )
     streaming: bool = field(
         default=False,
@@ -146,7 +138,8 @@ class DataArguments:
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use at most this many training images."})
     random_crop: float = field(
-        default=0.85, metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop."}
+        default=0.85,
+        metadata={"help": "Smallest side of a random training crop as a share of the image; 1: no crop (demo: 1)."},
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Flip half of the training images."})
 
@@ -216,10 +209,8 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    num_train_epochs: float | None = field(
-        default=None, metadata={"help": "Passes over the training images (default: 12; 4 in the demo)."}
-    )
-    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step on each device."})
+    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 2)."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps of warm-up (default: a tenth of all steps)."})
@@ -227,7 +218,8 @@ class FinetuningArguments(TrainingArguments):
     eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate."})
     save_strategy: str = field(default="epoch", metadata={"help": "When to save."})
     logging_strategy: str = field(default="steps", metadata={"help": "When to log."})
-    logging_steps: float = field(default=0.05, metadata={"help": "Steps between logs; below 1, a share of all steps."})
+    logging_first_step: bool = field(default=True, metadata={"help": "Log the first step too."})
+    logging_steps: float = field(default=0.1, metadata={"help": "Steps between logs; below 1, a share of all steps."})
     save_total_limit: int | None = field(default=2, metadata={"help": "Number of checkpoints to keep."})
     load_best_model_at_end: bool = field(default=True, metadata={"help": "End with the best checkpoint."})
     metric_for_best_model: str | None = field(default="accuracy", metadata={"help": "Metric of the best checkpoint."})
@@ -243,6 +235,9 @@ class FinetuningArguments(TrainingArguments):
         metadata={"help": "With --push_to_hub, also publish the merged model, as <hub_model_id>-merged."},
     )
     report_to: str = field(default="none", metadata={"help": "Loggers to report to."})
+    verbose: bool = field(
+        default=False, metadata={"help": "Also log what the libraries say, and all numbers of the Trainer."}
+    )
 
     def __post_init__(self) -> None:
         """Starts processes on CPUs with the timeout, which transformers gives to those on accelerators alone."""
@@ -309,8 +304,7 @@ def split(dataset: DatasetDict, data: DataArguments, seed: int) -> DatasetDict:
     dataset = with_named_labels(dataset, data)
     train = dataset["train"]
     parts = {"validation": dataset.get("validation"), "test": dataset.get("test")}
-    test_fraction = TEST_FRACTION if data.test_fraction is None else data.test_fraction
-    for name, fraction in (("test", test_fraction), ("validation", data.validation_fraction)):
+    for name, fraction in (("test", data.test_fraction), ("validation", data.validation_fraction)):
         if parts[name] is None:
             cut = train.train_test_split(fraction, seed=seed, stratify_by_column=data.label_column)
             train, parts[name] = cut["train"], cut["test"]
@@ -481,6 +475,16 @@ def is_demo(model: ModelArguments, data: DataArguments) -> bool:
     return data.dataset_name is None and model.model_name_or_path == str(DEMO_MODEL)
 
 
+def parse_command_line(parser: HfArgumentParser) -> tuple:
+    """Returns the arguments of the command line."""
+    model, data, _ = HfArgumentParser((ModelArguments, DataArguments)).parse_args_into_dataclasses(
+        [argument for argument in sys.argv[1:] if argument not in ("-h", "--help")], return_remaining_strings=True
+    )
+    if is_demo(model, data):
+        parser.set_defaults(**DEMO)
+    return parser.parse_args_into_dataclasses()
+
+
 def config_file() -> Path | None:
     """Returns the file of arguments, if the command line consists of one."""
     name = sys.argv[1] if len(sys.argv) == 2 else ""
@@ -494,25 +498,26 @@ def parse_file(parser: HfArgumentParser, path: Path) -> tuple:
         SystemExit: there is no such file, or it names an argument that does not exist.
     """
     try:
-        return parser.parse_json_file(path) if path.suffix == ".json" else parser.parse_yaml_file(path)
-    except (OSError, ValueError) as error:
+        values = json.loads(path.read_text()) if path.suffix == ".json" else yaml.safe_load(path.read_text())
+        if not isinstance(values, dict):
+            raise ValueError("it must contain names and values")
+        if values.get("model_name_or_path") is None and values.get("dataset_name") is None:
+            values = DEMO | values
+        return parser.parse_dict(values)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise SystemExit(f"Cannot read the arguments in {path}: {error}") from None
 
 
 def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments]:
     """Returns the arguments of the command line. Checks first what would otherwise fail at the end of training."""
     parser = HfArgumentParser((ModelArguments, DataArguments, PlasticityArguments, FinetuningArguments))
-    parsed = parser.parse_args_into_dataclasses() if config_file() is None else parse_file(parser, config_file())
-    model_arguments, data, plasticity, arguments = parsed
-    demo = is_demo(model_arguments, data)
-    if arguments.num_train_epochs is None:
-        arguments.num_train_epochs = 4 if demo else 12
-    if data.test_fraction is None:
-        data.test_fraction = 0.5 if demo else TEST_FRACTION
+    path = config_file()
+    parsed = parse_command_line(parser) if path is None else parse_file(parser, path)
+    _, data, plasticity, arguments = parsed
     logging.basicConfig(format="%(message)s", level=logging.INFO if arguments.should_log else logging.WARNING)
     # peft reads an attribute that transformers renamed.
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    for noisy in ("httpx", "datasets", "evaluate"):
+    for noisy in () if arguments.verbose else ("httpx", "datasets", "evaluate"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     check_writable(arguments.output_dir)
     if arguments.push_merged and not arguments.push_to_hub:
@@ -592,7 +597,9 @@ def main() -> None:
     arguments.warmup_steps = arguments.warmup_steps or round(0.1 * steps)
     if arguments.logging_steps < 1:  # a checkpoint contains the number, with which a resumed run is compared
         arguments.logging_steps = int(np.ceil(arguments.logging_steps * steps))
-    trainer, metrics = finetune(model, arguments, processor, splits, checkpoint, plasticity.measure_every)
+    trainer, metrics = finetune(
+        model, arguments, processor, splits, checkpoint, plasticity.measure_every, arguments.verbose
+    )
     selected = " + ".join(("head", *units))
 
     about = {

@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
 import evaluate
-import numpy as np
 import torch
 from accelerate.data_loader import DataLoaderShard
-from baselines import recommended_optimizer
+from baselines import number_of_steps, recommended_optimizer
 from datasets import Dataset, Features, Value
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -25,6 +25,8 @@ from sklearn.metrics import accuracy_score
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import (
     BaseImageProcessor,
+    PrinterCallback,
+    ProgressCallback,
     Trainer,
     TrainerCallback,
     TrainerState,
@@ -78,7 +80,8 @@ class ResumableTrainer(Trainer):
     def create_optimizer(self, *args: object) -> torch.optim.Optimizer:
         """Returns an optimizer with a learning rate for each group of parameters."""
         if self.optimizer is None:
-            self.optimizer = recommended_optimizer(self.model, self.args, self.measured_on)
+            steps = number_of_steps(self.args, self.train_dataset)
+            self.optimizer = recommended_optimizer(self.model, self.args, self.measured_on, steps)
         return super().create_optimizer(*args)
 
     def get_train_dataloader(self) -> DataLoader:
@@ -113,6 +116,59 @@ class ResumableTrainer(Trainer):
             raise OSError(f"Cannot write {folder}: {error}") from error
 
 
+class Lines(ProgressCallback):
+    """The Trainer's progress bar, with a line for a person in the place of each dictionary of numbers."""
+
+    HIDDEN = ("epoch", "grad_norm", "learning_rate", "total_flos")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: object, **options: object) -> None:
+        """Starts the bar, unless `disable_tqdm` is set."""
+        self.shows = not args.disable_tqdm and state.is_world_process_zero
+        if self.shows:
+            super().on_train_begin(args, state, *rest, **options)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: object, **options: object) -> None:
+        """Moves the bar."""
+        if self.shows:
+            super().on_step_end(args, state, *rest, **options)
+
+    def on_prediction_step(self, args: TrainingArguments, *rest: object, **options: object) -> None:
+        """Shows the progress of the test, but not of each validation."""
+        if self.training_bar is None and not args.disable_tqdm:
+            super().on_prediction_step(args, *rest, **options)
+
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, *_: object, logs: dict[str, float], **__: object
+    ) -> None:
+        """Writes the line above the bar."""
+        line = self.line(logs, state)
+        if not line or not state.is_world_process_zero:
+            return
+        if self.training_bar is not None:
+            self.training_bar.write(line, file=sys.stderr)
+        else:
+            logger.info(line)
+
+    def on_train_end(self, *args: object, **options: object) -> None:
+        """Ends the bar."""
+        if self.training_bar is not None:
+            super().on_train_end(*args, **options)
+
+    @classmethod
+    def line(cls, logs: dict[str, float], state: TrainerState) -> str:
+        """Returns what is worth reading; "" for the test and the summary of training, which train.py logs itself."""
+        if any(name.startswith(("test_", "train_")) for name in logs):
+            return ""
+        told = [
+            f"{name.replace('eval_', 'validation ')} {100 * value:.2f} %"
+            if name.endswith("accuracy")
+            else f"{name.replace('eval_', 'validation ')} {value:.4g}"
+            for name, value in logs.items()
+            if name not in cls.HIDDEN and not name.endswith(("_runtime", "_per_second"))
+        ]
+        return f"Step {state.global_step} of {state.max_steps}: {', '.join(told)}" if told else ""
+
+
 class TimeEstimate(TrainerCallback):
     """Logs how long training will take, once a few steps are timed."""
 
@@ -136,6 +192,7 @@ def finetune(
     splits: dict[str, Dataset],
     checkpoint: str | None,
     measure_every: int | None = None,
+    verbose: bool = False,
 ) -> tuple[Trainer, dict[str, float]]:
     """Returns the trainer after training, and its metrics on the test images."""
     trainer = ResumableTrainer(
@@ -152,6 +209,9 @@ def finetune(
         trainer.add_callback(PlasticityCallback(trainer, splits["target"], every=measure_every))
     elif arguments.report_to:
         trainer.add_callback(PlasticityCallback(trainer))
+    if not verbose:
+        trainer.remove_callback(PrinterCallback if arguments.disable_tqdm else ProgressCallback)
+        trainer.add_callback(Lines())
     trainer.add_callback(TimeEstimate())
     trainer.train(resume_from_checkpoint=checkpoint)
     if checkpoint and Path(checkpoint).name == f"checkpoint-{trainer.state.global_step}":
@@ -187,18 +247,6 @@ def find_checkpoint(arguments: TrainingArguments, *also: str) -> str | None:
         return None
     logger.info("Training resumes from %s.", checkpoint)
     return str(checkpoint)
-
-
-def batch_size(arguments: TrainingArguments) -> int:
-    """Returns the number of images per step, on all devices together."""
-    return arguments.train_batch_size * arguments.world_size * arguments.gradient_accumulation_steps
-
-
-def number_of_steps(arguments: TrainingArguments, images: Dataset) -> int:
-    """Returns the number of training steps."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return int(np.ceil(len(images) / batch_size(arguments)) * arguments.num_train_epochs)
 
 
 def save(trainer: Trainer, metrics: dict[str, float], test: Dataset, about: dict[str, str | None]) -> None:

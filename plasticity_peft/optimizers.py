@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.checks import check_number, shown
+from plasticity_peft.checks import check_count, check_number, shown
 from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.errors import ConfigError
 from plasticity_peft.measuring.rates import Group, recommended_rates, trained_groups
@@ -23,6 +23,7 @@ def create_plasticity_optimizer(
     optimizer_cls: type[torch.optim.Optimizer],
     *,
     train_dataset: Any = None,
+    num_training_steps: int | None = None,
     lr: float | None = None,
     head_lr: float | None = None,
     vector_lr: float | None = None,
@@ -54,7 +55,10 @@ def create_plasticity_optimizer(
             something trains.
         optimizer_cls: class of the optimizer, such as `torch.optim.AdamW`.
         train_dataset: labeled images in the forms of `measure_plasticity`; 256 of them are used for the gradient, and
-            up to 1,024 to fit a head for it. Under `accelerate launch` each process must give the same.
+            up to 1,024 to fit a head for it, unless the head is as `fit_head` left it. Under `accelerate launch` each
+            process must give the same.
+        num_training_steps: number of steps that will be trained. In a run of fewer than 100, what trains in full gets
+            a quarter of the rates. By default, the rates are for longer runs.
         lr: rate of every group whose own rate is not given. No rate is recommended then.
         head_lr: rate of the head.
         vector_lr: rate of what trains in full and is no matrix.
@@ -86,6 +90,8 @@ def create_plasticity_optimizer(
         >>> sorted({group["name"] for group in optimizer.param_groups})
         ['head', 'lora_A', 'lora_B']
     """
+    if num_training_steps is not None:
+        check_count("num_training_steps", num_training_steps, 1)
     groups = trained_groups(model)
     own = {"head": head_lr, "vector": vector_lr, "matrix": matrix_lr, "lora_A": lora_A_lr, "lora_B": lora_B_lr}
     or_lr = {name: lr if rate is None else rate for name, rate in own.items()}
@@ -100,6 +106,7 @@ def create_plasticity_optimizer(
             model,
             open_groups,
             train_dataset,
+            num_training_steps=num_training_steps,
             batch_size=batch_size,
             seed=seed,
             backbone=backbone,

@@ -10,7 +10,6 @@ as JSON and as Markdown. All ratios compare what ran in turns.
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import tempfile
 import time
@@ -27,7 +26,16 @@ import torch
 from costs import CHOICES, trained
 from full_memory import BenchmarkArguments as MemoryArguments
 from full_memory import row_of as full_memory
-from harness import MEASURES, SIZES, classifier, in_turns, training_step, vit_config
+from harness import (
+    MEASURES,
+    SIZES,
+    as_markdown,
+    classifier,
+    in_turns,
+    training_step,
+    vit_config,
+    write_sections,
+)
 from peft import LoraConfig, get_peft_model
 from probe import WAYS
 from torch import nn
@@ -37,7 +45,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from plasticity_peft import PlasticityConfig, measure_plasticity
 from plasticity_peft.components.architecture import find_architecture
-from plasticity_peft.report.tables import table
 
 Row = dict[str, Any]
 ON_GPU = torch.cuda.is_available()
@@ -267,7 +274,7 @@ def quantized(arguments: BenchmarkArguments) -> Iterator[Row]:
                 folder, quantization_config=BitsAndBytesConfig(**options), device_map={"": DEVICE}
             )
             adapted = get_peft_model(
-                model, PlasticityConfig(target_data=images[:32], max_samples=32, candidates="MHA")
+                model, PlasticityConfig(target_data=images[:32], max_samples=32, candidates="MHA", training="lora")
             )
             step = training_step(adapted, images)
             step()
@@ -283,30 +290,13 @@ SECTIONS: dict[str, Callable[[BenchmarkArguments], Iterator[Row]]] = {
 }
 
 
-def as_text(title: str, rows: Sequence[Row]) -> str:
-    """Returns a table of the rows."""
-    columns = tuple(dict.fromkeys(name for row in rows for name in row))
-    return table(title + ".\n", columns, [[_cell(row.get(name)) for name in columns] for row in rows])
-
-
-def _cell(value: Any) -> str:
-    if value is None:
-        return ""
-    if isinstance(value, float):
-        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
-    return str(value)
-
-
 def write(
     path: Path, machine: Mapping[str, Any], arguments: BenchmarkArguments, found: Mapping[str, list[Row]]
 ) -> None:
     """Writes what was found so far as JSON, and as Markdown beside it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    values = {"machine": machine, "arguments": asdict(arguments), "sections": found}
-    path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     where = f"{machine['device']}, torch {machine['torch']}; {arguments.size}, {arguments.image_size} px"
-    texts = [as_text(str(SECTIONS[name].__doc__), rows) for name, rows in found.items() if rows]
-    path.with_suffix(".md").write_text("\n\n".join([where, *texts]) + "\n", encoding="utf-8")
+    titles = {name: str(section.__doc__) for name, section in SECTIONS.items()}
+    write_sections(path, where, {"machine": machine, "arguments": asdict(arguments)}, found, titles)
 
 
 def main() -> None:
@@ -326,7 +316,7 @@ def main() -> None:
             warnings.warn(f"{name}: {type(error).__name__}: {error}", stacklevel=1)
             failed.append(name)
         if found[name]:
-            print(as_text(str(SECTIONS[name].__doc__), found[name]), end="\n\n", flush=True)
+            print(as_markdown(str(SECTIONS[name].__doc__), found[name]), end="\n\n", flush=True)
         write(Path(arguments.output), machine, arguments, found)
     if failed:
         raise SystemExit(f"These sections failed: {', '.join(failed)}")

@@ -113,6 +113,34 @@ def report(title: str, columns: Mapping[str, str], rows: Sequence[Mapping[str, A
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
+def as_markdown(title: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Returns a table of the rows, whose columns are all names of values."""
+    columns = tuple(dict.fromkeys(name for row in rows for name in row))
+    return table(title + ".\n", columns, [[_short(row.get(name)) for name in columns] for row in rows])
+
+
+def _short(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
+
+
+def write_sections(
+    path: Path,
+    where: str,
+    values: Mapping[str, Any],
+    sections: Mapping[str, Sequence[Mapping[str, Any]]],
+    titles: Mapping[str, str],
+) -> None:
+    """Writes the rows of each section with `values` as JSON, and as Markdown below `where`, in a file beside it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({**values, "sections": sections}, indent=2) + "\n", encoding="utf-8")
+    texts = [as_markdown(titles[name], rows) for name, rows in sections.items() if rows]
+    path.with_suffix(".md").write_text("\n\n".join([where, *texts]) + "\n", encoding="utf-8")
+
+
 def _cell(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if value >= 100 else f"{value:.3g}" if value < 0.1 else f"{value:.2f}"

@@ -59,6 +59,7 @@ def forecast(
     ] = True,
     output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,
     as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Forecasts the accuracy of finetuning sets of components, with intervals and costs, and recommends one."""
     from plasticity_peft.cli.models import load_processor

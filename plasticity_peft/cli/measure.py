@@ -89,6 +89,7 @@ def measure(
     plot: options.Picture = None,
     view: options.View = "overview",
     as_json: options.AsJson = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measures which components of a model are worth training, on your images, and prints the ranking."""
     from plasticity_peft.cli.models import load_processor

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,8 +13,13 @@ from huggingface_hub.errors import HFValidationError
 from torch import nn
 from transformers import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING as WITH_HEAD
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers.utils import logging as transformers_logging
 
+from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.components.heads import within
 from plasticity_peft.errors import ModelError
+
+logger = transformers_logging.get_logger(f"transformers.{__name__}")
 
 NOT_LOADED = (OSError, ValueError, KeyError, HFValidationError)
 """The errors of transformers for a name, a folder or a type that it cannot load."""
@@ -31,10 +39,39 @@ def load_model(name: str, labels: list[str] | None, *, revision: str | None = No
         options: dict[str, Any] = {"ignore_mismatched_sizes": True}
         if auto is AutoModelForImageClassification and labels:
             options |= {"id2label": dict(enumerate(labels)), "label2id": {name: i for i, name in enumerate(labels)}}
-        model: nn.Module = auto.from_pretrained(name, revision=revision or "main", dtype=torch.float32, **options)
+        with without_load_report():
+            model, info = auto.from_pretrained(
+                name, revision=revision or "main", dtype=torch.float32, output_loading_info=True, **options
+            )
     except NOT_LOADED as error:
         raise ModelError(f"Cannot load the model {name}: {error}") from error
-    return model
+    _warn_of_random(name, model, info)
+    found: nn.Module = model
+    return found
+
+
+@contextmanager
+def without_load_report() -> Iterator[None]:
+    """Inside, transformers does not print which weights it found, unless its verbosity is "info" or more."""
+    verbosity = transformers_logging.get_verbosity()
+    if verbosity > logging.INFO:
+        transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def _warn_of_random(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+    """Warns of weights outside of the head that the checkpoint lacks. A new head is what finetuning begins with."""
+    try:
+        heads = find_architecture(model).heads
+    except ModelError:  # the command says so, unless the user names one of several backbones
+        heads = ()
+    rows = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
+    missing = sorted(row for row in rows if not any(within(row, head) for head in heads))
+    if missing:
+        logger.warning("%s has no weights for %s, which are random.", name, ", ".join(missing))
 
 
 def blank_model(name: str, revision: str | None = None) -> nn.Module:

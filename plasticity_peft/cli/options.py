@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -84,6 +85,14 @@ def several(value: str | None) -> tuple[str, ...]:
     return tuple(part.strip() for part in (value or "").split(",") if part.strip())
 
 
+def _set_verbosity(verbose: bool) -> None:
+    """Sets transformers' verbosity to "info", which the loggers of this package follow."""
+    if verbose:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity(logging.INFO)
+
+
 Report = Annotated[
     str, typer.Argument(help="A report file, the folder of an adapter, or an adapter on the Hub (user/repo).")
 ]
@@ -124,6 +133,12 @@ Training = Annotated[str | None, one_of("--training", TRAINING_MODES, HELP["trai
 Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
 Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
 Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]
+Verbose = Annotated[
+    bool,
+    typer.Option(
+        "--verbose", callback=_set_verbosity, is_eager=True, help="Also print what the libraries say of their work."
+    ),
+]
 Timeout = Annotated[
     float,
     typer.Option(

@@ -15,9 +15,12 @@ pretraining, the norms alone reach most of it. `docs/forecast.md` compares forec
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import groupby
+from operator import attrgetter
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -70,6 +73,8 @@ MODEL_ERROR = 0.015
 cover models whose features move far."""
 PAIRS_OF_KINDS = (("LN1", "LN2"), ("MHA", "FC1"), ("MHA", "FC2"), ("FC1", "FC2"))
 EVERYTHING = "everything"
+
+T = TypeVar("T")
 
 
 def forecast_finetuning(
@@ -211,6 +216,29 @@ class _Seen:
             sketches={path: ordered(part.sketches[path] for part in parts) for path in parts[0].sketches},
         )
 
+    @classmethod
+    def of_all(cls, share: Share, own: Sequence[_Seen], architecture: Architecture) -> _Seen:
+        """Returns the images of all processes. `own` has those of this process, if there are any.
+
+        Sketches are exchanged block by block, so that memory never holds messages of all blocks beside the result.
+        """
+
+        def all_of(part: Callable[[_Seen], T]) -> list[T]:
+            return [each for found in gathered(share, list(map(part, own))) for each in found]
+
+        rest = all_of(lambda seen: replace(seen, sketches={}))
+        order = np.argsort(np.concatenate([seen.numbers for seen in rest]))
+        sketches = {}
+        for _, block in groupby(architecture.components, key=attrgetter("block_id")):
+            paths = [path for part in block for path in part.modules]
+            found = all_of(partial(_of_layers, paths))
+            sketches.update({path: np.concatenate([each[path] for each in found])[order] for path in paths})
+        return replace(cls.together(rest), sketches=sketches)
+
+
+def _of_layers(paths: Sequence[str], seen: _Seen) -> dict[str, np.ndarray]:
+    return {path: seen.sketches[path] for path in paths}
+
 
 @dataclass(frozen=True, eq=False)
 class _Observer:
@@ -239,8 +267,7 @@ class _Observer:
             same(share, "number of images", count)
             with failing_together(share):
                 seen = self._seen(passes, sampler, share.of(range(count)), share)
-        found = [part for parts in gathered(share, seen) for part in parts]
-        return _Seen.together(found), costs
+        return _Seen.of_all(share, seen, architecture), costs
 
     def pilot(self, seen: _Seen, rates: Mapping[str, float]) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFinite
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
+from plasticity_peft.measuring.processes import Share, failing_together, same, summed, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.report.head import HeadFit
@@ -132,10 +132,10 @@ class FittedHead:
     @contextmanager
     def kept(self) -> Iterator[None]:
         """Inside, and afterwards, the layer is the fitted one. An exception inside takes that back."""
-        copies, before = self._copies(), is_fitted(self.layer)
+        copies, before = self._copies(), vars(self.layer).get(_FITTED)
         try:
             self.set()
-            vars(self.layer)[_FITTED] = True
+            vars(self.layer)[_FITTED] = _Fitted(self.found, _sums_of(self.layer))
             yield
         except BaseException:
             self._restore(copies)
@@ -156,7 +156,27 @@ _FITTED = "fitted_in_closed_form"
 
 def is_fitted(module: nn.Module) -> bool:
     """Returns whether `fit_head` has fitted a layer of this module, or of the module that it was copied from."""
-    return any(vars(part).get(_FITTED, False) for part in module.modules())
+    return any(vars(part).get(_FITTED) is not None for part in module.modules())
+
+
+def fit_of(layer: nn.Linear) -> HeadFit | None:
+    """Returns what `fit_head` found for a layer; None if it was not fitted, or has other weights by now."""
+    fitted: _Fitted | None = vars(layer).get(_FITTED)
+    return fitted.found if fitted is not None and fitted.sums == _sums_of(layer) else None
+
+
+class _Fitted(NamedTuple):
+    """What a fitted layer remembers, and its copies too."""
+
+    found: HeadFit
+    sums: tuple[float, ...]
+    """By which it sees whether it was changed."""
+
+
+def _sums_of(layer: nn.Linear) -> tuple[float, ...]:
+    """Returns numbers that change with the weights and biases."""
+    values = [parameter.detach().double() for parameter in (layer.weight, layer.bias)]
+    return tuple(float(each) for value in values for each in (value.sum(), value.square().sum()))
 
 
 def fitted_head(
@@ -218,12 +238,7 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
     Raises:
         ModelError: there is no such layer; the message lists the parts of the head.
     """
-    linears = {
-        f"{head}.{name}" if name else head: module
-        for head in architecture.heads
-        for name, module in walk(model.get_submodule(head))
-        if isinstance(module, nn.Linear)
-    }
+    linears = linears_of_head(model, architecture)
     outputs: dict[str, list[torch.Tensor]] = {path: [] for path in linears}
     hooks: dict[str, nn.Module] = {path: linear_at(model, path) for path in linears}
     with hooked(hooks, lambda path, call, output: outputs[path].append(output)):
@@ -241,6 +256,16 @@ def final_layer(model: nn.Module, architecture: Architecture, example: Inputs) -
             f"is the logits of the model. Its head is: {parts or 'none'}. Train such a head instead."
         )
     return ends[0]
+
+
+def linears_of_head(model: nn.Module, architecture: Architecture) -> dict[str, nn.Linear]:
+    """Returns the linear layers of the head by path, as they are in the base model."""
+    return {
+        f"{head}.{name}" if name else head: module
+        for head in architecture.heads
+        for name, module in walk(model.get_submodule(head))
+        if isinstance(module, nn.Linear)
+    }
 
 
 def linear_at(model: nn.Module, path: str) -> nn.Linear:
@@ -330,8 +355,7 @@ def _collect(
             count += len(features)
             progress.advance(len(features))
         progress.end()
-    for number, other in enumerate(gathered(share, sums)):
-        sums = other if number == 0 else sums.merge(other)
+    sums = sums.of_all(share)
     if not kept:
         return sums, np.empty((0, layer.in_features), np.float32), np.empty((0, layer.out_features), np.float32)
     return sums, np.concatenate([x for x, _ in kept]), np.concatenate([y for _, y in kept])
@@ -372,25 +396,25 @@ def solve(
     """Returns the penalty and the temperature with the smallest leave-one-out errors, and these errors."""
     ridge = Ridge(sums)
 
-    def total(of: Callable[[], float]) -> float:
-        return sum(gathered(share, of()))
+    def total(*values: float) -> list[float]:
+        return list(map(float, summed(share, np.array(values))[0]))
 
     def squared(penalty: float) -> float:
-        return total(lambda: float(((ridge.left_out(features, targets, penalty) - targets) ** 2).sum()))
+        return float(((ridge.left_out(features, targets, penalty) - targets) ** 2).sum())
 
-    tried = default_penalties(sums.count) if penalties is None else penalties
-    penalty = min(map(float, tried), key=squared)
-    left_out, held = ridge.left_out(features, targets, penalty), total(lambda: float(len(features)))
+    tried = [*map(float, default_penalties(sums.count) if penalties is None else penalties)]
+    errors = total(*map(squared, tried))
+    penalty = tried[int(np.argmin(errors))]
+    left_out, (held,) = ridge.left_out(features, targets, penalty), total(len(features))
     if problem == "regression":
-        spread = total(lambda: float(((targets - sums.y) ** 2).sum()))
-        error = squared(penalty)
+        (spread,), error = total(((targets - sums.y) ** 2).sum()), min(errors)
         score, loss, temperature = 1 - error / spread if spread > 0 else 0.0, error / held / targets.shape[1], 1.0
     else:
         right, log_likelihood = _OUTCOMES[problem]
-        score = total(lambda: float(right(left_out, targets))) / held
+        score = total(right(left_out, targets))[0] / held
 
         def entropy(log_temperature: float) -> float:
-            return -total(lambda: float(log_likelihood(left_out * np.exp(log_temperature), targets))) / held
+            return -total(log_likelihood(left_out * np.exp(log_temperature), targets))[0] / held
 
         best = minimize_scalar(entropy, bounds=(-5.0, 8.0), method="bounded", options={"xatol": 1e-4})
         temperature, loss = float(np.exp(best.x)), float(best.fun)

@@ -1,9 +1,9 @@
 """Mean and standard deviation of numbers that arrive in pieces: batch by batch, and process by process.
 
-`Moments.merge` combines both batches and processes. The state is the count, the mean and the comoments: the sums of
-products of two and of three distances from the mean. Two states combine as in Chan, Golub & LeVeque, "Updating
-formulae and a pairwise algorithm for computing sample variances" (1979). A rate of change is the mean of the ratio of
-each pair, so only ratios are added here, never numerators and denominators separately.
+`Moments.merge` combines batches, and `Moments.of_all` processes. The state is the count, the mean and the comoments:
+the sums of products of two and of three distances from the mean. Two states combine as in Chan, Golub & LeVeque,
+"Updating formulae and a pairwise algorithm for computing sample variances" (1979). A rate of change is the mean of the
+ratio of each pair, so only ratios are added here, never numerators and denominators separately.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+
+from plasticity_peft.measuring.processes import Share, pooled
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +57,16 @@ class Moments:
             m2=self.m2 + other.m2 + np.outer(delta, delta) * (self.count * share),
             m3=self._m3_around(delta * share) + other._m3_around(-delta * (self.count / count)),
         )
+
+    def of_all(self, share: Share) -> Moments:
+        """Returns the moments of the observations of all processes, the same in each; this one's do not change."""
+        count, mean, (m2, m3) = pooled(share, self.count, self.mean, self._around)
+        return Moments(count, mean, m2, m3)
+
+    def _around(self, mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns `m2` and `m3` with distances from `mean` instead."""
+        apart = mean - self.mean
+        return self.m2 + self.count * np.outer(apart, apart), self._m3_around(apart)
 
     def _m3_around(self, apart: np.ndarray) -> np.ndarray:
         """Returns `m3` with distances from the mean plus `apart`."""

@@ -14,6 +14,8 @@ from functools import cached_property
 
 import numpy as np
 
+from plasticity_peft.measuring.processes import Share, pooled
+
 SMALLEST = 1e-9
 """Lower bound of 1 - h, and of the standard deviation of a feature in units of its magnitude."""
 
@@ -65,6 +67,18 @@ class Sums:
             xx=self.xx + other.xx + weight * np.outer(dx, dx),
             xy=self.xy + other.xy + weight * np.outer(dx, dy),
         )
+
+    def of_all(self, share: Share) -> Sums:
+        """Returns the sums of the samples of all processes, the same in each; those of this process do not change."""
+
+        def around(mean: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            dx, dy = np.split(mean, [len(self.x)])
+            dx, dy = dx - self.x, dy - self.y
+            return self.xx + self.count * np.outer(dx, dx), self.xy + self.count * np.outer(dx, dy)
+
+        count, mean, (xx, xy) = pooled(share, self.count, np.concatenate([self.x, self.y]), around)
+        x, y = np.split(mean, [len(self.x)])
+        return Sums(count, x, y, xx, xy)
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.criteria.criterion import AnyCriterion, Observations, WeightCriterion
 from plasticity_peft.errors import ModelError, NonFiniteError
 from plasticity_peft.images.sampler import Batches, Sampler
-from plasticity_peft.measuring.processes import Share, failing_together, gathered, same
+from plasticity_peft.measuring.processes import Share, failing_together, same, summed
 from plasticity_peft.measuring.settling import Settling, distances, looks
 from plasticity_peft.measuring.sharing import Observed, Spread
 from plasticity_peft.report.confidence import MOST_COMPONENTS, Separation
@@ -149,10 +149,10 @@ def observe_until_settled(
         for stop in looks(sampler.planned(), sampler.first_look):
             with failing_together(share):
                 reached = sampler.available(stop)
-                seen = worker.look_at(share.of(range(start, reached)), progress)
+                seen, left_out = worker.look_at(share.of(range(start, reached)), progress)
             start = same(share, f"number of {sampler.plural}", reached)
-            for more, left_out in gathered(share, seen):
-                observed, skipped = observed.merge(more), skipped + left_out
+            observed = observed.merge(seen.of_all(share))
+            skipped += int(summed(share, np.array(left_out))[0])
             settled = columns.reached(observed) >= columns.settling.confidence
             progress.show(start, columns.ranking(observed), columns.settling.choice)
             if (settled and stop_early) or start < stop:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy import special
 
 from plasticity_peft.measuring.sharing import Spread
 from plasticity_peft.report.confidence import FARTHEST, confidence
@@ -40,8 +41,6 @@ def distances(means: np.ndarray, spread: Spread) -> np.ndarray:
     same chance lies beyond it as beyond that number in the t distribution. 0 if it is not known how much the means
     vary.
     """
-    from scipy import stats
-
     first, second = np.triu_indices(len(means), 1)
     apart = np.abs(means[first] - means[second])
     apart[apart < 1e-12 * np.abs(means[first])] = 0.0  # what rounding leaves of two equal means
@@ -52,9 +51,9 @@ def distances(means: np.ndarray, spread: Spread) -> np.ndarray:
         skewness = spread.skewness_of_differences() * np.sign(means[first] - means[second])
         ratio = np.where(errors > 0, _without_skewness(ratio, skewness, spread.moments.count), ratio)
     known = freedom > 0
-    beyond = stats.t.sf(ratio, np.where(known, freedom, 1.0))
-    farthest = stats.norm.sf(FARTHEST)
-    return np.where(known, stats.norm.isf(np.maximum(beyond, farthest)), 0.0).clip(0.0, FARTHEST)
+    beyond = special.stdtr(np.where(known, freedom, 1.0), -ratio)
+    farthest = special.ndtr(-FARTHEST)
+    return np.where(known, -special.ndtri(np.maximum(beyond, farthest)), 0.0).clip(0.0, FARTHEST)
 
 
 def _without_skewness(ratio: np.ndarray, skewness: np.ndarray, count: int) -> np.ndarray:
@@ -71,9 +70,7 @@ def error_factor(freedom: np.ndarray) -> np.ndarray:
 
     The factor makes mean +- 1.96 standard errors an interval of 95 % confidence.
     """
-    from scipy import stats
-
-    factor: np.ndarray = stats.t.isf(0.025, freedom) / stats.norm.isf(0.025)
+    factor: np.ndarray = special.stdtrit(freedom, 0.975) / special.ndtri(0.975)
     return factor
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from plasticity_peft.measuring.moments import Moments
+from plasticity_peft.measuring.processes import Share, gathered, summed
 
 GROUPS = 1024
 """Number of sums per sort of image. With more images, several of them share a sum, at the cost of precision."""
@@ -67,6 +68,20 @@ class Observed:
         groups, sums = (np.concatenate(both) for both in ((self.groups, other.groups), (self.sums, other.sums)))
         keys = np.concatenate([self.keys, other.keys])
         return Observed(self.moments.merge(other.moments), keys, *_summed(groups, sums))
+
+    def of_all(self, share: Share) -> Observed:
+        """Returns the state of the observations of all processes, the same in each; this one's does not change.
+
+        The keys alone are received from each process. All else are sums, of one size for any number of processes.
+        """
+        if share.world_size == 1:
+            return self
+        moments = self.moments.of_all(share)
+        keys = [each for each in gathered(share, self.keys) if len(each)] or [self.keys]
+        groups = np.unique(_group(np.concatenate(keys)))
+        sums = np.zeros((len(groups), self.sums.shape[1]))
+        sums[np.searchsorted(groups, self.groups)] = self.sums
+        return Observed(moments, np.concatenate(keys), groups, summed(share, sums)[0] if len(groups) else sums)
 
 
 def _group(keys: np.ndarray) -> np.ndarray:

@@ -300,7 +300,7 @@ UPLOADS = {
 }
 
 
-@pytest.mark.parametrize("where", UPLOADS)
+@pytest.mark.parametrize("where", ["storage", pytest.param("commit", marks=pytest.mark.slow)])
 def test_an_upload_that_breaks_off_leaves_nothing(where: str, world: World) -> None:
     method, path, text = UPLOADS[where]
     repository = f"user/broken-{where}"
@@ -384,6 +384,7 @@ def train(world: World, *arguments: str, token: str = TOKEN) -> Result:
     return world.run(warnings + RUN_TRAIN, train=str(TRAIN), arguments=[*SHORT, *arguments], token=token)
 
 
+@pytest.mark.slow
 def test_the_example_says_that_it_could_not_publish(world: World) -> None:
     world.hub.fail("POST", "user/unlucky/commit", 500)
     output = world.folder / "unlucky"

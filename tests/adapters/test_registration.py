@@ -44,8 +44,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("imports", "through_the_class"),
     [
         ("import plasticity_peft", False),
-        ("import peft, plasticity_peft", True),
-        ("from plasticity_peft import measure_plasticity", False),
+        pytest.param("import peft, plasticity_peft", True, marks=pytest.mark.slow),
+        pytest.param("from plasticity_peft import measure_plasticity", False, marks=pytest.mark.slow),
     ],
 )
 def test_a_saved_config_is_loaded_by_peft(imports: str, through_the_class: bool, saved: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from plasticity_peft.errors import AdapterError, PlasticityError, ReportError
 from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.gated import join_gated, split_gated
 from plasticity_peft.saved.layers import Layer
+from tests.support.crossing import crossed
 from tests.support.models import REPOSITORY, logits, moved, tiny_model
 from tests.support.releases.make import IMAGES, LAYERS, WRITTEN
 
@@ -48,9 +49,7 @@ def test_three_releases_wrote_adapters() -> None:
     assert RELEASES == ["transformers-4.57.6", "transformers-5.17.0", "transformers-5.23.0"]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("release", RELEASES)
+@crossed(release=RELEASES, name=LAYERS, case=CASES)
 def test_an_adapter_gives_the_logits_it_was_saved_with(release: str, name: str, case: str, tmp_path: Path) -> None:
     folder = ADAPTERS / release / name / case
     plain = logits(base(name))

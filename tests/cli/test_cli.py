@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,7 +22,9 @@ import yaml
 from datasets import load_dataset
 from peft import get_peft_model
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers.utils import logging as transformers_logging
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -605,6 +609,34 @@ def test_the_head_is_fitted_before_a_criterion_with_gradients() -> None:
     assert json.loads(fitted.stdout)["scores"] != json.loads(fresh.stdout)["scores"]
     assert re.search(r"^head fitted on \d+ images: leave-one-out accuracy [\d.]+ %$", fitted.stderr, re.MULTILINE)
     assert "--fit_head needs labeled images" in run("measure", "model", "--fit_head", code=1).output
+
+
+def test_what_is_random_is_said_unless_it_is_a_new_head(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers' own report, of a head that nobody expects in a checkpoint, is for those who ask for it."""
+    saved = tmp_path / "model"
+    shutil.copytree(folder / "model", saved)
+    weights = load_file(saved / "model.safetensors")
+    head = [name for name in weights if name.startswith("classifier")]
+    (norm,) = [name for name in weights if name.endswith("layernorm.weight")]
+    for gone, said, options in (
+        (head, [], []),
+        (head, ["classifier.weight"], ["--verbose"]),
+        ([*head, norm], [f"has no weights for {norm}, which are random."], []),
+    ):
+        save_file({name: weight for name, weight in weights.items() if name not in gone},
+                  saved / "model.safetensors", metadata={"format": "pt"})  # fmt: skip
+        records: list[logging.LogRecord] = []
+        monkeypatch.setattr(transformers_logging._default_handler, "emit", records.append)
+        verbosity = transformers_logging.get_verbosity()
+        try:
+            run("measure", saved, "images", "--max_samples", "4", *options)
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+        logged = "".join(record.getMessage() for record in records)
+        assert all(text in logged for text in said), logged
+        assert bool(said) == ("classifier.weight" in logged or norm in logged)
 
 
 def test_forecasts_as_the_library_does(tmp_path: Path) -> None:

@@ -67,14 +67,13 @@ def test_names_are_known_before_any_criterion_is_imported() -> None:
         "names = list(CRITERIA)\n"
         "assert 'bound' in CRITERIA and 'no such' not in CRITERIA and len(CRITERIA) == len(names) == 11\n"
         "assert 'torch' not in sys.modules\n"
-        "assert [CRITERIA[name].name for name in names] == names\n"
-        "assert 'torch' in sys.modules\n"
     )
     result = python(*STRICT, "-c", script)
     assert result.returncode == 0, result.stderr
 
 
 def test_the_same_criterion_is_returned_every_time() -> None:
+    assert [CRITERIA[name].name for name in CRITERIA] == list(CRITERIA)
     assert all(CRITERIA[name] is CRITERIA[name] for name in CRITERIA)
     with pytest.raises(KeyError):
         CRITERIA["no such"]

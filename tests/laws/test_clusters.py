@@ -118,7 +118,9 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
     last = max(out.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for checkpoint in out.glob("checkpoint-*"):
         assert why_not_whole(checkpoint, processes=2, also=("plasticity.json",)) == ""
-    for path in [path for path in last.rglob("*") if path.suffix in (".bin", ".distcp", ".pt")]:
+    of_state = [path for path in last.rglob("*") if path.suffix in (".bin", ".distcp", ".pt")]
+    assert len(of_state) >= 3  # weights, optimizer and scheduler
+    for path in of_state:
         if path.name == "scheduler.pt" and spread == "ZeRO-3":
             continue
         kept = path.read_bytes()
@@ -129,11 +131,37 @@ def test_ends_with_the_whole_adapter_and_resumes(spread: str, training: str, tmp
         assert why_not_whole(last, processes=2), path
         path.write_bytes(kept)
     (last / "trainer_state.json").unlink()
+    (out / "test_results.json").unlink()
     result = trained(2, out, *arguments, "--resume_from_checkpoint", "True")
     assert result.returncode == 0, result.stderr[-4000:]
     assert "Training resumes from" in result.stderr
     assert (out / f"not-whole-{last.name}").is_dir()
     assert results(out) == pytest.approx(whole, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["cpu", "ddp", "fsdp2", "zero3"])
+def test_launch_files_start_two_processes_that_train(name: str, tmp_path: Path) -> None:
+    """As far as CPUs go: only the precision is another one. To spread weights, CPUs are taken for GPUs."""
+    on_cpus = name in ("cpu", "ddp")
+    needed("ZeRO-3" if name == "zero3" else "")
+    file = REPOSITORY / "examples" / "launch" / f"{name}.yaml"
+    started = [str(TRAIN)] if on_cpus else [str(AS_GPUS), str(TRAIN)]
+    variables = {"ACCELERATE_USE_CPU": "1"} if on_cpus else {"DS_ACCELERATOR": "cpu"}
+    result = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(file), "--mixed_precision", "no",
+         "--main_process_port", str(free_port()), *started,
+         "--output_dir", str(tmp_path / "out"), *SMALL, "--num_train_epochs", "1", "--compare", "false",
+         "--learning_rate", "1e-3"],
+        env=environment(HF_HUB_OFFLINE="1", **variables),
+        cwd=tmp_path, capture_output=True, text=True, timeout=480, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-4000:]
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    assert why_not_whole(checkpoint, processes=2, also=("plasticity.json",)) == ""
+    held = {"fsdp2": "pytorch_model_fsdp.bin", "zero3": "zero_pp_rank_1_mp_rank_00_optim_states.pt"}.get(name)
+    assert held is None or list(checkpoint.rglob(held))
+    assert len(list(checkpoint.glob("rng_state_*.pth"))) == 2
+    assert results(tmp_path / "out")["test_accuracy"] > 0.5
 
 
 @pytest.mark.parametrize("spread", SPREAD)
@@ -149,6 +177,7 @@ def test_resumes_on_another_number_of_processes(spread: str, tmp_path: Path) -> 
     for processes in (4, 1):
         copied = tmp_path / str(processes)
         shutil.copytree(out, copied)
+        (copied / "test_results.json").unlink()
         batch = ("--per_device_train_batch_size", str(64 // processes), "--per_device_eval_batch_size", "256")
         result = trained(processes, copied, *SPREAD[spread], *batch, "--resume_from_checkpoint", "True")
         if spread == "ZeRO-3":
@@ -156,6 +185,7 @@ def test_resumes_on_another_number_of_processes(spread: str, tmp_path: Path) -> 
             assert "by 2 processes with DeepSpeed, which continues only with as many" in result.stderr
         else:
             assert result.returncode == 0, result.stderr[-4000:]
+            assert "Training resumes from" in result.stderr
             assert results(copied)["test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.02)
         assert not list(copied.glob("not-whole-*"))
     assert kept == {path: path.stat().st_mtime_ns for path in out.rglob("checkpoint-*/**/*") if path.is_file()}
@@ -173,14 +203,18 @@ def test_killed_at_random_ten_times(tmp_path: Path) -> None:
         with log.open("w") as file:
             process = subprocess.Popen(
                 command(2, out, *longer, "--resume_from_checkpoint", "True"),
-                env=environment(HF_HUB_OFFLINE="1"), cwd=tmp_path, stdout=file, stderr=file, start_new_session=True,
+                env=environment(HF_HUB_OFFLINE="1"), cwd=tmp_path, stdout=file, stderr=file,
             )  # fmt: skip
         wait_for(log, "eval_loss", process, 0)
         time.sleep(moments.uniform(0, 6))
         if process.poll() is not None:
             break
-        os.killpg(process.pid, signal.SIGKILL)
+        workers = children(process.pid)
+        assert len(workers) == 2
+        for pid in (process.pid, *workers):  # the launcher first, which would log how the others ended
+            os.kill(pid, signal.SIGKILL)
         process.wait()
+        wait_until_gone(workers)
         kills += 1
         found = [p for p in out.glob("checkpoint-*") if not why_not_whole(p, processes=2, also=("plasticity.json",))]
         reached = max((int(path.name.split("-")[1]) for path in found), default=0)
@@ -241,6 +275,20 @@ def wait_for(log: Path, text: str, process: subprocess.Popen[Any], otherwise: in
             assert process.returncode == otherwise, log.read_text()[-4000:]
             return
         time.sleep(0.1)
+
+
+def wait_until_gone(pids: list[int]) -> None:
+    """Waits until killed processes write no more."""
+    while any(map(is_running, pids)):
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    """Returns whether a process is there, and not only its exit code."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def children(pid: int) -> list[int]:

@@ -128,7 +128,7 @@ def test_a_component_called_again_gives_what_it_gave(name: str) -> None:
             torch.testing.assert_close(tensor(output), tensor(seen[path].output))
 
 
-@crossed(name=FAMILIES, inputs=PROTOCOLS)
+@crossed(name=KINDS_OF_FAMILY, inputs=PROTOCOLS)
 def test_rates_of_change_are_those_of_the_definition(name: str, inputs: str) -> None:
     found = family(name)
     model = found.build().double()

@@ -11,7 +11,7 @@ from tests.support.processes import python
 
 
 def test_a_few_damaged_files() -> None:
-    found = fuzz(400, seed=1)
+    found = fuzz(200, seed=1)
     assert not found["failures"], found["failures"][0]
     outcomes = " ".join(found["counts"])
     for outcome in ("report_values: accepted", "report_file: ReportError", "adapter: loaded", "adapter: AdapterError"):
@@ -21,7 +21,7 @@ def test_a_few_damaged_files() -> None:
 def test_the_fuzzer_sees_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that forgets a kind of damage is found out."""
     monkeypatch.setattr("plasticity_peft.report.report.PlasticityReport.check", lambda self: None)
-    assert fuzz(400, seed=2)["failures"]
+    assert fuzz(200, seed=2)["failures"]
 
 
 @pytest.mark.slow

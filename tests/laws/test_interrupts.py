@@ -44,6 +44,8 @@ MEASURES: dict[str, dict[str, Any]] = {
     "token_sensitivity": {"criterion": "token_sensitivity", "batch_size": 2},
     "bound": {"criterion": "bound"},
 }
+IN_TURN = ("recomputed", "embedding", "bound")
+"""What the default run interrupts at any line: gradients, rates of change, and weights alone."""
 
 
 def lived_in(model: nn.Module) -> nn.Module:
@@ -102,7 +104,9 @@ def is_measured() -> bool:
     return not free[0]
 
 
-@pytest.mark.parametrize("measure", MEASURES)
+@pytest.mark.parametrize(
+    "measure", [pytest.param(name, marks=() if name in IN_TURN else pytest.mark.slow) for name in MEASURES]
+)
 def test_an_interrupt_at_any_line_leaves_nothing_behind(measure: str) -> None:
     model, work = measuring(measure)
     work()
@@ -112,7 +116,7 @@ def test_an_interrupt_at_any_line_leaves_nothing_behind(measure: str) -> None:
     assert len(places) > 9
 
 
-@pytest.mark.parametrize("measure", ["recomputed", "gradient_norm"])
+@pytest.mark.parametrize("measure", ["recomputed", pytest.param("gradient_norm", marks=pytest.mark.slow)])
 def test_an_interrupt_at_any_bytecode_of_what_sets_and_puts_back_leaves_nothing_behind(measure: str) -> None:
     """Between the call that sets a hook and what notes it, too."""
     model, work = measuring(measure)
@@ -144,7 +148,8 @@ def test_the_law_sees_a_hook_that_an_interrupt_leaves(monkeypatch: pytest.Monkey
 ADAPTING = ("/plasticity_peft/adapters/model.py", "/plasticity_peft/adapters/rollback.py")
 
 
-def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_was() -> None:
+@pytest.mark.parametrize("most", [8, pytest.param(40, marks=pytest.mark.slow)])
+def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_was(most: int) -> None:
     """Both are chosen by what is quick to measure."""
 
     def add(model: Any) -> None:
@@ -160,7 +165,7 @@ def test_an_interrupt_while_a_further_adapter_is_added_leaves_the_first_as_it_wa
     assert len(numbers) > 100
     with torch.no_grad():
         expected = start(pixel_values=IMAGES[:2]).logits
-    for number in numbers[:: math.ceil(len(numbers) / 40)]:
+    for number in numbers[:: math.ceil(len(numbers) / most)]:
         model = copy.deepcopy(start)
         with interrupted(ADAPTING, number) as interrupter, pytest.raises(KeyboardInterrupt):
             add(model)

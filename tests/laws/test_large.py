@@ -113,6 +113,7 @@ def check(name: str, image_size: int, all_options: list[dict[str, Any]], folder:
         assert ratio < MOST, (name, options, ratio)
 
 
+@pytest.mark.slow
 @needs_linux
 def test_a_part_of_a_large_model_is_measured_in_little_memory(tmp_path: Path) -> None:
     check("8 blocks of ViT-L", 112, [MEASURES["parameter_plasticity"]], tmp_path)

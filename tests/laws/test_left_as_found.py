@@ -35,7 +35,7 @@ from tests.support.snapshots import assert_same, snapshot
 frozen_in_part = pytest.mark.filterwarnings("ignore:.*(stay frozen|frozen before)")
 """For models that are `lived_in`, parts of whose heads are frozen; PEFT trains some of these parts, and not others."""
 
-some_failures = pytest.mark.parametrize("most", [3, pytest.param(40, marks=pytest.mark.slow)])
+some_failures = pytest.mark.parametrize("most", [2, pytest.param(40, marks=pytest.mark.slow)])
 
 OURS = ("/plasticity_peft/plasticity_peft/", "/plasticity_peft/")
 THEIRS = ("/transformers/models/",)
@@ -293,9 +293,8 @@ def calls_of_injection(
 
 
 ADAPTING = list(itertools.product(LAYOUTS, ["lora", "full"], ["get_peft_model", "add_adapter"]))
-SOME = [("vit", "lora", "get_peft_model"), ("vit", "full", "add_adapter"), ("swin", "full", "get_peft_model"),
-        ("dinov2-swiglu", "lora", "add_adapter")]  # fmt: skip
-"""Each layout, each mode and each way twice or once."""
+SOME = [("vit", "full", "get_peft_model"), ("dinov2-swiglu", "lora", "add_adapter")]
+"""Each mode and each way once."""
 
 
 @frozen_in_part

@@ -21,11 +21,13 @@ from transformers import DeiTForImageClassificationWithTeacher, ViTConfig, ViTFo
 
 from plasticity_peft import PlasticityConfig, find_components, fit_head, measure_plasticity
 from plasticity_peft.errors import ConfigError, DataError, ModelError
+from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.report.head import HeadFit
 from plasticity_peft.saved.record import AdapterRecord
 from tests.support.forking import run_script
 from tests.support.models import backbone, tiny_model
+from tests.support.processes import in_threads
 
 QUERY = find_components(tiny_model())[1].modules[0]
 PENALTIES = (0.1, 1.0, 10.0, 100.0)
@@ -80,17 +82,22 @@ def test_sums_of_parts_are_the_sums_of_all(splits: tuple[int, ...]) -> None:
     rng = np.random.default_rng(1)
     count = sum(splits)
     x, y = 100 + rng.normal(size=(count, 4)), rng.normal(size=(count, 2))
-    merged, start = Sums.of(x[:0], y[:0]), 0
-    for size in splits:
+    merged, parts = Sums.of(x[:0], y[:0]), [Sums.of(*part) for part in zip(*cut(splits, x, y), strict=True)]
+    for part in parts:
         before = merged.xx.copy()
-        part = Sums.of(x[start : start + size], y[start : start + size])
         previous, merged = merged, merged.merge(part)
         np.testing.assert_array_equal(previous.xx, before)
-        start += size
+    of_processes = in_threads(len(parts), lambda rank: parts[rank].of_all(Share(rank, len(parts))))
     whole = Sums.of(x, y)
-    assert merged.count == whole.count
-    for name in ("x", "y", "xx", "xy"):
-        np.testing.assert_allclose(getattr(merged, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+    for found in (merged, *of_processes):
+        assert found.count == whole.count
+        for name in ("x", "y", "xx", "xy"):
+            np.testing.assert_allclose(getattr(found, name), getattr(whole, name), rtol=1e-9, atol=1e-9)
+
+
+def cut(splits: tuple[int, ...], *arrays: np.ndarray) -> list[list[np.ndarray]]:
+    """Returns the parts of each array, of these lengths."""
+    return [np.split(array, np.cumsum(splits)[:-1]) for array in arrays]
 
 
 def test_the_temperature_is_the_best_for_the_loss_and_the_loss_is_that_of_images_left_out(vit: nn.Module) -> None:

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from plasticity_peft.measuring.moments import Moments
+from plasticity_peft.measuring.processes import Share
+from tests.support.processes import in_threads
 
 GENERATOR = np.random.default_rng(0)
 DATA = {
@@ -41,6 +43,15 @@ def test_order_and_grouping_do_not_matter(name: str) -> None:
     a, b, c = (Moments.of(part) for part in np.split(values, [7, 30]))
     for merged in (a.merge(b).merge(c), a.merge(b.merge(c)), c.merge(a).merge(b)):
         assert_equal(merged, values)
+
+
+@pytest.mark.parametrize("name", DATA)
+@pytest.mark.parametrize("cuts", [(1,), (5, 5, 9), (0, 36)])
+def test_all_processes_have_the_moments_of_the_whole(name: str, cuts: tuple[int, ...]) -> None:
+    """Also if some have observed nothing."""
+    parts = np.split(DATA[name], cuts)
+    for together in in_threads(len(parts), lambda rank: Moments.of(parts[rank]).of_all(Share(rank, len(parts)))):
+        assert_equal(together, DATA[name])
 
 
 def test_empty_is_neutral_on_both_sides() -> None:

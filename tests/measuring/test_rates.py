@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components
+from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components, fit_head
 from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.rates import (
     MOST_OVER_MATRICES,
@@ -84,8 +84,6 @@ def test_the_rate_of_what_trains_in_full_follows_from_its_gradient_and_its_numbe
 
 def by_hand(model: nn.Module) -> dict[str, float]:
     """Returns the sums of magnitudes of the gradient through a fitted head, as if each image had been left out."""
-    from plasticity_peft import fit_head
-
     assert len(LABELED) <= TO_FIT
     found = fit_head(model, LABELED)
     images = torch.stack([item["pixel_values"] for item in LABELED])
@@ -133,13 +131,61 @@ def test_without_labels_the_rates_follow_from_the_number_of_parameters() -> None
 
 def test_a_head_that_was_fitted_gets_smaller_steps_than_a_fresh_one() -> None:
     found = []
-    for fit_head in (False, True):
+    for fitted in (False, True):
         config = PlasticityConfig(
-            training="lora", target_data=LABELED, fit_head=fit_head, candidates="MHA", max_samples=8
+            training="lora", target_data=LABELED, fit_head=fitted, candidates="MHA", max_samples=8
         )
         model = get_peft_model(tiny_model(), config)
         found.append(rates(create_plasticity_optimizer(model, torch.optim.AdamW))["head"])
     assert found[0] == pytest.approx(10 * found[1])
+
+
+class Counted(list):
+    """Images that count how often one is read."""
+
+    def __init__(self, items: list[Any]) -> None:
+        super().__init__(items)
+        self.read = 0
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_a_head_that_is_as_it_was_fitted_is_not_fitted_again(training: str) -> None:
+    """The rates are the same, from fewer images that are read; a head that was changed is fitted again."""
+    options = {} if training == "full" else {"r": 2, "bias": "all"}  # biases train in full beside LoRA
+    images = Counted(LABELED)
+    fresh = adapted(training, **options)
+    wanted = rates(create_plasticity_optimizer(fresh, torch.optim.AdamW, train_dataset=images))
+    with_fit, images.read = images.read, 0
+    for changed in (False, True):
+        model = adapted(training, **options)
+        fit_head(model, LABELED)
+        if changed:
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if "classifier" in n and p.requires_grad)[0].add_(1)
+        images.read = 0
+        found = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=images))
+        assert {name: rate for name, rate in found.items() if name != "head"} == pytest.approx(
+            {name: rate for name, rate in wanted.items() if name != "head"}, rel=1e-5
+        )
+        assert (images.read < with_fit) == (not changed)
+    with pytest.raises(ConfigError, match=r"num_training_steps must be a whole number of at least 1. Got 0"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, num_training_steps=0)
+
+
+@pytest.mark.parametrize(("steps", "share"), [(None, 1), (100, 1), (5000, 1), (99, 0.25), (1, 0.25)])
+def test_short_runs_take_smaller_steps_in_full_but_not_by_lora(steps: int | None, share: float) -> None:
+    for training, options in (("full", {}), ("lora", {"r": 2})):
+        model = adapted(training, **options)
+        usual = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED))
+        found = rates(
+            create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=LABELED, num_training_steps=steps)
+        )
+        ratios = {name: rate / usual[name] for name, rate in found.items()}
+        assert ratios == pytest.approx({name: share if name in ("vector", "matrix") else 1 for name in usual})
 
 
 def test_given_rates_are_used_and_nothing_is_recommended_then() -> None:

@@ -199,7 +199,8 @@ def test_what_is_not_spread_is_not_copied() -> None:
 ZERO = """
 import sys, warnings
 warnings.simplefilter("ignore")  # DeepSpeed uses what torch has renamed
-import tests.support.as_gpus
+from tests.support.as_gpus import take_cpus_for_gpus
+take_cpus_for_gpus()
 from pathlib import Path
 import torch
 from peft import get_peft_model

@@ -11,9 +11,11 @@ from plasticity_peft.criteria import rate_of_change
 from plasticity_peft.criteria.rate_of_change import ratios
 from plasticity_peft.images.pairs import draw_pairs
 from plasticity_peft.measuring import sharing
+from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.settling import FARTHEST, distances
 from plasticity_peft.measuring.sharing import Observed, Spread
 from tests.support.models import random_images, tiny_model
+from tests.support.processes import in_threads
 
 GENERATOR = np.random.default_rng(0)
 DESIGNS = {"target": (9, None, 30), "source and target": (9, 7, 40), "few pairs": (30, None, 12)}
@@ -42,6 +44,28 @@ def test_any_split_and_order_gives_the_spread_of_the_whole(name: str, cuts: tupl
             merged = merged.merge(piece)
         for one, other in zip(parts(Spread.of(merged)), whole, strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", DESIGNS)
+@pytest.mark.parametrize("cuts", [(1,), (3, 3, 9)])
+def test_all_processes_have_the_spread_of_the_whole(name: str, cuts: tuple[int, ...]) -> None:
+    """Also if some have observed nothing, and each has observed other images."""
+    keys = drawn(name)
+    values = GENERATOR.lognormal(sigma=2, size=(len(keys), 4))
+    pieces = [Observed.of(*piece) for piece in zip(np.split(values, cuts), np.split(keys, cuts), strict=True)]
+    pieces = [piece if len(piece.keys) else Observed.of(values[:0], np.empty((0, 0), np.int64)) for piece in pieces]
+    whole = Observed.of(values, keys)
+    for together in in_threads(len(pieces), lambda rank: pieces[rank].of_all(Share(rank, len(pieces)))):
+        for one, other in zip(parts(Spread.of(together)), parts(Spread.of(whole)), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-12)
+        assert together.groups.tolist() == whole.groups.tolist()
+
+
+def test_all_processes_together_may_have_observed_nothing() -> None:
+    nothing = Observed.of(np.empty((0, 4)), np.empty((0, 0), np.int64))
+    for together in in_threads(2, lambda rank: nothing.of_all(Share(rank, 2))):
+        assert together.moments.count == 0
+        assert together.merge(nothing).sums.shape == (0, 4)
 
 
 def test_samples_that_share_nothing_have_the_usual_errors() -> None:

@@ -52,6 +52,27 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, run(*DIGITS, "--compare_seeds", "1", "--output_dir", folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"), [("cpu", "multi_gpu"), ("ddp", "multi_gpu"), ("fsdp2", "use_fsdp"), ("zero3", "use_deepspeed")]
+)
+def test_accelerate_reads_the_launch_files(name: str, kind: str) -> None:
+    """Every field is one that Accelerate knows, and says how the processes work together."""
+    from accelerate.commands.config.config_args import load_config_from_file
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+
+    path = REPOSITORY / "examples" / "launch" / f"{name}.yaml"
+    assert load_config_from_file(str(path)).num_processes == 2
+    arguments, *_ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), "train.py"])
+    )
+    assert arguments.num_processes == 2
+    assert [each for each in ("multi_gpu", "use_fsdp", "use_deepspeed") if getattr(arguments, each)] == [kind]
+    if name == "fsdp2":
+        model = AutoModelForImageClassification.from_pretrained(MODEL)
+        assert arguments.fsdp_transformer_layer_cls_to_wrap in {type(part).__name__ for part in model.modules()}
+        assert arguments.fsdp_version in (2, "2")
+
+
 @pytest.mark.slow
 def test_what_will_disappoint_is_said_before_training(tmp_path: Path) -> None:
     wrong = ["--training", "full", "--learning_rate", "0.05", "--budget", "0.2"]
@@ -93,13 +114,12 @@ def test_without_arguments_it_compares_with_stock_peft_and_with_everything(demo:
         "stock LoRA on query and value",
         "stock LoRA on all linear layers",
         "selected: MHA (full)",
-        "selected: MHA (lora)",
         "everything in full",
     ]
     assert not any("±" in row for row in rows.values())
     assert re.search(r"Images of 28 x 28 pixels, 50 tokens each; 3 steps of 16 images", log)
-    first = re.search(r"'eval_accuracy': '?([\d.]+)", log)  # of the fitted head, before any step
-    assert float(first.group(1)) > 0.5
+    first = re.search(r"Step 0 of 3: .*validation accuracy ([\d.]+) %", log)  # of the fitted head, before any step
+    assert float(first.group(1)) > 50
     assert "LOAD REPORT" not in log
     assert "Warning" not in log
     report = PlasticityReport.load(folder / "plasticity.json")
@@ -119,9 +139,10 @@ def rows_of(log: str) -> dict[str, str]:
 @pytest.mark.slow
 def test_several_seeds_have_a_standard_error(tmp_path: Path) -> None:
     rows = rows_of(run(*DIGITS, "--compare_seeds", "2", "--output_dir", tmp_path))
-    assert ["±" in row for row in rows.values()] == [False, *[True] * 5]
+    assert ["±" in row for row in rows.values()] == [False, *[True] * 4]
 
 
+@pytest.mark.slow
 def test_resumes_with_the_report_of_the_checkpoint(tmp_path: Path) -> None:
     short = [*ONCE, "--output_dir", tmp_path, "--save_strategy", "steps"]
     short += ["--save_steps", "1"]
@@ -250,6 +271,16 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
 
 
+def test_a_method_is_compared(tmp_path: Path) -> None:
+    options = ["--seeds", "1", "--max_rates", "3", "--stages", "train", "--methods", "attention output"]
+    log = run(*SMALL[:-1], *options, "--output_dir", tmp_path, script=COMPARE)
+    assert "runs: 1 of 1 methods to do" in log
+    (result,) = load_example("comparison").load(tmp_path).results.values()
+    assert {run.factor for run in result.runs} == {1.0, result.best_factor}
+    assert "attention output" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.slow
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)

@@ -92,7 +92,7 @@ def in_threads(world_size: int, work: Callable[[int], T]) -> list[T]:
         _shared_state: ClassVar = {"there": "is one"}
 
         def __init__(self, *_: object, **__: object) -> None:
-            self.process_index, self.num_processes = here.rank, world_size
+            self.process_index, self.num_processes, self.device = here.rank, world_size, torch.device("cpu")
 
     def gather(values: list[Any]) -> list[Any]:
         boxes[here.rank] = values
@@ -100,6 +100,10 @@ def in_threads(world_size: int, work: Callable[[int], T]) -> list[T]:
         found = [value for box in boxes for value in box]
         meeting.wait()  # nobody writes again before all have read
         return found
+
+    def reduce(tensor: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert reduction == "sum"
+        return torch.stack(gather([tensor])).sum(dim=0)
 
     def one(rank: int) -> T:
         here.rank = rank
@@ -109,6 +113,7 @@ def in_threads(world_size: int, work: Callable[[int], T]) -> list[T]:
     with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(world_size) as pool:
         patch.setattr("accelerate.PartialState", State)
         patch.setattr("accelerate.utils.gather_object", gather)
+        patch.setattr("accelerate.utils.reduce", reduce)
         # Processes do not wait for one another to measure; threads do.
         patch.setattr("plasticity_peft.measuring.left_as_found._ONE_AT_A_TIME", Mock())
         found = list(pool.map(one, range(world_size)))
