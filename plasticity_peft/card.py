@@ -133,7 +133,7 @@ _page = lru_cache(maxsize=4)(as_page)
 def _outdated(folder: Path, adapter: TrainedAdapter) -> list[EvalResult]:
     """Returns the results of earlier weights that the card in `folder` may contain."""
     old = [one for one in all_results(folder) if one not in adapter.results]
-    return [result for one in old for result in eval_results_of(one)]
+    return [result for one in old for result in eval_results_of(one, adapter.task)]
 
 
 def _merge(data: Any, ours: Any, *, outdated: list[EvalResult], folder: Path) -> None:

@@ -44,7 +44,10 @@ def create_plasticity_optimizer(
     recommended. They are peak rates for Adam and its variants, with warm-up and a schedule that ends near 0.
 
     The rate of what trains in full follows from the gradient on `train_dataset`; without one, from the number of
-    parameters, which is less reliable. The rates of LoRA and of the head follow from the sizes of their layers.
+    parameters, which is less reliable. The rates of LoRA and of the head follow from the sizes of their layers. If the
+    head cannot be fitted in closed form, as a decoder cannot, the gradient only lowers the rate by size. Models
+    without a loss of images and labels alone, such as DPT, CLIP and LLaVA, get rates by size: leave `train_dataset`
+    out.
     Nothing of the model changes.
 
     Args:

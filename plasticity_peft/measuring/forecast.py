@@ -398,7 +398,7 @@ class _Rates:
         groups = groups_in_full(model, architecture.components)
         named = [replace(group, name=f"{part} {name}") for part, own in groups.items() for name, group in own.items()]
         counts = {part: {name: group.count for name, group in own.items()} for part, own in groups.items()}
-        return cls(counts, gradient.sums_of_magnitudes(named))
+        return cls(counts, gradient.sums_of_magnitudes(named)[0])
 
     def of_set(self, parts: Sequence[Component], features: int) -> dict[str, float] | None:
         """Returns the rates of a set, and of a fitted head that trains along; None if they are unknown."""

@@ -62,7 +62,7 @@ def section_of(adapter: TrainedAdapter, *, picture: str | None, page: str | None
         results=[row for one in adapter.results for row in _result_rows(one)],
         stock_snippet=stock_snippet(adapter),
         own_snippet=own_snippet(adapter) if readable(adapter.options) else "",
-        labels=_labels(adapter.id2label or {}) if adapter.classifies_images else "",
+        labels=_labels(adapter.id2label or {}) if adapter.has_labels else "",
     )
     return card
 
@@ -72,14 +72,14 @@ def comment(which: str, name: str) -> str:
     return f"<!-- plasticity_peft: {which} {re.sub(r'[^0-9A-Za-z_.-]', '_', name)} -->"
 
 
-def eval_results_of(results: Results) -> list[EvalResult]:
-    """Returns results in the form of the Hub's model-index."""
-    data = results.dataset
+def eval_results_of(results: Results, task: str | None) -> list[EvalResult]:
+    """Returns results in the form of the Hub's model-index. Without a task, the model gives features of images."""
+    data, task = results.dataset, task or "image-feature-extraction"
     name = data.repo_id or data.name or data.form
     return [
         EvalResult(
-            task_type="image-classification",
-            task_name="Image Classification",
+            task_type=task,
+            task_name=task.replace("-", " ").title(),
             dataset_type=data.repo_id or re.sub(r"[^\w.-]+", "-", name.lower()),
             dataset_name=name,
             dataset_split=data.split,
@@ -94,11 +94,11 @@ def eval_results_of(results: Results) -> list[EvalResult]:
 def _metadata(adapter: TrainedAdapter) -> ModelCardData:
     datasets = [adapter.report.target_provenance, *(one.dataset for one in adapter.results)]
     ids = sorted({one.repo_id for one in datasets if one is not None and one.repo_id})
-    results = [result for one in adapter.results for result in eval_results_of(one)]
+    results = [result for one in adapter.results for result in eval_results_of(one, adapter.task)]
     return ModelCardData(
         library_name="peft",
         base_model=adapter.hub_model,
-        pipeline_tag="image-classification" if adapter.classifies_images else None,
+        pipeline_tag=adapter.task,
         datasets=ids or None,
         metrics=sorted({result.metric_type for result in results}) or None,
         tags=[TAG],

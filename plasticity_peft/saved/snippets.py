@@ -20,9 +20,9 @@ def own_snippet(adapter: TrainedAdapter) -> str:
     """Returns code that loads the adapter with this package."""
     subfolder = _subfolder(adapter)
     if not adapter.classifies_images:
-        model = f'model = load_adapter(base, "{REPOSITORY}"{subfolder})'
-        imports = ["from plasticity_peft import load_adapter", *_import_base(adapter)]
-        return _lines(*imports, "", f"base = {_base(adapter)}", model)
+        model = f"model = load_adapter(base, adapter{subfolder})"
+        imports = [*_import_base(adapter), "from plasticity_peft import load_adapter"]
+        return _lines(*_loaded_base(adapter, *imports), model)
     base = "" if adapter.hub_model else f', base_model="{_unknown(adapter)}"'
     return _lines(
         "from PIL import Image",
@@ -36,28 +36,18 @@ def own_snippet(adapter: TrainedAdapter) -> str:
 
 
 def _classifier(adapter: TrainedAdapter) -> str:
-    labels = dict(adapter.id2label or {})
-    imports, id2label = [], f"id2label = {_literal(labels)}"
-    if len(labels) > MOST_LABELS:
-        imports = ["import json", ""]
-        id2label = (
-            f'with open(hf_hub_download(adapter, "plasticity.json"{_subfolder(adapter)})) as file:\n'
-            '    id2label = {int(key): label for key, label in json.load(file)["adapter"]["id2label"].items()}'
-        )
+    imports, id2label = _id2label(adapter)
     return _lines(
         *imports,
         "import torch",
-        *(["from huggingface_hub import hf_hub_download"] if imports else []),
+        *_import_download(imports),
         "from peft import PeftModel",
         "from PIL import Image",
         "from transformers import AutoImageProcessor, AutoModelForImageClassification",
         "",
         f'base_model, adapter = "{adapter.hub_model or _unknown(adapter)}", "{REPOSITORY}"',
         id2label,
-        "base = AutoModelForImageClassification.from_pretrained(",
-        "    base_model, id2label=id2label, label2id={label: i for i, label in id2label.items()},",
-        "    ignore_mismatched_sizes=True,",
-        ")",
+        *_labeled_base("AutoModelForImageClassification"),
         f"model = PeftModel.from_pretrained(base, adapter{_subfolder(adapter)}).eval()",
         *_image_processor(adapter),
         'inputs = image_processor(images=Image.open("image.png").convert("RGB"), return_tensors="pt")',
@@ -65,6 +55,31 @@ def _classifier(adapter: TrainedAdapter) -> str:
         "    label = model(**inputs).logits.argmax(-1).item()",
         "print(id2label[label])",
     )
+
+
+def _id2label(adapter: TrainedAdapter) -> tuple[list[str], str]:
+    """Returns code that imports what code with the names of the labels needs, and this code."""
+    labels = dict(adapter.id2label or {})
+    if len(labels) <= MOST_LABELS:
+        return [], f"id2label = {_literal(labels)}"
+    return ["import json", ""], (
+        f'with open(hf_hub_download(adapter, "plasticity.json"{_subfolder(adapter)})) as file:\n'
+        '    id2label = {int(key): label for key, label in json.load(file)["adapter"]["id2label"].items()}'
+    )
+
+
+def _import_download(imports: list[str]) -> list[str]:
+    return ["from huggingface_hub import hf_hub_download"] if imports else []
+
+
+def _labeled_base(class_name: str) -> list[str]:
+    """Returns code that loads a base model with a head for the labels."""
+    return [
+        f"base = {class_name}.from_pretrained(",
+        "    base_model, id2label=id2label, label2id={label: i for i, label in id2label.items()},",
+        "    ignore_mismatched_sizes=True,",
+        ")",
+    ]
 
 
 def _image_processor(adapter: TrainedAdapter) -> list[str]:
@@ -82,13 +97,19 @@ def _image_processor(adapter: TrainedAdapter) -> list[str]:
 
 
 def _features(adapter: TrainedAdapter) -> str:
-    return _lines(
-        "from peft import PeftModel",
-        *_import_base(adapter),
-        "",
-        f"base = {_base(adapter)}",
-        f'model = PeftModel.from_pretrained(base, "{REPOSITORY}"{_subfolder(adapter)}).eval()',
-    )
+    model = f"model = PeftModel.from_pretrained(base, adapter{_subfolder(adapter)}).eval()"
+    return _lines(*_loaded_base(adapter, "from peft import PeftModel", *_import_base(adapter)), model)
+
+
+def _loaded_base(adapter: TrainedAdapter, *imports: str) -> list[str]:
+    """Returns code that names the adapter and loads its base model."""
+    if adapter.base_class is None:
+        return [*imports, "", f'adapter = "{REPOSITORY}"', "base = ...  # the model that was adapted"]
+    base = f'base_model, adapter = "{adapter.hub_model or _unknown(adapter)}", "{REPOSITORY}"'
+    if not adapter.has_labels:
+        return [*imports, "", base, f"base = {adapter.base_class}.from_pretrained(base_model)"]
+    more, id2label = _id2label(adapter)
+    return [*more, *_import_download(more), *imports, "", base, id2label, *_labeled_base(adapter.base_class)]
 
 
 def _subfolder(adapter: TrainedAdapter) -> str:
@@ -97,12 +118,6 @@ def _subfolder(adapter: TrainedAdapter) -> str:
 
 def _import_base(adapter: TrainedAdapter) -> list[str]:
     return [f"from transformers import {adapter.base_class}"] if adapter.base_class else []
-
-
-def _base(adapter: TrainedAdapter) -> str:
-    if adapter.base_class is None:
-        return "...  # the model that was adapted"
-    return f'{adapter.base_class}.from_pretrained("{adapter.hub_model or _unknown(adapter)}")'
 
 
 def _unknown(adapter: TrainedAdapter) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from transformers.models.auto import modeling_auto
 
 from plasticity_peft.errors import AdapterError
 from plasticity_peft.hub import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAME, find_json
@@ -18,6 +19,46 @@ from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.report.selection import Selection
 from plasticity_peft.saved.record import AdapterRecord, Results, present_results, reading_record
 from plasticity_peft.saved.weights import read_header
+
+TASKS = {
+    "depth-estimation": ("DEPTH_ESTIMATION",),
+    "image-classification": ("IMAGE_CLASSIFICATION",),
+    "image-segmentation": (
+        "SEMANTIC_SEGMENTATION",
+        "INSTANCE_SEGMENTATION",
+        "UNIVERSAL_SEGMENTATION",
+        "IMAGE_SEGMENTATION",
+    ),
+    "image-text-to-text": ("IMAGE_TEXT_TO_TEXT",),
+    "mask-generation": ("MASK_GENERATION",),
+    "object-detection": ("OBJECT_DETECTION",),
+    "video-classification": ("VIDEO_CLASSIFICATION",),
+    "zero-shot-image-classification": ("ZERO_SHOT_IMAGE_CLASSIFICATION",),
+    "zero-shot-object-detection": ("ZERO_SHOT_OBJECT_DETECTION",),
+}
+"""Tasks as the Hub names them, and as transformers does in its tables of classes."""
+LABELED = ("image-classification", "image-segmentation", "object-detection", "video-classification")
+"""Tasks of which a head has one output for each label."""
+
+
+def task_of(class_name: str | None) -> str | None:
+    """Returns what a class of transformers is for, as the Hub names it; None if it is none of `TASKS`.
+
+    Examples:
+        >>> task_of("SegformerForSemanticSegmentation"), task_of("CLIPModel"), task_of("ViTModel")
+        ('image-segmentation', 'zero-shot-image-classification', None)
+    """
+    for task, names in TASKS.items():
+        tables = (getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", {}) for name in names)
+        classes = {each for table in tables for value in table.values() for each in _several(value)}
+        if class_name in classes:
+            return task
+    return None
+
+
+def _several(names: str | tuple[str, ...]) -> tuple[str, ...]:
+    """Returns the classes of a model type in a table of transformers, which has one or several."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 @dataclass(frozen=True)
@@ -44,6 +85,16 @@ class TrainedAdapter:
     """Metrics of its weights."""
     name: str = "default"
     """Name of the adapter in its model. Its files are in a folder of this name, except for "default"."""
+
+    @property
+    def task(self) -> str | None:
+        """What the model is for, as the Hub names it; None if it is not known, as for a model without a head."""
+        return task_of(self.base_class)
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the model has a head with one output for each label."""
+        return self.id2label is not None and self.task in LABELED
 
     @property
     def classifies_images(self) -> bool:

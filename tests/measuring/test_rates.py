@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from plasticity_peft import PlasticityConfig, create_plasticity_optimizer, find_components, fit_head
-from plasticity_peft.errors import ConfigError, DataError
+from plasticity_peft.errors import ConfigError, DataError, ModelError
 from plasticity_peft.measuring.rates import (
     MOST_OVER_MATRICES,
     OF_GRADIENT,
@@ -20,7 +20,10 @@ from plasticity_peft.measuring.rates import (
     USUAL_SHARE,
     trained_groups,
 )
+from tests.support.families import items
 from tests.support.models import tiny_model
+from tests.support.round_trips import adapt
+from tests.support.tasks import TASKS
 
 LABELED = [
     {"pixel_values": torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(n)) + n % 3, "labels": n % 3}
@@ -202,3 +205,42 @@ def test_what_cannot_be_is_named() -> None:
         create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=torch.rand(8, 3, 8, 8))
     with pytest.raises(ConfigError, match="No parameter of ViTForImageClassification trains"):
         create_plasticity_optimizer(tiny_model().requires_grad_(False), torch.optim.AdamW)
+
+
+def segmenter() -> tuple[nn.Module, list[dict[str, torch.Tensor]]]:
+    """Returns a model with a decoder, which cannot be fitted, whose attention trains in full, and labeled images."""
+    task = TASKS["segformer-semantic"]
+    data = items({**task.images(), **task.labels()})
+    config = PlasticityConfig(target_data=task.data(), training="full", candidates="MHA", settle=None, max_samples=2)
+    return get_peft_model(task.build(), config), data
+
+
+def test_a_decoder_trains_at_the_rate_of_its_size() -> None:
+    model, _ = segmenter()
+    found = rates(create_plasticity_optimizer(model, torch.optim.AdamW))
+    counts = {group.name: group.count for group in trained_groups(model)}
+    for name in ("head", "matrix"):
+        assert found[name] == pytest.approx(0.3 / math.sqrt(counts[name]))
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e6])
+def test_a_gradient_through_a_decoder_as_it_is_only_lowers_a_rate(scale: float) -> None:
+    model, data = segmenter()
+    model.base_model.model.decode_head.modules_to_save["default"].classifier.weight.data.mul_(scale)
+    by_size = rates(create_plasticity_optimizer(model, torch.optim.AdamW))
+    found = rates(create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=data))
+    assert found["head"] == by_size["head"]
+    assert found["matrix"] == by_size["matrix"] if scale < 1e6 else found["matrix"] < 0.5 * by_size["matrix"]
+
+
+@pytest.mark.parametrize("name", ["dpt-depth", "clip-towers", "llava"])
+def test_a_model_without_a_loss_of_images_alone_gets_rates_by_size(name: str) -> None:
+    """DPT has none in transformers; that of CLIP and of LLaVA needs text."""
+    task = TASKS[name]
+    model = adapt(task, task.build(), "full", granularity="kind", top_k=1, candidates="MHA")
+    data = items({**task.images(), "labels": torch.zeros(2, 16, 16)})
+    with pytest.raises((DataError, ModelError), match=r"leave train_dataset out"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=data)
+    found = rates(create_plasticity_optimizer(model, torch.optim.AdamW))
+    counts = {group.name: group.count for group in trained_groups(model)}
+    assert found["matrix"] == pytest.approx(0.3 / math.sqrt(counts["matrix"]))

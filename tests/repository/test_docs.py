@@ -163,6 +163,7 @@ SETUPS: dict[str, Callable[[], dict[str, Any]]] = {
     "docs/concepts.md": concepts,
     "docs/publishing.md": publishing,
     "docs/architectures.md": architectures,
+    "docs/tasks.md": architectures,
     "docs/distributed.md": distributed,
     "docs/large-models.md": large_models,
     "docs/extending.md": extending,
@@ -261,6 +262,19 @@ def train_options() -> argparse.ArgumentParser:
     )
 
 
+@cache
+def task_options(name: str) -> argparse.ArgumentParser:
+    """Returns what parses the command line of a script in examples/tasks."""
+    sys.path.insert(0, str(REPOSITORY / "examples" / "tasks"))
+    try:
+        script, running = importlib.import_module(name), importlib.import_module("running")
+    finally:
+        sys.path.pop(0)
+    kinds = [one for one in vars(script).values() if isinstance(one, type) and issubclass(one, running.TaskArguments)]
+    own = max([*kinds, running.TaskArguments], key=lambda one: len(one.__mro__))
+    return HfArgumentParser((own, running.FinetuningArguments))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_commands_name_options_targets_extras_and_files_that_exist(name: str) -> None:
     makefile = (REPOSITORY / "Makefile").read_text()
@@ -279,6 +293,8 @@ def test_commands_name_options_targets_extras_and_files_that_exist(name: str) ->
             assert f"\n{words[1]}:" in makefile, line
         elif "examples/train.py" in words:
             train_options().parse_args(words[words.index("examples/train.py") + 1 :])
+        elif words[1:] and words[1].startswith("examples/tasks/"):
+            task_options(Path(words[1]).stem).parse_args(words[2:])
         else:
             known = is_ours(words) or words[0] in ("pip", "pytest") or re.match(r"python (\S+\.py|-m tests\.)", line)
             assert known, f"{line}: no test knows this command"
@@ -288,7 +304,9 @@ def test_options_in_prose_exist() -> None:
     commands = get_command(app).commands.values()  # type: ignore[attr-defined]
     parameters = [parameter for command in commands for parameter in command.params]
     known = {option for one in parameters for option in (*one.opts, *one.secondary_opts)}
-    known |= {option for action in train_options()._actions for option in action.option_strings}
+    scripts = [path.stem for path in (REPOSITORY / "examples" / "tasks").glob("*.py") if "main()" in path.read_text()]
+    parsers = [train_options(), *map(task_options, scripts)]
+    known |= {option for parser in parsers for action in parser._actions for option in action.option_strings}
     known |= {
         "--install-completion",
         "--config_file",

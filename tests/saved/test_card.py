@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from datasets import Dataset, DatasetInfo
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard_data import eval_results_to_model_index, model_index_to_eval_results
@@ -34,7 +35,7 @@ from transformers import (
 
 from plasticity_peft import PlasticityConfig, load_adapter, measure_plasticity
 from plasticity_peft.adapters.peft_model import PlasticityPeftModel
-from plasticity_peft.card import update_card
+from plasticity_peft.card import DRAWN, update_card
 from plasticity_peft.errors import AdapterError, ConfigError, ReportError
 from plasticity_peft.report.plotting import png
 from plasticity_peft.report.provenance import Provenance, provenance_of
@@ -42,6 +43,9 @@ from plasticity_peft.report.report import PlasticityReport
 from plasticity_peft.saved.trained import TrainedAdapter
 from tests.support.forking import STOCK, hub_cache, run_code
 from tests.support.models import REPOSITORY, backbone, moved, random_images, tiny_model
+from tests.support.outputs import answers, difference
+from tests.support.round_trips import adapt
+from tests.support.tasks import TASKS
 
 # PEFT looks on the Hub, which is out of reach, whether the base model's vocabulary has changed; ours has none.
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file in org/base:UserWarning")
@@ -590,3 +594,41 @@ def test_every_card_of_this_repository_can_be_made_anew() -> None:
     names = {path.parent.name for path in REPOSITORY.glob("model_cards/*/README.md")}
     assert len(names) == 4
     assert names == set(re.findall(r'^    "([\w-]+)": \[', text, flags=re.MULTILINE))
+
+
+LABELED = ("image-segmentation", "object-detection", "video-classification")
+OTHER_TASKS = {
+    "segformer-semantic": "image-segmentation",
+    "videomae": "video-classification",
+    "yolos": "object-detection",
+    "dpt-depth": "depth-estimation",
+    "clip-towers": "zero-shot-image-classification",
+    "llava": "image-text-to-text",
+}
+RELABELED = 5
+"""Labels of an adapter on a base model with three."""
+
+
+@pytest.mark.parametrize("name", OTHER_TASKS)
+def test_the_card_of_another_task_names_it_and_its_code_loads_its_head(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("plasticity_peft.card.DRAWN", dict.fromkeys(DRAWN, lambda *_: False))  # pictures take long
+    task = TASKS[name]
+    task.build().save_pretrained(tmp_path / "base")
+    labels = {f"label {number}": number for number in range(RELABELED)}
+    options = {"id2label": {number: label for label, number in labels.items()}, "label2id": labels}
+    given = {**options, "ignore_mismatched_sizes": True} if OTHER_TASKS[name] in LABELED else {}
+    base = getattr(transformers, task.model).from_pretrained(tmp_path / "base", **given)
+    model = moved(adapt(task, base, "full"), scale=0.05)
+    model.save_pretrained(tmp_path / "adapter")
+    update_card(tmp_path / "adapter", metrics={"score": 0.5}, dataset="scenes", split="test")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.pipeline_tag == OTHER_TASKS[name]
+    assert [result.task_type for result in card.data.eval_results] == [OTHER_TASKS[name]]
+    assert ("label 4" in card.text) == bool(given)
+    for code in snippets(card.text):
+        code = code.replace("user/repo", str(tmp_path / "adapter"))
+        names: dict[str, Any] = {}
+        exec(re.sub(r"path/to/the/\w+/that/was/adapted", str(tmp_path / "base"), code), names)
+        assert difference(answers(names["model"], task.images()), answers(model, task.images())) is None
