@@ -160,8 +160,8 @@ def compare(
         logger.info("Training %s, with %d seeds", method.name, seeds)
         runs: list[_Run] = []
         for seed in range(seeds):
-            rates = runs[0].rates if runs else None  # they hardly depend on the seed, and take a while
-            runs.append(_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy, rates))
+            first = runs[0] if runs else None
+            runs.append(_run(method, copy.deepcopy(model), arguments, splits, seed, accuracy, first))
         seconds = float(np.mean([run.seconds for run in runs]))
         rows.append(Row(method.name, runs[0].parameters, tuple(run.accuracy for run in runs), seconds, runs[0].memory))
     return rows
@@ -184,19 +184,22 @@ def _run(
     splits: Mapping[str, Dataset],
     seed: int,
     accuracy: Callable[[Trainer], float],
-    rates: Mapping[str, float] | None,
+    first: _Run | None,
 ) -> _Run:
-    """Trains a model with a fitted head once, at its recommended rates if none are given."""
+    """Trains a model with a fitted head once, at its recommended rates.
+
+    Those of the first seed are used for all, for they hardly depend on it, and take a while. So does the memory.
+    """
     set_seed(seed)
     arguments = copy.copy(arguments)
     arguments.seed = seed
     model = method.adapt(model)
     optimizer = recommended_optimizer(
-        model, arguments, splits["target"], number_of_steps(arguments, splits["train"]), rates
+        model, arguments, splits["target"], number_of_steps(arguments, splits["train"]), first and first.rates
     )
     used = {group["name"]: group["lr"] for group in optimizer.param_groups}
     trainer = _quiet_trainer(model, arguments, splits, optimizers=(optimizer, None))
-    memory = step_memory(trainer)
+    memory = first.memory if first else step_memory(trainer)
     start = time.perf_counter()
     trainer.train()
     seconds = time.perf_counter() - start

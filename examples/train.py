@@ -75,7 +75,7 @@ from plasticity_peft.images.datasets import choose_split, load_image_dataset
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
 DEMO_SOURCE = HERE / "data" / "fashion_mnist.parquet"
-DEMO = {"num_train_epochs": 2, "random_crop": 1.0, "test_fraction": 0.5}
+DEMO = {"num_train_epochs": 1.5, "random_crop": 1.0, "test_fraction": 0.5}
 """What differs by default if neither a model nor images are given, for a table within minutes."""
 NEXT = "python examples/train.py --dataset_name path/to/images --model_name_or_path facebook/dinov2-small"
 
@@ -209,7 +209,7 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 2)."})
+    num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 1.5)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Schedule of the learning rate."})

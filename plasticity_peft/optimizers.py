@@ -58,7 +58,7 @@ def create_plasticity_optimizer(
             up to 1,024 to fit a head for it, unless the head is as `fit_head` left it. Under `accelerate launch` each
             process must give the same.
         num_training_steps: number of steps that will be trained. In a run of fewer than 100, what trains in full gets
-            a quarter of the rates. By default, the rates are for longer runs.
+            a quarter of the rates, and less below 50. By default, the rates are for longer runs.
         lr: rate of every group whose own rate is not given. No rate is recommended then.
         head_lr: rate of the head.
         vector_lr: rate of what trains in full and is no matrix.

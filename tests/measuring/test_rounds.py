@@ -219,7 +219,7 @@ def test_where_nothing_fits_it_says_so(vit: PreTrainedModel) -> None:
 
 
 REALLY_SHORT = """
-import resource
+import pathlib, resource
 import torch
 from transformers import ViTConfig, ViTForImageClassification
 from transformers.utils import logging
@@ -232,7 +232,7 @@ config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, i
 model = ViTForImageClassification(config)
 images = torch.rand(24, 3, 128, 128)
 expected = measure_plasticity(model, images, inputs="activation", max_samples=12, batch_size=1)
-used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+used = int(pathlib.Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20, resource.RLIM_INFINITY))
 found = measure_plasticity(model, images, inputs="activation", max_samples=12, batch_size=12)
 for one, other in zip(found.scores, expected.scores):
