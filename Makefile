@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test test-lowest matrix lint docs audit package clean
 
-demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no network, three to seven minutes on two cores
+demo: $(VENV)/.examples  ## measure, select, train, evaluate and save: no network, about three minutes on two cores
 	$(BIN)/python examples/train.py
 
 test: $(VENV)/.test  ## all tests but those that take minutes, which `.venv/bin/pytest -m slow` runs
