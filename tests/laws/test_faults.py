@@ -81,24 +81,22 @@ def check_equal(one: Path, other: Path) -> None:
 KILLS = [("weights", 0), ("optimizer", 1), ("deleting", 0), ("state", 0), ("config", 2)]
 
 
-@pytest.mark.parametrize("kills", [KILLS[::2][:2], pytest.param(KILLS, marks=pytest.mark.slow)], ids=len)
-def test_killed_while_saving_it_ends_as_if_it_had_not_been(
-    kills: list[tuple[str, int]], tmp_path: Path, short: list[Any]
-) -> None:
+@pytest.mark.slow
+def test_killed_while_saving_it_ends_as_if_it_had_not_been(tmp_path: Path, short: list[Any]) -> None:
     # With evaluation, the Trainer would delete a last checkpoint that is not the best.
     common = [*short, "--save_total_limit", "1", "--load_best_model_at_end", "false", "--eval_strategy", "no"]
     arguments = [*common, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "True"]
     plan = [{"arguments": [*common, "--output_dir", tmp_path / "whole"]}]
-    plan += [{"arguments": arguments, "at": kill} for kill in kills]
+    plan += [{"arguments": arguments, "at": kill} for kill in KILLS]
     plan += [{"arguments": arguments}] * 2
     ends, logs = run_and_kill(tmp_path, [dict(step) for step in plan])
-    assert ends == [0, *[-signal.SIGKILL] * len(kills), 0, 0], logs[-1]
+    assert ends == [0, *[-signal.SIGKILL] * len(KILLS), 0, 0], logs[-1]
 
     check_equal(tmp_path / "whole", tmp_path / "killed")
     measured = ["Measuring plasticity" in log for log in logs]
     anew = ["no complete checkpoint in" in log for log in logs]
-    assert anew == [False, True, True, *[False] * len(kills)]
-    assert measured == [True, True, True, *[False] * len(kills)]  # the report is that of the checkpoint
+    assert anew == [False, True, True, *[False] * len(KILLS)]
+    assert measured == [True, True, True, *[False] * len(KILLS)]  # the report is that of the checkpoint
     assert "checkpoint-2 is not a whole checkpoint and is ignored: it has no" in logs[2]
     assert (tmp_path / "killed" / "not-whole-checkpoint-2").is_dir()
     assert "Training resumes from" in logs[3]

@@ -207,6 +207,7 @@ def test_images_of_the_user(form: str, tmp_path: Path) -> None:
     assert labels["0"] == ("dark" if form == "folder" else "T-shirt/top")
 
 
+@pytest.mark.slow
 def test_two_processes_train_together(tmp_path: Path) -> None:
     check_trained_by_two(run(*ONCE, "--output_dir", tmp_path, processes=2), tmp_path)
 

@@ -121,7 +121,9 @@ GAINS = {
 """How long an example trains here, and how much its metrics gain at least."""
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in ("video", "depth") else ()) for name in SCRIPTS]
+)
 def test_a_task_is_learned_saved_and_loaded_by_stock_peft(name: str, tmp_path: Path) -> None:
     options, least = GAINS[name]
     metrics, log = run(name, tmp_path, **options)
