@@ -631,7 +631,7 @@ def test_what_is_random_is_said_unless_it_is_a_new_head(
         monkeypatch.setattr(transformers_logging._default_handler, "emit", records.append)
         verbosity = transformers_logging.get_verbosity()
         try:
-            run("measure", saved, "images", "--max_samples", "4", *options)
+            run("measure", saved, "images", "--criterion", "random", *options)
         finally:
             transformers_logging.set_verbosity(verbosity)
         logged = "".join(record.getMessage() for record in records)
