@@ -123,13 +123,12 @@ class Lines(ProgressCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *rest: object, **options: object) -> None:
         """Starts the bar, unless `disable_tqdm` is set."""
-        self.shows = not args.disable_tqdm and state.is_world_process_zero
-        if self.shows:
+        if not args.disable_tqdm:
             super().on_train_begin(args, state, *rest, **options)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, *rest: object, **options: object) -> None:
         """Moves the bar."""
-        if self.shows:
+        if self.training_bar is not None:
             super().on_step_end(args, state, *rest, **options)
 
     def on_prediction_step(self, args: TrainingArguments, *rest: object, **options: object) -> None:

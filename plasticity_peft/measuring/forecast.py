@@ -480,6 +480,11 @@ class _Forecaster:
     def _alone(self) -> np.ndarray:
         return self._right(self._head)
 
+    @cached_property
+    def _promised(self) -> float:
+        """The gain that kernels promise for everything."""
+        return float((self._right_of(self.architecture.components) - self._alone).mean())
+
     def _right_of(self, parts: Sequence[Component]) -> np.ndarray:
         return self._right(self._head + _strengthened(parts, self._kernels, self._strength))
 
@@ -487,7 +492,7 @@ class _Forecaster:
         """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
         if run is None:
             return 0.0
-        more: float = run.gain - float((self._right_of(self.architecture.components) - self._alone).mean())
+        more = run.gain - self._promised
         return more if more > run.gain_error else 0.0
 
     def _right(self, kernel: np.ndarray) -> np.ndarray:
