@@ -56,7 +56,6 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-from transformers.utils import logging as transformers_logging
 
 from plasticity_peft import (
     PlasticityConfig,
@@ -65,6 +64,7 @@ from plasticity_peft import (
     find_components,
 )
 from plasticity_peft.arguments import ARGUMENTS
+from plasticity_peft.cli.models import warn_of_random, without_load_report
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.sharding import whole
 from plasticity_peft.criteria.registry import CRITERIA
@@ -346,9 +346,7 @@ def load_processor(arguments: ModelArguments) -> BaseImageProcessor:
 
 def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
     """Returns the pretrained model with a fresh head for these labels, and their names in its config."""
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # the head is always fresh, which needs no report
-    try:
+    with without_load_report():
         model, info = AutoModelForImageClassification.from_pretrained(
             arguments.model_name_or_path,
             revision=arguments.revision,
@@ -359,13 +357,7 @@ def load_model(arguments: ModelArguments, labels: list[str]) -> PreTrainedModel:
             dtype=torch.float32,  # weights in half precision train badly; use --bf16 or --fp16 for speed
             output_loading_info=True,
         )
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-    rows = [*info["missing_keys"], *(row[0] for row in info["mismatched_keys"])]
-    heads = find_architecture(model).heads
-    missing = sorted(name for name in rows if not name.startswith(heads))
-    if missing:
-        logger.warning("%s has no weights for %s, which are random.", arguments.model_name_or_path, ", ".join(missing))
+    warn_of_random(arguments.model_name_or_path, model, info)
     return model
 
 

@@ -45,7 +45,7 @@ def load_model(name: str, labels: list[str] | None, *, revision: str | None = No
             )
     except NOT_LOADED as error:
         raise ModelError(f"Cannot load the model {name}: {error}") from error
-    _warn_of_random(name, model, info)
+    warn_of_random(name, model, info)
     found: nn.Module = model
     return found
 
@@ -62,7 +62,7 @@ def without_load_report() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def _warn_of_random(name: str, model: nn.Module, info: dict[str, Any]) -> None:
+def warn_of_random(name: str, model: nn.Module, info: dict[str, Any]) -> None:
     """Warns of weights outside of the head that the checkpoint lacks. A new head is what finetuning begins with."""
     try:
         heads = find_architecture(model).heads
