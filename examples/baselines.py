@@ -69,13 +69,11 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
         config = LoraConfig(target_modules=targets, modules_to_save=heads, r=8, lora_alpha=16)
         return lambda model: get_peft_model(model, copy.copy(config))
 
-    options = {"report": report, "top_k": len(units), "training": training}
+    granularity = "component" if all("." in unit for unit in units) else "kind"
+    options = {"report": report, "candidates": units, "top_k": len(units), "granularity": granularity}
+    options |= {"training": training}
     if training == "lora":
         options |= {"r": 8, "lora_alpha": 16}
-    if all("." in unit for unit in units):
-        options |= {"granularity": "component"}
-    else:
-        options |= {"candidates": units}
     return [
         Method("stock LoRA on query and value", lora(query_and_value)),
         Method("stock LoRA on all linear layers", lora(linears)),

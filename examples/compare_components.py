@@ -92,10 +92,17 @@ class CompareArguments:
         default_factory=lambda: [1 / 6, 1 / 3, 1 / 2],
         metadata={"help": "Shares of the weights of all components that are selected as single components."},
     )
+    budgets: list[str] = field(
+        default_factory=lambda: ["0.5 time", "0.6 time", "0.7 time", "0.8 time"],
+        metadata={"help": "Budgets within which a forecast finds components, as in PlasticityConfig."},
+    )
     max_samples: int = field(default=256, metadata={"help": "Images, or pairs of images, to measure on."})
     max_test_samples: int = field(default=2000, metadata={"help": "Use at most this many test images."})
     seeds: int = field(default=3, metadata={"help": "Seeds at the best rates and at the recommended ones."})
-    max_rates: int = field(default=7, metadata={"help": "Largest number of learning rates that a method tries."})
+    max_rates: int = field(
+        default=7,
+        metadata={"help": "Largest number of learning rates that a method tries; 1: only the recommended ones."},
+    )
     steps: int = field(default=375, metadata={"help": f"Training steps of {BATCH_SIZE} images."})
     evaluations: int = field(default=5, metadata={"help": "How often the accuracy is computed in a run."})
     timed_rounds: int = field(default=5, metadata={"help": "Number of timed training steps."})
@@ -199,6 +206,22 @@ def measure(pair: Pair, compare: CompareArguments, folder: Path) -> dict[str, Pl
     return {path.stem: PlasticityReport.load(path) for path in paths}
 
 
+def within_budgets(pair: Pair, compare: CompareArguments, path: Path) -> dict[str, list[str]]:
+    """Returns the components that a forecast finds within each budget, or read from `path`; none if not wanted."""
+    by_name = compare.methods is None or any(name.startswith("within ") for name in compare.methods)
+    if "budgets" not in compare.groups or not by_name:
+        return {}
+    known = path.is_file()
+    PartialState().wait_for_everyone()
+    if known:
+        return dict(json.loads(path.read_text()))
+    forecast = forecast_finetuning(pair.fresh(), pair.items, budget=compare.budgets, pilot=False)
+    found = {one.name: list(one.components) for one in forecast.sets if one.name.startswith("within ")}
+    if PartialState().is_main_process:
+        write_text(path, json.dumps(found, indent=1) + "\n")
+    return found
+
+
 def recommended(pair: Pair, method: Method) -> dict[str, tuple[str, float]]:
     """Returns the group and the recommended rate of each parameter that trains. All processes do this together."""
     model = pair.adapted(method, seed=0)
@@ -263,7 +286,7 @@ def tune(
 ) -> list[Run]:
     """Returns runs of one seed at rates a factor apart, until the best on validation images is not at an end."""
     found: dict[float, Run] = {}
-    wanted = [method.lowest_factor * STEP**number for number in range(3)]
+    wanted = [method.lowest_factor * STEP**number for number in range(3)] if compare.max_rates > 1 else [1.0]
     while wanted:
         for run in train(pair, {0: model}, rates, [(factor, 0) for factor in wanted], compare):
             found[run.factor] = run
@@ -399,7 +422,8 @@ def main() -> None:
     if state.is_main_process:
         write_text(folder / "head.json", json.dumps(pair.about_head(), indent=2) + "\n")
     reports = measure(pair, compare, folder / "reports")
-    methods, picks = Catalog(pair.model, reports, compare.shares).methods()
+    found = within_budgets(pair, compare, folder / "budgets.json")
+    methods, picks = Catalog(pair.model, reports, compare.shares, found).methods()
     if state.is_main_process:
         write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
     wanted = in_order([method for method in methods if method.group in compare.groups], compare.methods)

@@ -12,7 +12,7 @@ from comparison import Comparison
 from plasticity_peft.report.plotting import COLORS, MARKERS
 
 COSTS = {"time": "time of a step", "memory": "memory of a step"}
-LOOKS = {"kinds": 0, "depth": 1, "stock": 2, "components": 3}
+LOOKS = {"kinds": 0, "depth": 1, "stock": 2, "components": 3, "budgets": 4}
 """Which color and marker each group of methods has."""
 
 

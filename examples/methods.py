@@ -31,6 +31,7 @@ GROUPS = {
     "stock": "stock PEFT: LoRA on all linear layers or on query and value, LoRA+, EVA, KappaTune's layers",
     "components": "single components in full, at each of the shares: those that each criterion ranks first, and "
     "random ones",
+    "budgets": "single components in full that a forecast finds within each budget",
 }
 
 
@@ -95,13 +96,24 @@ class Catalog:
     """The methods for one model."""
 
     def __init__(
-        self, model: PreTrainedModel, reports: Mapping[str, PlasticityReport], shares: Sequence[float]
+        self,
+        model: PreTrainedModel,
+        reports: Mapping[str, PlasticityReport],
+        shares: Sequence[float],
+        found: Mapping[str, Sequence[str]],
     ) -> None:
-        """Takes the model, the reports of the criteria by name, and shares of the weights of all components."""
+        """Prepares the methods.
+
+        Args:
+            model: the model.
+            reports: the reports of the criteria, by name.
+            shares: shares of the weights of all components.
+            found: the ids of the components that a forecast found within each budget, by the name of the set.
+        """
         self.parts = find_components(model)
         self.blocks = sorted({(part.stage or 0, part.block) for part in self.parts})
         self.kappa = KappaTuneSelector(model, show_progress=False)
-        self.reports, self.shares = reports, shares
+        self.reports, self.shares, self.found = reports, shares, found
         self.linears = [path for part in self.parts if part.features for path in part.modules]
 
     def methods(self) -> tuple[list[Method], dict[str, str]]:
@@ -111,7 +123,7 @@ class Catalog:
         """
         found: dict[tuple[Any, ...], Method] = {}
         names = {}
-        for method in (*self.kinds(), *self.depth(), *self.stock(), *self.components()):
+        for method in (*self.kinds(), *self.depth(), *self.stock(), *self.components(), *self.budgets()):
             same = found.setdefault((method.modules, str(method.lora), method.b_over_a), method)
             names[method.name] = same.name
         return list(found.values()), names
@@ -183,6 +195,11 @@ class Catalog:
             for share in self.shares
             for name, ranking in rankings.items()
         ]
+
+    def budgets(self) -> list[Method]:
+        """Returns the components that a forecast found."""
+        by_id = {part.id: part for part in self.parts}
+        return [self._full("budgets", name, [by_id[each] for each in ids]) for name, ids in self.found.items()]
 
     def _first(self, ranking: Sequence[str], limit: float) -> list[Component]:
         """Returns the components of a ranking that fit into a number of parameters, in turn."""

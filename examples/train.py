@@ -174,7 +174,7 @@ class PlasticityArguments:
     )
     granularity: str = field(default="kind", metadata={"help": ARGUMENTS["granularity"].help})
     candidates: list[str] = field(
-        default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": "Kinds that may be selected."}
+        default_factory=lambda: ["LN1", "MHA", "LN2", "FC1", "FC2"], metadata={"help": ARGUMENTS["candidates"].help}
     )
     max_samples: int = field(default=1024, metadata={"help": ARGUMENTS["max_samples"].help})
     pairs: int | None = field(default=None, metadata={"help": "The former name of --max_samples."})

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from functools import partial
-from itertools import islice
 from textwrap import fill, indent
 from typing import Any, TypeVar
 
@@ -34,6 +33,9 @@ from plasticity_peft.checks import (
 )
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import ConfigError
+
+UNIT = re.compile(rf"([0-9]+\.){{0,2}}({'|'.join(KINDS)})")
+"""A kind, "MHA", or the canonical id of a component, "3.MHA", or "2.3.MHA" in a model with stages."""
 
 Check = Callable[[str, Any], Any]
 """Takes the name of an argument and its value. Returns the value in its canonical form, or raises ConfigError."""
@@ -62,28 +64,55 @@ def _check_granularity(name: str, value: Any) -> str:
     return canonical_granularity(value)
 
 
-def check_candidates(candidates: Iterable[str]) -> tuple[str, ...]:
-    """Returns the kinds as a tuple.
+def check_candidates(candidates: Iterable[str], granularity: str) -> tuple[str, ...]:
+    """Returns the kinds and canonical ids as a tuple.
 
     Raises:
-        ConfigError: there is none, or one is unknown or named twice.
+        ConfigError: there is none, one is neither a kind nor an id or is named twice, or there are ids and
+            `granularity` is "kind".
 
     Examples:
-        >>> check_candidates("MHA")
+        >>> check_candidates("MHA", "kind")
         ('MHA',)
+        >>> check_candidates({"FC1", "10.MHA", "2.MHA"}, "component")
+        ('FC1', '2.MHA', '10.MHA')
     """
-    if isinstance(candidates, (set, frozenset)):  # a set has no order that is the same in every run
-        candidates = sorted(candidates, key=lambda kind: KINDS.index(kind) if kind in KINDS else -1)
-    names = (candidates,) if isinstance(candidates, str) else candidates
-    listed = isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping))
-    kinds = tuple(islice(names, len(KINDS) + 1)) if listed else ()
-    if not kinds or not all(isinstance(kind, str) and kind in KINDS for kind in kinds) or len(set(kinds)) < len(kinds):
-        raise ConfigError(f"candidates must be one or more of {', '.join(KINDS)}, each once. Got {shown(candidates)}.")
-    return kinds
+    found = _check_candidates("candidates", candidates)
+    if granularity == "kind" and name_components(found):
+        raise ConfigError(
+            f"candidates={shown(found)} names components, and granularity='kind' selects kinds. Give "
+            "granularity='component', or name kinds."
+        )
+    return found
+
+
+def name_components(candidates: Iterable[str]) -> bool:
+    """Returns whether some candidates are components, such as "3.MHA", and not kinds."""
+    return any("." in name for name in candidates)
 
 
 def _check_candidates(name: str, value: Any) -> tuple[str, ...]:
-    return check_candidates(value)
+    names = (value,) if isinstance(value, str) else value
+    found: list[str] = []
+    if isinstance(names, Iterable) and not isinstance(names, (bytes, Mapping)):
+        for each in names:
+            if not isinstance(each, str) or each in found or not UNIT.fullmatch(each):
+                found = []
+                break
+            found.append(each)
+    if not found:
+        raise ConfigError(
+            f"{name} must be one or more of {', '.join(KINDS)}, or canonical ids of components such as 3.MHA, each "
+            f"once. Got {shown(value)}."
+        )
+    # A set has no order that is the same in every run.
+    return tuple(sorted(found, key=_in_order) if isinstance(value, (set, frozenset)) else found)
+
+
+def _in_order(unit: str) -> tuple[list[int], int]:
+    """Returns what sorts kinds, then components, in the order of the blocks."""
+    *block, kind = unit.split(".")
+    return [int(number) for number in block], KINDS.index(kind)
 
 
 UNITS = ("parameters", "time", "memory")
@@ -198,8 +227,8 @@ ARGUMENTS: Mapping[str, Argument] = {
         _check_granularity,
     ),
     "candidates": Argument(
-        "Kinds that may be selected: LN1, MHA, LN2, FC1, FC2. All by default. The other kinds are still measured and "
-        "reported.",
+        "What may be selected: kinds (LN1, MHA, LN2, FC1, FC2), all by default; with granularity='component' also "
+        "single components (3.MHA). The others are still measured and reported.",
         _check_candidates,
     ),
     "top_k": Argument(
@@ -273,7 +302,8 @@ def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         values: some of the arguments in `ARGUMENTS`, by name.
 
     Raises:
-        ConfigError: a value is not allowed, or both `top_k` and `budget` are given.
+        ConfigError: a value is not allowed, both `top_k` and `budget` are given, or `candidates` does not go with
+            `granularity`.
 
     Examples:
         >>> check_arguments({"candidates": ["MHA", "FC1"], "seed": 0})
@@ -285,7 +315,10 @@ def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
     top_k, budget = values.get("top_k"), values.get("budget")
     if top_k is not None and budget is not None:
         raise ConfigError(f"Give top_k or budget, not both. Got top_k={shown(top_k)} and budget={shown(budget)}.")
-    return {name: ARGUMENTS[name].check(name, value) for name, value in values.items()}
+    found = {name: ARGUMENTS[name].check(name, value) for name, value in values.items()}
+    if "candidates" in found and "granularity" in found:
+        check_candidates(found["candidates"], found["granularity"])
+    return found
 
 
 T = TypeVar("T")

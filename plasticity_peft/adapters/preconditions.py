@@ -78,7 +78,7 @@ def check_trainable(
                 )
     for part in architecture.components:
         quantised = not all(map(holds_plain_weights, weights_of(model, part)))
-        if quantised and part.kind in config.candidates and (config.training == "full" or not part.features):
+        if quantised and part.is_among(config.candidates) and (config.training == "full" or not part.features):
             raise ModelError(
                 f'{part.id} is quantized ({type(weights_of(model, part)[0]).__name__}), and training="full" would '
                 'train its weights. Use training="lora", load the model without quantization, or select '
@@ -92,7 +92,7 @@ def check_loadable(model: nn.Module, architecture: Architecture, config: Plastic
     PEFT renames LoRA weights before it loads them, as transformers renames old checkpoints of the same model. For some
     models that consist of several, the new names are those of another part, and the trained weights would be lost.
     """
-    candidates = [part for part in architecture.components if part.kind in config.candidates and part.features]
+    candidates = [part for part in architecture.components if part.is_among(config.candidates) and part.features]
     paths = {path: part.kind for part in candidates if config.training == "lora" for path in part.modules}
     lost = _lost_when_loaded(model, paths)
     if lost:

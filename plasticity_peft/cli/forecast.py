@@ -19,6 +19,7 @@ EXAMPLES = """\b
 Examples:
   plasticity-peft forecast google/vit-base-patch16-224-in21k beans
   plasticity-peft forecast facebook/dinov2-small path/to/images --image_size 98 --set MHA --set MHA,FC1
+  plasticity-peft forecast facebook/dinov2-small path/to/images --budget "0.5 time" --budget "0.7 time"
   accelerate launch -m plasticity_peft forecast path/to/model path/to/images --output forecast.json
 """
 
@@ -41,6 +42,14 @@ def forecast(
             "--set",
             help="Kinds and components that train together, separated by commas. May be given several times. By "
             "default each kind, pairs of kinds, and everything.",
+        ),
+    ] = None,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--budget",
+            help="Also find the components that promise most within a budget: a share of the parameters, such as 0.1, "
+            "or of a training step, '0.6 time' or '0.5 memory'. May be given several times.",
         ),
     ] = None,
     max_samples: Annotated[int, typer.Option("--max_samples", help="Largest number of images to use.")] = 1024,
@@ -76,6 +85,7 @@ def forecast(
         named.load_for(target, model, state, seed, revision),
         target.prepared(load_processor(model, image_size, revision)),
         sets=[options.several(each) for each in sets] if sets else None,
+        budget=budget,
         max_samples=max_samples,
         batch_size=batch_size,
         seed=seed,

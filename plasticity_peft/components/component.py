@@ -5,6 +5,7 @@ Nothing here needs a model or torch. The annotations are validated when a compon
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -47,3 +48,7 @@ class Component:
     def id(self) -> str:
         """Canonical id, such as "3.MHA". It stays the same if a release of transformers renames modules."""
         return f"{self.block_id}.{self.kind}"
+
+    def is_among(self, units: Collection[str]) -> bool:
+        """Returns whether some units contain this component: its kind or its canonical id is one of them."""
+        return self.kind in units or self.id in units

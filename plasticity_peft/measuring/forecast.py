@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.arguments import check_arguments
+from plasticity_peft.arguments import check_arguments, parse_budget
 from plasticity_peft.checks import check_count, check_flag, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
@@ -37,6 +37,7 @@ from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.measuring.costs import costs_of
+from plasticity_peft.measuring.greedy import Greedy
 from plasticity_peft.measuring.head import (
     check_finite,
     final_layer,
@@ -57,6 +58,7 @@ from plasticity_peft.measuring.tangents import Sketcher, Tangents
 from plasticity_peft.report.cost import Costs, Trained
 from plasticity_peft.report.forecast import Forecast, PilotRun, SetForecast
 from plasticity_peft.report.head import HeadFit
+from plasticity_peft.report.selection import Limited, SelectionRule
 
 DIRECTIONS = 2
 """Number of directions of the features whose gradients are taken: a backward pass each."""
@@ -68,6 +70,8 @@ everything adds."""
 POWER = 0.5
 """The strength of a set is that of everything times the share of its kernel to this power. 1 would be the plain sum of
 kernels. Sets of few parameters train at larger rates."""
+MOST_GROWN = 512
+"""Largest number of images by which sets within a budget grow."""
 MODEL_ERROR = 0.015
 """Standard deviation of the gain of trained models around a forecast, beside the error of its images. It does not
 cover models whose features move far."""
@@ -82,6 +86,7 @@ def forecast_finetuning(
     dataset: Any,
     *,
     sets: Any = None,
+    budget: float | str | Sequence[float | str] | None = None,
     max_samples: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
@@ -109,6 +114,9 @@ def forecast_finetuning(
         dataset: labeled images in the forms of `fit_head`, with one class per image.
         sets: sets of components. Each is a kind ("MHA"), the canonical id of a component ("0.MHA"), or a sequence of
             them. By default: each kind, both norms, each pair of MHA, FC1 and FC2, and everything, all five kinds.
+        budget: also find a set of components that promises most within a budget, as in `PlasticityConfig`: 0.1, "0.6
+            time" or "0.5 memory"; or within each of several. It grows by one component at a time, by the kernels of up
+            to 512 images. Parameters count as they train in full.
         max_samples: largest number of images to use, from 2 to 4,096. Memory and time grow with its square.
         batch_size: number of images in one pass on each process.
         seed: seed of the drawing of images, of the directions and of the dataset's own transforms.
@@ -120,6 +128,7 @@ def forecast_finetuning(
 
     Raises:
         ConfigError: an argument is out of its range, or a set names what the model does not have.
+        SelectionError: no component fits into a budget.
         DataError: there are too few images, or labels are missing or do not fit the head.
         ModelError: the model has no head that ends in one linear layer, or not one class per image, or a component
             without gradients.
@@ -139,15 +148,19 @@ def forecast_finetuning(
     options = check_arguments({"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone})
     options |= check_arguments({"forward_kwargs": forward_kwargs})
     check_count("max_samples", max_samples, 2, MOST_IMAGES)
+    budgets = _budgets(budget)
     sharded = isinstance(model, nn.Module) and is_sharded(model)
     with whole(model) as inner:
         architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
         wanted = named_sets(sets, architecture.components)
-        observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed)
+        for rule in budgets:
+            rule.check_possible(architecture.components, architecture.parameters)
+        observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed, budgets)
         seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
         rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
         everything = rates.of_set(architecture.components, seen.features.shape[1])
         forecaster = _Forecaster(architecture, seen, costs, rates, None, seed)
+        wanted |= forecaster.grown(budgets)
         if pilot and everything is not None and not sharded:
 
             def run_for(steps: int) -> PilotRun | None:
@@ -194,6 +207,23 @@ def _members(units: Any, components: Sequence[Component]) -> tuple[Component, ..
             f"{ids[-1]}). Got {shown(units)}."
         )
     return tuple(part for part in components if part.kind in given or part.id in given)
+
+
+def _budgets(budget: Any) -> list[SelectionRule]:
+    """Returns a rule for each budget.
+
+    Raises:
+        ConfigError: a budget is not allowed.
+    """
+    listed = isinstance(budget, Iterable) and not isinstance(budget, (str, bytes, Mapping))
+    given = list(budget) if listed else [budget]
+    return [SelectionRule(budget=each, granularity="component", training="full") for each in given if each is not None]
+
+
+def _within(rule: SelectionRule) -> str:
+    """Returns the name of the set that is found within a budget."""
+    share, unit = parse_budget("budget", rule.budget)
+    return f"within {share:g} of the {unit}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +288,8 @@ class _Observer:
     max_samples: int
     batch_size: int
     seed: int
+    budgets: Sequence[SelectionRule] = ()
+    """Those into which a component must fit."""
 
     def observed(self) -> tuple[_Seen, Costs | None]:
         """Returns what all processes together know of the images, and what training costs."""
@@ -271,6 +303,8 @@ class _Observer:
                 example = sampler.example()
                 passes = _Passes.of(model, architecture, sampler, self.seed)
                 costs = costs_of(model, architecture, example)
+                for rule in self.budgets:
+                    limited_by(rule, architecture, costs).check_ever_possible()
                 count = sampler.available(self.max_samples)
             same(share, "number of images", count)
             with failing_together(share):
@@ -437,6 +471,22 @@ class _Forecaster:
                 short = longer
         return replace(self, pilot=short)
 
+    def grown(self, budgets: Sequence[SelectionRule]) -> dict[str, tuple[Component, ...]]:
+        """Returns a set within each budget, by its name: to every process the one that the first one found."""
+        parts, some = self.architecture.components, slice(MOST_GROWN)
+        head, targets, strength = self._head[some, some], self.seen.targets[some], self._strength
+        greedy = Greedy(
+            kernels={name: kernel[some, some] for name, kernel in self._kernels.items()},
+            targets=targets,
+            combined=lambda kernel: head + _strengthened(kernel, strength),
+        )
+        found = [greedy.within(limited_by(rule, self.architecture, self.costs)) for rule in budgets]
+        found = gathered(this_process(), found)[0]
+        return {
+            _within(rule): tuple(part for part in parts if part.id in chosen)
+            for rule, chosen in zip(budgets, found, strict=True)
+        }
+
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
         """Returns the forecast of some sets, by their names."""
         alone, raised = self._alone, self._raised(self.pilot)
@@ -486,7 +536,8 @@ class _Forecaster:
         return float((self._right_of(self.architecture.components) - self._alone).mean())
 
     def _right_of(self, parts: Sequence[Component]) -> np.ndarray:
-        return self._right(self._head + _strengthened(parts, self._kernels, self._strength))
+        kernel = np.asarray(np.sum([self._kernels[part.id] for part in parts], axis=0, dtype=np.float64))
+        return self._right(self._head + _strengthened(kernel, self._strength))
 
     def _raised(self, run: PilotRun | None) -> float:
         """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
@@ -520,8 +571,14 @@ class _Forecaster:
         )
 
 
-def _strengthened(parts: Sequence[Component], kernels: Mapping[str, np.ndarray], strength: float) -> np.ndarray:
-    """Returns the kernel of a set, in units of the noise."""
-    kernel = np.asarray(np.sum([kernels[part.id] for part in parts], axis=0, dtype=np.float64))
+def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | None) -> Limited:
+    """Returns the budget of a rule, for the components of a model."""
+    choice = rule.choice(architecture.components, architecture.parameters, lambda: costs)
+    assert isinstance(choice, Limited)
+    return choice
+
+
+def _strengthened(kernel: np.ndarray, strength: float) -> np.ndarray:
+    """Returns the kernel of a set, in units of the noise, from the sum of the kernels of its components."""
     share = float(np.trace(kernel)) / len(kernel)
     return np.asarray(strength * share ** (POWER - 1) * kernel) if share > 0 else kernel

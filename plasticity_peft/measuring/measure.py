@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from plasticity_peft.arguments import check_arguments, check_candidates
+from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import check_flag
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import (
@@ -173,7 +173,7 @@ def measure_plasticity(
         top_k=top_k,
         budget=budget,
         granularity=granularity,
-        candidates=check_candidates(candidates),
+        candidates=candidates,  # type: ignore[arg-type]  # the rule makes it a tuple
         training=mode(r, rank_pattern, use_dora, lora_bias) if training is None else training,
         r=8 if r is None else r,
         rank_pattern=rank_pattern,

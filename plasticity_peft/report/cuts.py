@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
+from plasticity_peft.arguments import name_components
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES
 from plasticity_peft.errors import SelectionError
 from plasticity_peft.report.scores import BaseReport
@@ -62,7 +63,7 @@ def every_series(report: BaseReport, rule: SelectionRule) -> list[Series]:
         rule: what is the same in all cuts: candidates, and the options of LoRA.
     """
     found = []
-    for granularity in GRANULARITIES:
+    for granularity in ("component",) if name_components(rule.candidates) else GRANULARITIES:
         for training in TRAINING_MODES:
             selector = Selector(report, replace(rule, granularity=granularity, training=training))
             for limited in LIMITS:

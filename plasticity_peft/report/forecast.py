@@ -45,6 +45,11 @@ class SetForecast:
     train in full as they are."""
 
     @property
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `PlasticityConfig`, and of `PlasticityReport.select`, that choose exactly these components."""
+        return {"granularity": "component", "candidates": self.components, "top_k": len(self.components)}
+
+    @property
     def price(self) -> float:
         """What orders sets from cheap to expensive: the time of a step, or the parameters if it is unknown."""
         return float(self.parameters) if self.cost is None else self.cost.time

@@ -72,6 +72,7 @@ def as_page(
     return page.render(
         title=heading(report),
         notes=list(filter(None, _notes(report))),
+        granularities=dict.fromkeys(one.granularity for one in series),
         limits={name: LIMIT_NAMES[name] for name in LIMITS if any(one.limited == name for one in series)},
         trained=None if selection is None else _trained(selection, rule),
         forecast=forecast,

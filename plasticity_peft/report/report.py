@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
-from plasticity_peft.arguments import check_candidates
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import read_as
 from plasticity_peft.errors import ReportError, SelectionError
@@ -99,7 +98,8 @@ class PlasticityReport(BaseReport):
                 that do not fit are then passed over. Those of late blocks cost less, because the backward pass ends
                 there; `granularity="component"` can select them.
             granularity: "kind" or "component", as in `ranking`.
-            candidates: kinds that may be selected; all five by default.
+            candidates: kinds that may be selected, all five by default; if components are selected, also the
+                canonical ids of some, such as "3.MHA".
             training: "lora" or "full". In both, all parameters of a layer norm count, as LoRA cannot adapt it. By
                 default "lora" if one of the next arguments is given, else "full".
             r: rank of LoRA, as in `peft.LoraConfig`, by default 8. This and the next three arguments determine the
@@ -118,7 +118,7 @@ class PlasticityReport(BaseReport):
             top_k=top_k,
             budget=budget,
             granularity=granularity,
-            candidates=check_candidates(candidates),
+            candidates=candidates,  # type: ignore[arg-type]  # the rule makes it a tuple
             training=mode(r, rank_pattern, use_dora, lora_bias) if training is None else training,
             r=8 if r is None else r,
             rank_pattern=rank_pattern,

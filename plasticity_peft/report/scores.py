@@ -19,7 +19,7 @@ from plasticity_peft.report.confidence import Separation
 from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.provenance import Provenance
-from plasticity_peft.report.selection import RankedUnit
+from plasticity_peft.report.selection import RankedUnit, among
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +122,20 @@ class BaseReport:
 
         Args:
             granularity: "kind" ranks the kinds over all blocks, as the paper does; "component" ranks the components.
-            candidates: kinds to rank; None for all five.
+            candidates: kinds to rank, or, if components are ranked, also the canonical ids of some; None for all.
 
         Returns:
             Named tuples, one per unit: a kind ("MHA") or the canonical id of a component ("3.MHA").
 
         Raises:
-            ConfigError: `granularity` or a kind is unknown.
+            ConfigError: `granularity`, a kind or a component is unknown.
         """
         granularity = canonical_granularity(granularity, stacklevel=3)
-        kinds = check_candidates(KINDS if candidates is None else candidates)
+        names = check_candidates(KINDS if candidates is None else candidates, granularity)
         if granularity == "kind":
-            units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in kinds]
+            units = [RankedUnit(row.kind, row.mean, row.standard_error) for row in self.kinds if row.kind in names]
         else:
-            units = [RankedUnit(row.id, row.mean, row.standard_error) for row in self.scores if row.kind in kinds]
+            units = [RankedUnit(row.id, row.mean, row.standard_error) for row in among(self.scores, names)]
         return sorted(units, key=lambda unit: -unit.score)
 
     def rows_of(self, kind: str) -> list[Score]:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from math import ceil, floor, log10
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, TypeVar
 
 from annotated_types import Len
 
@@ -16,7 +16,7 @@ from plasticity_peft.arguments import check_arguments, parse_budget
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES, check_count
 from plasticity_peft.components.component import KINDS, Component
 from plasticity_peft.constraints import Chance, Count, PositiveCount, Text, allowed, one_of
-from plasticity_peft.errors import SelectionError
+from plasticity_peft.errors import ConfigError, SelectionError
 from plasticity_peft.report.cost import Cost, Costs, Trained, check_known
 
 BY_MODE = allowed(
@@ -102,6 +102,23 @@ def _ranks(modules: Sequence[str], r: int, rank_pattern: Mapping[str, int]) -> l
     return found
 
 
+Part = TypeVar("Part", bound=Component)
+
+
+def among(components: Iterable[Part], candidates: Sequence[str]) -> list[Part]:
+    """Returns the components that are candidates.
+
+    Raises:
+        ConfigError: a candidate is a component that the model does not have.
+    """
+    parts = list(components)
+    ids = [part.id for part in parts]
+    unknown = next((name for name in candidates if name not in KINDS and name not in ids), None)
+    if unknown is not None:
+        raise ConfigError(f"candidates must name components of the model, {ids[0]} to {ids[-1]}. Got {unknown!r}.")
+    return [part for part in parts if part.is_among(candidates)]
+
+
 def _together(units: Iterable[str], trained: Mapping[str, list[Trained]]) -> list[Trained]:
     return [part for unit in units for part in trained[unit]]
 
@@ -134,7 +151,7 @@ class SelectionRule:
     granularity: str = "kind"
     """"kind" or "component"."""
     candidates: tuple[str, ...] = KINDS
-    """Kinds that may be selected."""
+    """Kinds that may be selected, and canonical ids of components."""
     training: str | None = None
     """"lora" or "full". By default "lora" if one of the next fields has another value than in `LoraConfig()`, else
     "full"."""
@@ -175,9 +192,9 @@ class SelectionRule:
         """Returns the units to choose from, in the order of the blocks.
 
         Raises:
-            ConfigError: there are fewer than `top_k` units.
+            ConfigError: there are fewer than `top_k` units, or the model does not have a candidate.
         """
-        units = tuple(dict.fromkeys(self.unit_of(each) for each in components if each.kind in self.candidates))
+        units = tuple(dict.fromkeys(map(self.unit_of, among(components, self.candidates))))
         if self.budget is None:
             listing = ", ".join(units if len(units) <= 6 else [*units[:3], "...", units[-1]])
             reason = f", the number of units to choose from ({listing})"
@@ -228,7 +245,7 @@ class SelectionRule:
         """Returns how the components of each unit train."""
         found: dict[str, list[Trained]] = {}
         for row, part in enumerate(components):
-            if part.kind in self.candidates:
+            if part.is_among(self.candidates):
                 trained = Trained(row, self.parameters_of(part)[str(self.training)], self._lora(part))
                 found.setdefault(self.unit_of(part), []).append(trained)
         return found
@@ -279,8 +296,20 @@ class TopK(Choice):
         return tuple(ranking[: self.top_k])
 
 
+class Limited(Choice):
+    """Selects units that fit into a budget."""
+
+    @abstractmethod
+    def price(self, units: Collection[str]) -> float:
+        """Returns what some units take, in the unit of the budget."""
+
+    @abstractmethod
+    def fits(self, units: Collection[str]) -> bool:
+        """Returns whether some units fit into the budget together."""
+
+
 @dataclass(frozen=True)
-class Budget(Choice):
+class Budget(Limited):
     """The first units of a ranking that fit into a budget of parameters.
 
     The selection ends at the first unit that does not fit; smaller units further down are not tried. So a larger
@@ -298,6 +327,14 @@ class Budget(Choice):
     def limit(self) -> float:
         """The budget as a number of parameters. 0.0768 of 10,000 is 768, although the product is a little less."""
         return round(self.budget * self.model_parameters, 6)
+
+    def price(self, units: Collection[str]) -> float:
+        """Returns how many parameters of some units train."""
+        return sum(self.sizes[unit] for unit in units)
+
+    def fits(self, units: Collection[str]) -> bool:
+        """Returns whether some units fit into the budget together."""
+        return self.price(units) <= self.limit
 
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
         """Returns the units that fit, best first."""
@@ -342,7 +379,7 @@ class Budget(Choice):
 
 
 @dataclass(frozen=True)
-class CostBudget(Choice):
+class CostBudget(Limited):
     """The units of a ranking that fit into a budget of time or memory.
 
     The units are tried in order, and those that do not fit are passed over. A backward pass ends at the first block
@@ -359,13 +396,21 @@ class CostBudget(Choice):
     _found: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
     """What was chosen, by ranking: it takes a cost for every unit, and is asked for several times."""
 
+    def price(self, units: Collection[str]) -> float:
+        """Returns the cost of training some units, as a ratio to that of finetuning everything."""
+        return float(getattr(self.cost(units), self.unit))
+
+    def fits(self, units: Collection[str]) -> bool:
+        """Returns whether some units fit into the budget together."""
+        return self.price(units) <= self.limit
+
     def chosen(self, ranking: Sequence[str]) -> tuple[str, ...]:
         """Returns the units that fit, best first."""
         known = tuple(ranking)
         if known not in self._found:
             found: list[str] = []
             for unit in ranking:
-                if self._ratio([*found, unit]) <= self.limit:
+                if self.fits([*found, unit]):
                     found.append(unit)
             self._found[known] = tuple(found)
         return self._found[known]
@@ -385,7 +430,7 @@ class CostBudget(Choice):
     def check_possible(self, ranking: Sequence[str]) -> None:
         """Raises SelectionError if no unit fits."""
         if not self.chosen(ranking):
-            ratios = {unit: self._ratio([unit]) for unit in ranking}
+            ratios = {unit: self.price([unit]) for unit in ranking}
             cheapest = min(ranking, key=ratios.__getitem__)
             advice = "" if "." in cheapest else ', or granularity="component"'
             raise SelectionError(
@@ -397,6 +442,3 @@ class CostBudget(Choice):
     def check_ever_possible(self) -> None:
         """Raises SelectionError if no unit fits, which does not depend on the ranking."""
         self.check_possible(self.units)
-
-    def _ratio(self, units: Collection[str]) -> float:
-        return float(getattr(self.cost(units), self.unit))

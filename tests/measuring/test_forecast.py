@@ -17,6 +17,7 @@ from sklearn.preprocessing import KernelCenterer
 from torch import nn
 
 from plasticity_peft import (
+    PlasticityConfig,
     PlasticityReport,
     create_plasticity_optimizer,
     find_components,
@@ -26,9 +27,11 @@ from plasticity_peft import (
 )
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.criteria.gradients import GradientsByImage
-from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError, ReportError
+from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError, ReportError, SelectionError
+from plasticity_peft.measuring.greedy import Greedy
 from plasticity_peft.measuring.kernel_ridge import left_out
 from plasticity_peft.measuring.tangents import Sketcher, Tangents
+from plasticity_peft.report.selection import Budget
 from plasticity_peft.report.text import decision_rows
 from tests.measuring.test_head import labeled
 from tests.support.forking import run_script
@@ -237,6 +240,84 @@ def test_a_report_that_is_measured_with_labels_has_the_forecast_and_says_what_to
         PlasticityReport.from_dict(replace(report, forecast=other).to_dict())
 
 
+def random_kernels(count: int, images: int) -> dict[str, np.ndarray]:
+    """Returns kernels of rank 3."""
+    factors = np.random.default_rng(0).normal(size=(count, images, 3))
+    return {f"{number}.MHA": factor @ factor.T for number, factor in enumerate(factors)}
+
+
+@pytest.mark.parametrize("chosen", [("2.MHA", "5.MHA"), ("0.MHA", "1.MHA", "7.MHA")])
+def test_a_set_grows_by_the_components_that_explain_the_targets(chosen: tuple[str, ...]) -> None:
+    kernels = random_kernels(8, 60)
+    noise = np.random.default_rng(1).normal(size=(60, 20))
+    targets = sum(kernels[name] for name in chosen) @ noise / 5 + noise[::-1] / 5
+    greedy = Greedy(kernels, targets, combined=lambda kernel: kernel)
+    sizes = dict.fromkeys(kernels, 1)
+    assert set(greedy.within(Budget(tuple(kernels), 1.0, sizes, len(chosen)))) == set(chosen)
+    assert set(greedy.within(Budget(tuple(kernels), 1.0, sizes, 8))) >= set(chosen)
+    few = greedy.within(Budget(tuple(kernels), 1.0, {**sizes, chosen[0]: 3}, 2))
+    assert chosen[0] not in few
+
+
+def test_a_set_is_as_good_as_by_the_exhaustive_greedy_rule_and_keeps_to_its_budget() -> None:
+    """The rule without its shortcut, by scikit-learn. Half of the kernel of each component is shared by all."""
+    kernels = {name: kernel / 40 + np.eye(30) / 2 for name, kernel in random_kernels(7, 30).items()}
+    targets = np.random.default_rng(2).normal(size=(30, 4)) + sum(kernels.values())[:, :4]
+    sizes = {name: 1 + number % 3 for number, name in enumerate(kernels)}
+
+    def error(names: tuple[str, ...]) -> float:
+        kernel = np.sum([np.zeros((30, 30)), *(kernels[name] for name in names)], axis=0)
+        ones = np.full((30, 30), 1e6)  # a constant in the kernel is a free intercept
+        rows = [np.arange(30) != row for row in range(30)]
+        fits = [
+            KernelRidge(alpha=1.0, kernel="precomputed").fit((kernel + ones)[np.ix_(others, others)], targets[others])
+            for others in rows
+        ]
+        predicted = [
+            fit.predict((kernel + ones)[[row]][:, others])[0]
+            for row, (fit, others) in enumerate(zip(fits, rows, strict=True))
+        ]
+        return float(((np.array(predicted) - targets) ** 2).sum(axis=1).mean())
+
+    def grown(limit: int, by_price: bool) -> tuple[str, ...]:
+        chosen: tuple[str, ...] = ()
+        while True:
+            fits = [name for name in kernels if name not in chosen]
+            fits = [name for name in fits if sum(sizes[each] for each in (*chosen, name)) <= limit]
+            gains = {name: error(chosen) - error((*chosen, name)) for name in fits}
+            best = max(fits, key=lambda name: gains[name] / (sizes[name] if by_price else 1), default=None)
+            if best is None or (chosen and gains[best] <= 0):
+                return chosen
+            chosen = (*chosen, best)
+
+    greedy = Greedy(kernels, targets, combined=lambda kernel: kernel)
+    for limit in (1, 3, 5, 9):
+        theirs = min((grown(limit, by_price) for by_price in (False, True)), key=error)
+        found = tuple(greedy.within(Budget(tuple(kernels), 1.0, sizes, limit)))
+        assert 0 < sum(sizes[name] for name in found) <= limit
+        assert error(found) <= 1.02 * error(theirs)
+        assert error(found) < error(()) - 0.5 * (error(()) - error(theirs))
+
+
+def test_sets_within_budgets_are_forecast_and_can_be_trained() -> None:
+    model = tiny_model()
+    forecast = forecast_finetuning(model, ITEMS, sets=["MHA"], budget=["0.7 time", "0.5 memory", 0.05])
+    names = [one.name for one in forecast.sets]
+    assert names == ["MHA", "within 0.7 of the time", "within 0.5 of the memory", "within 0.05 of the parameters"]
+    _, by_time, by_memory, by_parameters = forecast.sets
+    assert by_time.cost.time <= 0.7
+    assert by_memory.cost.memory <= 0.5
+    assert by_parameters.parameters <= 0.05 * sum(parameter.numel() for parameter in model.parameters())
+    for one in forecast.sets[1:]:
+        again = forecast_finetuning(model, ITEMS, sets=[one.components]).sets[0]
+        assert (again.gain, again.components) == (one.gain, one.components)
+        report = measure_plasticity(model, criterion="random")
+        adapted = get_peft_model(tiny_model(), PlasticityConfig(report=report, **one.arguments))
+        assert adapted.peft_config["default"].selection.components == one.components
+        trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+        assert trained == one.parameters + sum(parameter.numel() for parameter in model.classifier.parameters())
+
+
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_size_of_a_pass_changes_nothing(batch_size: int) -> None:
     one = forecast_finetuning(tiny_model(), ITEMS[:15], sets=["MHA"])
@@ -258,6 +339,10 @@ def test_other_architectures(name: str) -> None:
         ({"sets": [()]}, ConfigError, "must be made of kinds"),
         ({"sets": ["5.MHA"]}, ConfigError, r"canonical ids \(0.LN1, ..., 1.FC2\). Got \('5.MHA',\)"),
         ({"sets": [3]}, ConfigError, "must be made of kinds"),
+        ({"budget": "1 hour"}, ConfigError, "budget must be a share .* Got '1 hour'"),
+        ({"budget": [0.1, 2]}, ConfigError, "budget must be a share .* Got 2"),
+        ({"budget": 1e-6}, SelectionError, "less than the 32 of the smallest unit, 0.LN1"),
+        ({"budget": "0.01 time"}, SelectionError, "no unit fits: the cheapest, 1.LN1, takes .* at least '.* time'"),
         ({"max_samples": 5000}, ConfigError, "max_samples must be a whole number from 2 to 4096"),
         ({"dataset": None}, ConfigError, "dataset must be labeled images"),
         ({"dataset": [{"pixel_values": item["pixel_values"]} for item in ITEMS]}, DataError, "label"),
@@ -287,7 +372,7 @@ from accelerate import PartialState
 from plasticity_peft import forecast_finetuning
 from tests.measuring.test_forecast import ITEMS, tiny_model
 state = PartialState(cpu=True)
-forecast = forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4)
+forecast = forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4, budget="0.7 time")
 Path(sys.argv[1], f"{state.process_index}.json").write_text(json.dumps(forecast.to_dict()))
 state.destroy_process_group()
 """
@@ -299,10 +384,14 @@ def test_several_processes_forecast_what_one_does(processes: int, tmp_path: Path
     run = run_script(tmp_path / "script.py", tmp_path, cwd=tmp_path, processes=processes)
     assert run.returncode == 0, run.stderr
     rows = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(processes)]
-    one = json.loads(json.dumps(forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4).to_dict()))
+    one = json.loads(
+        json.dumps(forecast_finetuning(tiny_model(), ITEMS[:25], batch_size=4, budget="0.7 time").to_dict())
+    )
     for row in rows:
         assert row == rows[0]
         for mine, theirs in zip(row["sets"], one["sets"], strict=True):
-            assert (mine["name"], mine["cost"]) == (theirs["name"], theirs["cost"])
+            assert [mine[name] for name in ("name", "components", "cost")] == [
+                theirs[name] for name in ("name", "components", "cost")
+            ]
             numbers = ("accuracy", "error", "gain", "gain_error")
             assert [mine[name] for name in numbers] == pytest.approx([theirs[name] for name in numbers], abs=1e-6)

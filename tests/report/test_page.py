@@ -69,21 +69,22 @@ RULES = [
     SelectionRule(),
     SelectionRule(candidates=("LN1", "MHA", "FC1"), r=4, use_dora=True, lora_bias=True),
     SelectionRule(rank_pattern={"fc1": 2}),
+    SelectionRule(granularity="component", candidates=("LN1", "0.MHA", "1.FC1")),
 ]
 
 
 @pytest.mark.usefixtures("pages_have_no_library")
-@pytest.mark.parametrize("rule", RULES, ids=["usual", "candidates", "ranks"])
+@pytest.mark.parametrize("rule", RULES, ids=["usual", "candidates", "ranks", "components"])
 def test_every_cut_is_what_select_selects(report: PlasticityReport, rule: SelectionRule) -> None:
-    data = Parsed(
+    page = Parsed(
         report.to_html(
-            candidates=rule.candidates, r=rule.r, rank_pattern=rule.rank_pattern, use_dora=rule.use_dora,
-            lora_bias=rule.lora_bias,
+            granularity=rule.granularity, candidates=rule.candidates, r=rule.r, rank_pattern=rule.rank_pattern,
+            use_dora=rule.use_dora, lora_bias=rule.lora_bias,
         )
-    ).data  # fmt: skip
-    assert set(data["series"]) == {
-        f"{g} {t} {u}" for g in ("kind", "component") for t in ("lora", "full") for u in LIMITS
-    }
+    )  # fmt: skip
+    data, granularities = page.data, {"kind", "component"} if rule.granularity == "kind" else {"component"}
+    assert set(data["series"]) == {f"{g} {t} {u}" for g in granularities for t in ("lora", "full") for u in LIMITS}
+    assert {each["value"] for tag, each in page.elements if tag == "option"} >= granularities
     for name, cuts in data["series"].items():
         granularity, training, limited = name.split()
         units = len(report.ranking(granularity, rule.candidates))

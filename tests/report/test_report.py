@@ -171,12 +171,33 @@ def test_a_budget_too_small_says_what_is_enough() -> None:
         ({"training": "ia3"}, "training must be one of 'lora', 'full'"),
         ({"candidates": ("MHA", "MHA")}, "each once"),
         ({"candidates": ["QKV"]}, "one or more of LN1, MHA, LN2, FC1, FC2"),
+        ({"candidates": "0.MHA"}, r"\('0.MHA',\) names components, .* Give granularity='component'"),
+        ({"candidates": ("MHA", "2.FC1"), "granularity": "component"}, "model, 0.LN1 to 1.FC2. Got '2.FC1'"),
+        ({"candidates": ("0.MHA", "0.MHA"), "granularity": "component"}, "each once"),
+        ({"candidates": "1.2.3.MHA", "granularity": "component"}, "ids of components such as 3.MHA"),
+        (
+            {"candidates": ("0.MHA", "0.FC1"), "granularity": "component", "top_k": 3},
+            r"from 1 to 2, .*\(0.MHA, 0.FC1\)",
+        ),
         ({"candidates": 3}, "Got 3"),
     ],
 )
 def test_an_impossible_choice_is_refused(arguments: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         REPORT.select(**arguments)
+
+
+@pytest.mark.parametrize("wanted", [("0.MHA",), ("1.FC2", "0.LN1"), ("FC1", "1.MHA"), ("MHA", "0.MHA")])
+def test_candidates_may_be_components(wanted: tuple[str, ...]) -> None:
+    expected = [row.id for row in REPORT.scores if row.kind in wanted or row.id in wanted]
+    ranked = [row.unit for row in REPORT.ranking("component", wanted)]
+    assert sorted(ranked) == sorted(expected)
+    assert ranked == [row.unit for row in REPORT.ranking("component") if row.unit in expected]
+    chosen = REPORT.select(len(expected), granularity="component", candidates=wanted)
+    assert list(chosen.components) == expected
+    assert REPORT.select(granularity="component", candidates=set(wanted)).units == tuple(ranked[:1])
+    everything = REPORT.select(budget=1.0, granularity="component", candidates=wanted, training="full")
+    assert everything.units == tuple(ranked)
 
 
 @pytest.mark.parametrize(

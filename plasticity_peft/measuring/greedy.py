@@ -1,0 +1,71 @@
+"""Grows a set of components under a budget, by their tangent kernels. This module does not use the model.
+
+The kernel of a set is the sum of the kernels of its components, so a set can grow one component at a time: each time,
+by the one with which the leave-one-out error is smallest. What a component gains usually falls as the set grows. So
+only those are tried again whose last gain is above the best one found (Minoux's lazy greedy algorithm, 1978).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
+from plasticity_peft.report.selection import Limited
+
+SMALLEST = 1e-9
+"""Lower bound of what a component adds to the price of a set."""
+
+
+@dataclass(frozen=True, eq=False)
+class Greedy:
+    """Grows sets for n images."""
+
+    kernels: Mapping[str, np.ndarray]
+    """Of each component, by its id: (n, n)."""
+    targets: np.ndarray
+    """(n, classes)."""
+    combined: Callable[[np.ndarray], np.ndarray]
+    """Returns the kernel of a set and the head, in units of the penalty, from the sum of the kernels of the set."""
+
+    def within(self, limited: Limited) -> list[str]:
+        """Returns the ids of a set that fits into a budget, in the order in which it grew.
+
+        Two sets grow: one by what a component gains, one by what it gains for what it adds to the price. The one of
+        the smaller error is returned. It contains at least one component, if one fits.
+
+        Args:
+            limited: the budget. A larger set costs more.
+        """
+        grown = [self._grown(limited, by_price) for by_price in (False, True)]
+        return min(grown, key=lambda found: found[1])[0]
+
+    def _grown(self, limited: Limited, by_price: bool) -> tuple[list[str], float]:
+        """Returns a set, and its error."""
+        chosen: list[str] = []
+        kernel = np.zeros((len(self.targets), len(self.targets)))
+        error = self._error(kernel)
+        gains = dict.fromkeys(self.kernels, math.inf)
+        while True:
+            paid = limited.price(chosen)
+            added = {
+                name: max(limited.price([*chosen, name]) - paid, SMALLEST) if by_price else 1.0
+                for name in gains
+                if name not in chosen and limited.fits([*chosen, name])
+            }
+            tried: dict[str, float] = {}
+            for name in sorted(added, key=lambda name: gains[name] / added[name], reverse=True):
+                if tried and max(tried.values()) >= gains[name] / added[name]:
+                    break
+                gains[name] = error - self._error(kernel + self.kernels[name])
+                tried[name] = gains[name] / added[name]
+            best = max(tried, key=tried.__getitem__, default=None)
+            if best is None or (chosen and gains[best] <= 0):
+                return chosen, error
+            chosen, kernel, error = [*chosen, best], kernel + self.kernels[best], error - gains[best]
+
+    def _error(self, kernel: np.ndarray) -> float:
+        return squared_error(left_out(self.combined(kernel), self.targets), self.targets)
