@@ -72,7 +72,7 @@ def measure(
     granularity: options.Granularity = "kind",
     candidates: options.Candidates = options.ALL_KINDS,
     training: options.Training = None,
-    r: options.Rank = 8,
+    r: options.Rank = None,
     dtype: Annotated[str | None, options.one_of("--dtype", DTYPES, options.HELP["dtype"])] = None,
     backbone: options.Backbone = None,
     forward_kwargs: options.ForwardKwargs = None,
@@ -107,7 +107,8 @@ def measure(
     loaded = named.load_for(target, model, state, seed, revision)
     processor = None if data is None and source is None else load_processor(model, image_size, revision)
     images = target.prepared(processor)
-    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity, "r": r}
+    rule: dict[str, Any] = {"top_k": top_k, "budget": budget, "granularity": granularity}
+    rule["r"] = r or options.USUAL_RANK
     rule["training"] = options.mode(training, r)
     rule["candidates"] = options.several(candidates)
     shared: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone}

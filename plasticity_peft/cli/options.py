@@ -22,14 +22,14 @@ WIDEST_CHOICES = 40
 """Largest number of characters of the choices of an option in the help. Longer lists must be in the help text."""
 
 
-def mode(training: str | None, r: int, lora_alpha: int = 8) -> str:
-    """Returns the mode that is given, or else LoRA if one of its options has another value than by default.
+def mode(training: str | None, *of_lora: int | None) -> str:
+    """Returns the mode that is given, or else LoRA if one of its options is.
 
     Examples:
-        >>> mode(None, 8), mode(None, 16), mode("full", 16)
+        >>> mode(None, None), mode(None, 8), mode("full", 16)
         ('full', 'lora', 'full')
     """
-    return training or ("full" if (r, lora_alpha) == (8, 8) else "lora")
+    return training or ("full" if all(option is None for option in of_lora) else "lora")
 
 
 def one_of(name: str, allowed: Iterable[str], help: str, former: Mapping[str, str] | None = None) -> Any:
@@ -126,12 +126,16 @@ Plugin = Annotated[
 ]
 TopK = Annotated[int | None, typer.Option("--top_k", help=HELP["top_k"])]
 Budget = Annotated[str | None, typer.Option("--budget", help=HELP["budget"])]
+USUAL_RANK, USUAL_ALPHA = 8, 8
+"""Those of `peft.LoraConfig`."""
 FORMER_GRANULARITIES = {"block": "component"}
 Granularity = Annotated[str, one_of("--granularity", GRANULARITIES, HELP["granularity"], FORMER_GRANULARITIES)]
 Candidates = Annotated[str, typer.Option("--candidates", help=f"{HELP['candidates']} Separated by commas.")]
 Training = Annotated[str | None, one_of("--training", TRAINING_MODES, HELP["training"])]
-Rank = Annotated[int, typer.Option("--r", help=HELP["r"], min=1)]
-Alpha = Annotated[int, typer.Option("--lora_alpha", help=HELP["lora_alpha"], min=1)]
+Rank = Annotated[int | None, typer.Option("--r", help=f"{HELP['r']} By default {USUAL_RANK}.", min=1)]
+Alpha = Annotated[
+    int | None, typer.Option("--lora_alpha", help=f"{HELP['lora_alpha']} By default {USUAL_ALPHA}.", min=1)
+]
 Backbone = Annotated[str | None, typer.Option("--backbone", help=HELP["backbone"])]
 Verbose = Annotated[
     bool,

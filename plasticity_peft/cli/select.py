@@ -27,8 +27,8 @@ def select(
     granularity: options.Granularity = "kind",
     candidates: options.Candidates = options.ALL_KINDS,
     training: options.Training = None,
-    r: options.Rank = 8,
-    lora_alpha: options.Alpha = 8,
+    r: options.Rank = None,
+    lora_alpha: options.Alpha = None,
     model: Annotated[
         str | None,
         typer.Option(
@@ -62,6 +62,7 @@ def select(
     found = read_report(report, revision)
     kinds = options.several(candidates)
     training = options.mode(training, r, lora_alpha)
+    r, lora_alpha = r or options.USUAL_RANK, lora_alpha or options.USUAL_ALPHA
     selection = found.select(top_k, budget, granularity=granularity, candidates=kinds, training=training, r=r)
     components: Any = found.scores
     heads = options.several(head)

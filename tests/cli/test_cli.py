@@ -509,6 +509,15 @@ def test_former_names_are_accepted_with_a_warning(former: str, new: str) -> None
     assert found == run(*shlex.split(new)).stdout
 
 
+@pytest.mark.parametrize("option", ["--r", "--lora_alpha"])
+def test_an_option_of_lora_asks_for_lora_though_its_value_is_the_usual_one(option: str) -> None:
+    asked, lora, full = (
+        run("select", "first.json", *options, "--head", "classifier").stdout
+        for options in ((option, 8), ("--training", "lora"), ())
+    )
+    assert asked == lora != full
+
+
 def test_both_spellings_of_an_option() -> None:
     outputs = {
         run("select", "first.json", option, 2, "--head", "classifier").stdout for option in ("--top_k", "--top-k")
