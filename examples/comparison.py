@@ -18,6 +18,8 @@ from plasticity_peft import PlasticityReport
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 LORA = "LoRA on all linear layers, r=8"
 CONFIDENCE = 0.95
+COSTS = ("parameters", "time", "memory")
+"""What a method takes, as a ratio to everything in full."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +86,18 @@ class Comparison:
         reports: Mapping[str, PlasticityReport],
         picks: Mapping[str, str],
         head: Mapping[str, float],
+        model: str,
     ) -> None:
-        """Takes the result of each method, the report of each criterion, and the accuracies of the fitted head.
+        """Keeps what was found.
 
-        `picks` has the name under which each method was trained, as some methods train the same modules.
+        Args:
+            results: the result of each method.
+            reports: the report of each criterion, by name.
+            picks: the name under which each method was trained. Some methods train the same modules.
+            head: accuracies of the fitted head, and numbers of images.
+            model: name of the model.
         """
+        self.model = model
         self.results = {f"{result.method} ({result.training})": result for result in results}
         self.reports, self.picks, self.head = reports, picks, head
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
@@ -103,7 +112,7 @@ class Comparison:
         for name, result in self.results.items():
             tests = result.tests(1.0 if recommended else result.best_factor)
             low, high = self.difference(result, recommended)
-            cost = result.cost or result.formula
+            cost = result.cost or result.formula or dict.fromkeys(COSTS, 1.0 if result is self.everything else np.nan)
             rows[name] = {
                 "group": result.group,
                 "method": result.method,
@@ -129,16 +138,6 @@ class Comparison:
         own, other = (one.tests(1.0 if recommended else one.best_factor) for one in (result, self.everything))
         return interval([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
 
-    def front(self, cost: str) -> list[str]:
-        """Returns the methods that no cheaper one equals in test accuracy, cheapest first."""
-        rows = self.table().sort_values([cost, "test"], ascending=[True, False])
-        best, found = -np.inf, []
-        for name, row in rows.iterrows():
-            if row["test"] > best:
-                best = row["test"]
-                found.append(str(name))
-        return found
-
     def regrets(self) -> pd.DataFrame:
         """Returns the points that each criterion loses: by the kind that it ranks first, and by its components.
 
@@ -163,6 +162,50 @@ class Comparison:
                     row[share] = 100 * (max(found.values()) - found[criterion])
             rows.append(row)
         return pd.DataFrame(rows)
+
+
+def front(methods: pd.DataFrame, cost: str, value: str) -> list[str]:
+    """Returns the methods that no cheaper one equals, cheapest first.
+
+    Examples:
+        >>> methods = pd.DataFrame({"time": [1.0, 0.5, 0.7, np.nan], "test": [0.9, 0.8, 0.7, 1.0]}, list("abcd"))
+        >>> front(methods, "time", "test")
+        ['b', 'a']
+    """
+    best, found = -np.inf, []
+    for name, row in methods.dropna(subset=[cost]).sort_values([cost, value], ascending=[True, False]).iterrows():
+        if row[value] > best:
+            best = row[value]
+            found.append(str(name))
+    return found
+
+
+def means(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
+    """Returns one row per method that was trained on all of some pairs, best first.
+
+    Columns: "group", "method" and "training"; "difference" to everything in full at the best rates, in points, mean
+    over the pairs, and the "worst" one; "parameters", "time" and "memory", means of the ratios to everything in full.
+    """
+    tables = {}
+    for pair, comparison in comparisons.items():
+        table = comparison.table()
+        everything = table.loc[f"{EVERYTHING} (full)"]
+        table["difference"] = 100 * (table["test"] - everything["test"])
+        table["parameters"] = table["parameters"] / everything["parameters"]
+        tables[pair] = table
+    names = [
+        name for name in next(iter(tables.values())).index if all(name in table.index for table in tables.values())
+    ]
+    rows = {}
+    for name in names:
+        own = pd.DataFrame([table.loc[name] for table in tables.values()])
+        rows[name] = {
+            **own.iloc[0][["group", "method", "training"]],
+            "difference": own["difference"].mean(),
+            "worst": own["difference"].min(),
+            **{cost: own[cost].mean(skipna=False) for cost in COSTS},
+        }
+    return pd.DataFrame.from_dict(rows, orient="index").sort_values("difference", ascending=False)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:
@@ -197,4 +240,5 @@ def load(folder: Path) -> Comparison:
         results.append(Result(**values, **runs))
     reports = {path.stem: PlasticityReport.load(path) for path in sorted((folder / "reports").glob("*.json"))}
     picks = json.loads((folder / "picks.json").read_text())
-    return Comparison(results, reports, picks, json.loads((folder / "head.json").read_text()))
+    head, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("head", "settings"))
+    return Comparison(results, reports, picks, head, settings["model_name_or_path"])

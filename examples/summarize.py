@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from comparison import Comparison, load
+from comparison import COSTS, Comparison, front, load, means
 from comparison_figures import draw_fronts
 from methods import EVERYTHING
 from transformers import HfArgumentParser
@@ -34,11 +34,11 @@ class Arguments:
 
 
 def write(comparison: Comparison, folder: Path) -> None:
-    """Writes methods.csv and results.md of one pair into `folder`, and the figure if everything was trained."""
+    """Writes methods.csv and results.md of one pair into `folder`, and front.png if everything was trained."""
     comparison.table().to_csv(folder / "methods.csv", float_format="%.6g", index_label="name")
     write_text(folder / "results.md", as_markdown(comparison))
     if comparison.everything is not None:
-        draw_fronts({folder.name: comparison}, folder / "front.png")
+        draw_fronts({folder.name: means({folder.name: comparison})}, folder / "front.png")
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -131,6 +131,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
                 ordered,
             )
         )
+    parts += [fronts(name, table) for name, table in tables_of_means(comparisons).items()]
     kinds = {pair: one.regrets().set_index("criterion")["kind"] for pair, one in comparisons.items() if one.reports}
     frame = pd.DataFrame(kinds).dropna(how="all")
     if len(frame):
@@ -144,6 +145,35 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
         )
     parts.append(rates(comparisons))
     return "\n\n".join(parts) + "\n"
+
+
+def tables_of_means(comparisons: Mapping[str, Comparison]) -> dict[str, pd.DataFrame]:
+    """Returns means over all pairs, and over those of each model that has more than two, by name.
+
+    Over the pairs of one model there are more methods: those that were not reached on other models.
+    """
+    trained = {pair: one for pair, one in comparisons.items() if one.everything is not None}
+    found = {f"all {len(trained)} pairs": means(trained)} if trained else {}
+    for model in dict.fromkeys(one.model for one in trained.values()):
+        own = {pair: one for pair, one in trained.items() if one.model == model}
+        if 2 < len(own) < len(trained):
+            found[f"the {len(own)} pairs of {model}"] = means(own)
+    return found
+
+
+def fronts(name: str, methods: pd.DataFrame) -> str:
+    """Returns the methods that no cheaper one equals, for each cost."""
+    rows = []
+    for cost in COSTS:
+        for method in front(methods, cost, "difference"):
+            row = methods.loc[method]
+            rows.append((cost, f"{row[cost]:.2g}", method, f"{row['difference']:+.1f}", f"{row['worst']:+.1f}"))
+    return table(
+        f"Methods that no cheaper one equals, of those that were trained on {name}:\n"
+        "difference to everything in full in points, each method at its best rates. Costs are ratios to everything.\n",
+        ("by", "at most", "best method", "mean", "worst"),
+        rows,
+    )
 
 
 def rates(comparisons: Mapping[str, Comparison]) -> str:
@@ -194,9 +224,9 @@ def main() -> None:
         )
         write(comparison, destination / name)
     write_text(destination / "summary.md", summary(comparisons))
-    trained = {name: one for name, one in comparisons.items() if one.everything is not None}
-    if trained:
-        draw_fronts(trained, destination / "fronts.png")
+    methods = tables_of_means(comparisons)
+    if methods:
+        draw_fronts(methods, destination / "fronts.png")
 
 
 if __name__ == "__main__":
