@@ -489,13 +489,16 @@ class _Forecaster:
 
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
         """Returns the forecast of some sets, by their names."""
-        alone, raised = self._alone, self._raised(self.pilot)
-        sets = tuple(self._of_set(name, parts, raised) for name, parts in wanted.items())
+        raised = self._raised(self.pilot)
+        found = {name: self._left_out(parts) for name, parts in wanted.items()}
+        smallest = min(found.values(), key=lambda one: float(one.squared.mean())).squared
+        sets = tuple(self._of_set(name, parts, found[name], smallest, raised) for name, parts in wanted.items())
         return Forecast(
             model_type=self.architecture.model_type,
             seed=self.seed,
             head=self._fit,
-            head_error=float(np.std(alone) / len(alone) ** 0.5),
+            head_error=_standard_error(self._alone.right),
+            head_squared_error=float(self._alone.squared.mean()),
             sets=sets,
             pilot=self.pilot,
             raised=raised,
@@ -527,17 +530,17 @@ class _Forecaster:
         return float(STRENGTHS[int(np.argmin(errors))])
 
     @cached_property
-    def _alone(self) -> np.ndarray:
-        return self._right(self._head)
+    def _alone(self) -> _LeftOut:
+        return _LeftOut.of(self._head, self.seen.targets)
 
     @cached_property
     def _promised(self) -> float:
         """The gain that kernels promise for everything."""
-        return float((self._right_of(self.architecture.components) - self._alone).mean())
+        return float((self._left_out(self.architecture.components).right - self._alone.right).mean())
 
-    def _right_of(self, parts: Sequence[Component]) -> np.ndarray:
+    def _left_out(self, parts: Sequence[Component]) -> _LeftOut:
         kernel = np.asarray(np.sum([self._kernels[part.id] for part in parts], axis=0, dtype=np.float64))
-        return self._right(self._head + _strengthened(kernel, self._strength))
+        return _LeftOut.of(self._head + _strengthened(kernel, self._strength), self.seen.targets)
 
     def _raised(self, run: PilotRun | None) -> float:
         """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
@@ -546,14 +549,19 @@ class _Forecaster:
         more = run.gain - self._promised
         return more if more > run.gain_error else 0.0
 
-    def _right(self, kernel: np.ndarray) -> np.ndarray:
-        """Returns 1 for each image whose class is predicted from the other images, else 0: float64 of shape (n,)."""
-        targets = self.seen.targets
-        return np.asarray((left_out(kernel, targets).argmax(axis=1) == targets.argmax(axis=1)).astype(np.float64))
+    def _of_set(
+        self, name: str, parts: Sequence[Component], found: _LeftOut, smallest: np.ndarray, raised: float
+    ) -> SetForecast:
+        """Returns the forecast of a set.
 
-    def _of_set(self, name: str, parts: Sequence[Component], raised: float) -> SetForecast:
-        right, fit = self._right_of(parts), self._fit
-        gains, count = right - self._alone, len(right)
+        Args:
+            name: its name.
+            parts: its components.
+            found: how images are predicted from the others.
+            smallest: squared error of each image with the set of which it is smallest in the mean.
+            raised: what is added to the gain.
+        """
+        fit, gains = self._fit, found.right - self._alone.right
         gain = float(gains.mean()) + raised
         own = MODEL_ERROR if not raised or self.pilot is None else float(np.hypot(MODEL_ERROR, self.pilot.gain_error))
         rows = {part.id: row for row, part in enumerate(self.architecture.components)}
@@ -563,12 +571,35 @@ class _Forecaster:
             components=tuple(part.id for part in parts),
             parameters=sum(part.parameters for part in parts),
             accuracy=min(1.0, max(0.0, fit.score + gain)),
-            error=float(np.hypot(np.std(right) / count**0.5, own)),
+            error=float(np.hypot(_standard_error(found.right), own)),
             gain=gain,
-            gain_error=float(np.hypot(np.std(gains) / count**0.5, own)),
+            gain_error=float(np.hypot(_standard_error(gains), own)),
+            squared_error=float(found.squared.mean()),
+            excess_error=_standard_error(found.squared - smallest),
             cost=None if self.costs is None else self.costs.of(trained),
             rates=self.rates.of_set(parts, fit.features),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class _LeftOut:
+    """How each of n images is predicted from all others."""
+
+    right: np.ndarray
+    """1 if its class is predicted, else 0: float64 of shape (n,)."""
+    squared: np.ndarray
+    """Squared error, sum over the classes: float64 of shape (n,)."""
+
+    @classmethod
+    def of(cls, kernel: np.ndarray, targets: np.ndarray) -> _LeftOut:
+        """Predicts by a kernel in units of the noise, (n, n)."""
+        predicted = left_out(kernel, targets)
+        right = predicted.argmax(axis=1) == targets.argmax(axis=1)
+        return cls(right.astype(np.float64), np.square(predicted - targets).sum(axis=1, dtype=np.float64))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    return float(np.std(values) / len(values) ** 0.5)
 
 
 def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | None) -> Limited:

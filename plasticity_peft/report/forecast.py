@@ -38,6 +38,11 @@ class SetForecast:
     """Expected accuracy, less that of the fitted head."""
     gain_error: NonNegative
     """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
+    squared_error: NonNegative | None = None
+    """Leave-one-out squared error of targets of -1 and 1: sum over classes, mean over images. None in forecasts of
+    older releases."""
+    excess_error: NonNegative | None = None
+    """Standard error of the difference between `squared_error` and the smallest one of all sets."""
     cost: Cost | None = None
     """What a training step costs. None if it could not be counted."""
     rates: dict[Text, NonNegative] | None = None
@@ -97,6 +102,8 @@ class Forecast:
     """The head that is fitted in closed form, with which finetuning is compared. The model does not get it."""
     head_error: NonNegative
     """Standard error of its leave-one-out accuracy."""
+    head_squared_error: NonNegative | None = None
+    """Its leave-one-out squared error, as `SetForecast.squared_error`."""
     sets: Annotated[tuple[SetForecast, ...], Len(1)]
     """In the order in which they were given."""
     pilot: PilotRun | None = None
@@ -127,6 +134,20 @@ class Forecast:
         near = [one for one in self.sets if one.gain >= self.best.gain - self.best.gain_error]
         return min(near, key=lambda one: (one.price, -one.gain))
 
+    @property
+    def safest(self) -> SetForecast | None:
+        """The cheapest set whose squared error is within one standard error of the smallest one.
+
+        Squared errors tell sets apart that have the same accuracy within its error. So this set usually saves less
+        than `recommended`, and loses less. None if finetuning does not pay, or if a squared error is unknown.
+        """
+        errors = {one.name: one.squared_error for one in self.sets if one.squared_error is not None}
+        if not self.pays or len(errors) < len(self.sets):
+            return None
+        smallest = min(errors.values())
+        near = [one for one in self.sets if errors[one.name] - smallest <= (one.excess_error or 0.0)]
+        return min(near, key=lambda one: (one.price, errors[one.name]))
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the forecast as values that JSON can represent."""
         return asdict(self)
@@ -154,6 +175,8 @@ class Forecast:
         else:
             why = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
             said = f"Recommended: {chosen.name}, {why}."
+            if self.safest not in (None, chosen):
+                said += f"\nTo lose less: {self.safest.name}, the cheapest whose squared error is near the smallest."
         return "\n".join(filter(None, [said, self._about_pilot()]))
 
     def _about_pilot(self) -> str:
@@ -170,15 +193,21 @@ class Forecast:
     def columns(self) -> tuple[str, ...]:
         """Returns the names of the columns of its table. Costs and rates are left out if they are unknown."""
         interval = f"{COVERAGE:.0%} interval".replace("%", " %")
+        squared = ("squared error",) if self.head_squared_error is not None else ()
         costs = ("time", "memory") if self._costs_known else ()
         rates = ("rate of matrices", "of vectors") if self._rates_known else ()
-        return ("trained", "accuracy", interval, "gain", interval, "parameters", *costs, *rates)
+        return ("trained", "accuracy", interval, "gain", interval, *squared, "parameters", *costs, *rates)
 
     def rows(self) -> list[tuple[str, ...]]:
         """Returns the rows of its table: the fitted head, then the sets, in percent."""
         accuracy = f"{100 * self.head.score:.1f}", _interval(self.head.score, self.head_error)
-        head = ("head fitted", *accuracy, *[""] * (len(self.columns()) - 3))
+        squared = self._squared(self.head_squared_error)
+        head = ("head fitted", *accuracy, "", "", *squared, *[""] * (len(self.columns()) - 5 - len(squared)))
         return [head, *map(self._row, self.sets)]
+
+    def _squared(self, error: float | None) -> tuple[str, ...]:
+        """Returns the cell of a squared error; none if the table does not have them."""
+        return () if self.head_squared_error is None else ("" if error is None else f"{error:.3f}",)
 
     def _row(self, one: SetForecast) -> tuple[str, ...]:
         accuracy = f"{100 * one.accuracy:.1f}", _interval(one.accuracy, one.error)
@@ -189,7 +218,7 @@ class Forecast:
             if (self._rates_known and one.rates)
             else []
         )
-        return (one.name, *accuracy, *gain, f"{one.parameters:,}", *cost, *rates)
+        return (one.name, *accuracy, *gain, *self._squared(one.squared_error), f"{one.parameters:,}", *cost, *rates)
 
     @property
     def _costs_known(self) -> bool:

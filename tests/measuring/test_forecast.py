@@ -202,6 +202,27 @@ def test_the_recommended_set_is_the_cheapest_one_near_the_best() -> None:
     assert f"Recommended: {cheap.name}, the cheapest" in str(replace(forecast, sets=(norm, attention, cheap)))
 
 
+def test_the_safest_set_is_the_cheapest_one_of_a_squared_error_near_the_smallest() -> None:
+    forecast = forecast_finetuning(tiny_model(), ITEMS, sets=["LN1", "MHA", "FC1", "FC2"])
+    smallest = min(forecast.sets, key=lambda one: one.squared_error)
+    assert smallest.excess_error == 0
+    assert all(one.excess_error > 0 for one in forecast.sets if one is not smallest)
+    norm, *others = (replace(one, gain=0.1, gain_error=0.05) for one in forecast.sets)
+    cheap, near, far = (
+        replace(one, squared_error=error, excess_error=0.2, cost=replace(one.cost, time=time))
+        for one, error, time in zip(others, (1.9, 1.8, 2.0), (0.7, 0.8, 0.5), strict=True)
+    )
+    best = replace(norm, squared_error=1.75, excess_error=0.0, cost=replace(norm.cost, time=0.9))
+    found = replace(forecast, sets=(best, cheap, near, far))
+    assert found.safest is cheap
+    assert found.recommended is far
+    assert f"To lose less: {cheap.name}, the cheapest whose squared error" in str(found)
+    assert replace(found, sets=(best, cheap)).safest is cheap
+    assert "To lose less" not in str(replace(found, sets=(best, cheap)))
+    assert replace(found, sets=(best, replace(cheap, squared_error=None))).safest is None
+    assert replace(found, sets=(replace(best, gain=0.01), replace(cheap, gain=0.0))).safest is None
+
+
 @pytest.mark.parametrize("kinds", [("MHA",), ("LN1", "FC2"), ("LN1",)])
 def test_the_rates_of_a_set_are_those_that_are_recommended_once_it_trains(kinds: tuple[str, ...]) -> None:
     model = tiny_model()

@@ -282,6 +282,22 @@ def test_a_method_is_compared(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_sets_within_budgets_are_compared_at_recommended_rates(tmp_path: Path) -> None:
+    options = ["--seeds", "2", "--max_rates", "1", "--stages", "train", "--budgets", "0.6 time", "0.8 time"]
+    options += ["--methods", "within 0.6 of the time", "everything", "--output_dir", tmp_path]
+    assert "runs: 2 of 2 methods to do" in run(*SMALL[:-1], *options, script=COMPARE)
+    found = load_example("comparison").load(tmp_path).results
+    result = found["within 0.6 of the time (full)"]
+    assert result.formula["time"] <= 0.6
+    assert result.units == json.loads((tmp_path / "budgets.json").read_text())[result.method]
+    assert [(run.factor, run.seed) for run in result.runs] == [(1.0, 0), (1.0, 1)]
+    assert set(load_example("comparison").means({"one": load_example("comparison").load(tmp_path)}).index) == set(
+        found
+    )
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
 def test_processes_share_the_methods(tmp_path: Path) -> None:
     names = ["--methods", "attention output", "LoRA+ on all linear layers, r=8", "--seeds", "1", "--max_rates", "3"]
     log = run(*SMALL, "--output_dir", tmp_path, *names, script=COMPARE, processes=2)
