@@ -27,4 +27,18 @@ for data in fashion cifar10; do
     compare "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
 done
 
+# The runs of budgets.jsonl: at the recommended rates, on a CPU.
+within() { # name, then arguments
+    python examples/compare_components.py --steps 300 --evaluations 4 --test_fraction 0.5 --seeds 3 --max_rates 1 \
+        --groups budgets --stages train --output_dir "outputs/budgets/$1" "${@:2}"
+}
+within demo-digits --budgets "0.6 time" "0.7 time" "0.9 time"
+within demo-low_contrast --budgets "0.6 time" "0.7 time" "0.9 time" --max_train_samples 640 \
+    --dataset_name outputs/data/fashion_low_contrast.parquet
+for shift in inverted noise; do
+    within "demo-$shift" --budgets "0.9 time" --max_train_samples 640 --dataset_name outputs/data/fashion_$shift.parquet
+done
+within vit-cifar10 --budgets "0.6 time" --max_train_samples 1000 --dataset_name "$CIFAR10" \
+    --model_name_or_path "$VIT" --image_size 96
+
 python examples/summarize.py --folders outputs/compare/* --destination examples/results
