@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, create_plasticity_optimizer, find_components, fit_head
+from plasticity_peft.arguments import name_components
 from plasticity_peft.components.architecture import find_architecture
 
 logger = logging.getLogger(__name__)
@@ -69,9 +70,9 @@ def methods(model: PreTrainedModel, report: PlasticityReport, units: Iterable[st
         config = LoraConfig(target_modules=targets, modules_to_save=heads, r=8, lora_alpha=16)
         return lambda model: get_peft_model(model, copy.copy(config))
 
-    granularity = "component" if all("." in unit for unit in units) else "kind"
-    options = {"report": report, "candidates": units, "top_k": len(units), "granularity": granularity}
-    options |= {"training": training}
+    granularity = "component" if name_components(units) else "kind"
+    options = {"report": report, "candidates": units, "top_k": len(units)}
+    options |= {"granularity": granularity, "training": training}
     if training == "lora":
         options |= {"r": 8, "lora_alpha": 16}
     return [

@@ -78,12 +78,17 @@ def check_candidates(candidates: Iterable[str], granularity: str) -> tuple[str, 
         ('FC1', '2.MHA', '10.MHA')
     """
     found = _check_candidates("candidates", candidates)
-    if granularity == "kind" and name_components(found):
+    _check_go_together(found, granularity)
+    return found
+
+
+def _check_go_together(candidates: tuple[str, ...], granularity: str) -> None:
+    """Raises ConfigError if candidates name components where kinds are selected."""
+    if granularity == "kind" and name_components(candidates):
         raise ConfigError(
-            f"candidates={shown(found)} names components, and granularity='kind' selects kinds. Give "
+            f"candidates={shown(candidates)} names components, and granularity='kind' selects kinds. Give "
             "granularity='component', or name kinds."
         )
-    return found
 
 
 def name_components(candidates: Iterable[str]) -> bool:
@@ -317,7 +322,7 @@ def check_arguments(values: Mapping[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"Give top_k or budget, not both. Got top_k={shown(top_k)} and budget={shown(budget)}.")
     found = {name: ARGUMENTS[name].check(name, value) for name, value in values.items()}
     if "candidates" in found and "granularity" in found:
-        check_candidates(found["candidates"], found["granularity"])
+        _check_go_together(found["candidates"], found["granularity"])
     return found
 
 

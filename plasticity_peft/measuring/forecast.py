@@ -206,7 +206,7 @@ def _members(units: Any, components: Sequence[Component]) -> tuple[Component, ..
             f"A set of components must be made of kinds ({', '.join(KINDS)}) and canonical ids ({ids[0]}, ..., "
             f"{ids[-1]}). Got {shown(units)}."
         )
-    return tuple(part for part in components if part.kind in given or part.id in given)
+    return tuple(part for part in components if part.is_among(given))
 
 
 def _budgets(budget: Any) -> list[SelectionRule]:

@@ -286,14 +286,13 @@ def test_sets_within_budgets_are_compared_at_recommended_rates(tmp_path: Path) -
     options = ["--seeds", "2", "--max_rates", "1", "--stages", "train", "--budgets", "0.6 time", "0.8 time"]
     options += ["--methods", "within 0.6 of the time", "everything", "--output_dir", tmp_path]
     assert "runs: 2 of 2 methods to do" in run(*SMALL[:-1], *options, script=COMPARE)
-    found = load_example("comparison").load(tmp_path).results
-    result = found["within 0.6 of the time (full)"]
+    comparison = load_example("comparison")
+    loaded = comparison.load(tmp_path)
+    result = loaded.results["within 0.6 of the time (full)"]
     assert result.formula["time"] <= 0.6
     assert result.units == json.loads((tmp_path / "budgets.json").read_text())[result.method]
     assert [(run.factor, run.seed) for run in result.runs] == [(1.0, 0), (1.0, 1)]
-    assert set(load_example("comparison").means({"one": load_example("comparison").load(tmp_path)}).index) == set(
-        found
-    )
+    assert set(comparison.means({"one": loaded}).index) == set(loaded.results)
     assert (tmp_path / "front.png").stat().st_size > 1000
 
 
