@@ -425,14 +425,15 @@ def main() -> None:
     found = within_budgets(pair, compare, folder / "budgets.json")
     methods, picks = Catalog(pair.model, reports, compare.shares, found).methods()
     if state.is_main_process:
-        write_text(folder / "picks.json", json.dumps(picks, indent=2) + "\n")
+        add(folder / "picks.json", picks)
+        add(folder / "criteria.json", {name: report.ranking()[0].unit for name, report in reports.items()})
     wanted = in_order([method for method in methods if method.group in compare.groups], compare.methods)
     if "train" in compare.stages:
         train_methods(pair, wanted, reports, compare)
     if "cost" in compare.stages:
         measure_costs(pair, wanted, compare)
     if "forecast" in compare.stages:
-        forecast_methods(pair, wanted, folder / "forecast.json")
+        forecast_methods(pair, wanted, folder)
     state.wait_for_everyone()
     if state.is_main_process and list((folder / "runs").iterdir()):
         write(load(folder), folder)
@@ -483,18 +484,28 @@ def measure_costs(pair: Pair, wanted: Sequence[Method], compare: CompareArgument
             logger.info("%-45s %.2f of the time of everything", method.name, found["time"])
 
 
-def forecast_methods(pair: Pair, wanted: Sequence[Method], path: Path) -> None:
-    """Writes the forecast of the methods that train whole components in full, on the images that they train on."""
+def forecast_methods(pair: Pair, wanted: Sequence[Method], folder: Path) -> None:
+    """Writes forecasts of the methods that train whole components in full, on the images that they train on.
+
+    One is of sets of whole kinds, one of all sets. If there are runs, sets that were not trained are left out, so that
+    what the forecast advises can be compared with them.
+    """
+    trained = [one for one in wanted if (folder / "runs" / f"{one.file}.json").is_file()] or wanted
     everything = tuple(part.id for part in find_components(pair.model))
-    sets = {one.name: one.units or everything for one in wanted if one.units or one.name == EVERYTHING}
-    if not sets:
-        return
-    found = forecast_finetuning(pair.fresh(), pair.items, sets=list(sets.values()))
+    sets = [(one.group, one.units or everything) for one in trained if one.units or one.name == EVERYTHING]
+    scopes = {"kinds": [units for group, units in sets if group == "kinds"], "all": [units for _, units in sets]}
+    found = {
+        scope: forecast_finetuning(pair.fresh(), pair.items, sets=chosen) for scope, chosen in scopes.items() if chosen
+    }
     if PartialState().is_main_process:
-        gains = {name: {"gain": one.gain, "error": one.gain_error} for name, one in zip(sets, found.sets, strict=True)}
-        short = None if found.pilot is None else asdict(found.pilot)
-        values = {"gains": gains, "pilot": short, "raised": found.raised}
-        write_text(path, json.dumps(values, indent=1) + "\n")
+        values = {scope: forecast.to_dict() for scope, forecast in found.items()}
+        write_text(folder / "forecast.json", json.dumps(values, indent=1) + "\n")
+
+
+def add(path: Path, values: Mapping[str, object]) -> None:
+    """Writes values to a JSON file, beside those that it has. So a comparison can go on with other criteria."""
+    before = json.loads(path.read_text()) if path.is_file() else {}
+    write_text(path, json.dumps(before | values, indent=2) + "\n")
 
 
 if __name__ == "__main__":

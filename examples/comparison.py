@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import forecasts
 import numpy as np
 import pandas as pd
-from methods import EVERYTHING
+from methods import EVERYTHING, KINDS
 from scipy import stats
 
-from plasticity_peft import PlasticityReport
+from plasticity_peft.report.forecast import Forecast
 
-KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 LORA = "LoRA on all linear layers, r=8"
 CONFIDENCE = 0.95
 COSTS = ("parameters", "time", "memory")
@@ -83,23 +83,25 @@ class Comparison:
     def __init__(
         self,
         results: Sequence[Result],
-        reports: Mapping[str, PlasticityReport],
+        first: Mapping[str, str],
         picks: Mapping[str, str],
         head: Mapping[str, float],
         model: str,
+        forecasts: Mapping[str, Forecast],
     ) -> None:
         """Keeps what was found.
 
         Args:
             results: the result of each method.
-            reports: the report of each criterion, by name.
+            first: the kind that each criterion ranks first, by the name of the criterion.
             picks: the name under which each method was trained. Some methods train the same modules.
             head: accuracies of the fitted head, and numbers of images.
             model: name of the model.
+            forecasts: what was forecast, by scope; see `forecasts.SCOPES`.
         """
         self.model = model
         self.results = {f"{result.method} ({result.training})": result for result in results}
-        self.reports, self.picks, self.head = reports, picks, head
+        self.first, self.picks, self.head, self.forecasts = first, picks, head, forecasts
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
 
     def table(self, recommended: bool = False) -> pd.DataFrame:
@@ -153,8 +155,7 @@ class Comparison:
             if comma and other in trained:
                 at_share.setdefault(share, {})[chosen] = trained[other]
         rows = []
-        for criterion, report in self.reports.items():
-            first = report.ranking()[0].unit
+        for criterion, first in self.first.items():
             row: dict[str, Any] = {"criterion": criterion, "first": first}
             row["kind"] = 100 * (max(kinds, default=np.nan) - trained.get(first, np.nan))
             for share, found in at_share.items():
@@ -238,7 +239,7 @@ def load(folder: Path) -> Comparison:
         cost = folder / "costs" / path.name
         values["cost"] = json.loads(cost.read_text()) if cost.is_file() else {}
         results.append(Result(**values, **runs))
-    reports = {path.stem: PlasticityReport.load(path) for path in sorted((folder / "reports").glob("*.json"))}
-    picks = json.loads((folder / "picks.json").read_text())
-    head, settings = (json.loads((folder / f"{name}.json").read_text()) for name in ("head", "settings"))
-    return Comparison(results, reports, picks, head, settings["model_name_or_path"])
+    names = ("criteria", "picks", "head", "settings")
+    first, picks, head, settings = (json.loads((folder / f"{name}.json").read_text()) for name in names)
+    found = forecasts.load(folder / "forecast.json")
+    return Comparison(results, first, picks, head, settings["model_name_or_path"], found)

@@ -1,8 +1,10 @@
 """From finished comparisons to tables and a figure.
 
-compare_components.py calls this for one pair of a model and images. For several pairs:
+compare_components.py calls this for one pair of a model and images. For several pairs, or for the runs that are in the
+repository:
 
     python examples/summarize.py --folders outputs/compare/* --destination examples/results
+    python examples/summarize.py --folders examples/results/{demo,dinov2,vit}-* --destination examples/results
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import numpy as np
 import pandas as pd
 from comparison import COSTS, Comparison, front, load, means
 from comparison_figures import draw_fronts
+from forecasts import SCOPES, advice, errors
 from methods import EVERYTHING
 from transformers import HfArgumentParser
 
@@ -35,10 +38,15 @@ class Arguments:
 
 def write(comparison: Comparison, folder: Path) -> None:
     """Writes methods.csv and results.md of one pair into `folder`, and front.png if everything was trained."""
-    comparison.table().to_csv(folder / "methods.csv", float_format="%.6g", index_label="name")
-    write_text(folder / "results.md", as_markdown(comparison))
+    write_tables(comparison, folder)
     if comparison.everything is not None:
         draw_fronts({folder.name: means({folder.name: comparison})}, folder / "front.png")
+
+
+def write_tables(comparison: Comparison, folder: Path) -> None:
+    """Writes methods.csv and results.md of one pair into `folder`."""
+    comparison.table().to_csv(folder / "methods.csv", float_format="%.6g", index_label="name")
+    write_text(folder / "results.md", as_markdown(comparison))
 
 
 def as_markdown(comparison: Comparison) -> str:
@@ -132,7 +140,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
             )
         )
     parts += [fronts(name, table) for name, table in tables_of_means(comparisons).items()]
-    kinds = {pair: one.regrets().set_index("criterion")["kind"] for pair, one in comparisons.items() if one.reports}
+    kinds = {pair: one.regrets().set_index("criterion")["kind"] for pair, one in comparisons.items() if one.first}
     frame = pd.DataFrame(kinds).dropna(how="all")
     if len(frame):
         frame["mean"], frame["worst"] = frame.mean(axis=1), frame.max(axis=1)
@@ -144,6 +152,9 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
             )
         )
     parts.append(rates(comparisons))
+    forecast = {pair: one for pair, one in comparisons.items() if one.forecasts and one.everything is not None}
+    if forecast:
+        parts += [forecast_errors(forecast), forecast_advice(forecast)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -189,6 +200,52 @@ def rates(comparisons: Mapping[str, Comparison]) -> str:
     )
 
 
+def forecast_errors(comparisons: Mapping[str, Comparison]) -> str:
+    """Returns how forecasts compare with what was trained, by pair."""
+    rows, found = [], {pair: errors(comparison) for pair, comparison in comparisons.items()}
+    found["all"] = pd.concat(found)
+    for pair, frame in found.items():
+        off, kernels = ((frame[name] - frame["trained"]).abs() for name in ("forecast", "kernels"))
+        gain, raised = ("", "")
+        if pair in comparisons:
+            everything = frame.loc[EVERYTHING]
+            gain = f"{everything['trained']:.1f}", f"{everything['forecast']:.1f}"
+            raised = f"{100 * comparisons[pair].forecasts['all'].raised:.1f}"
+        rows.append(
+            (pair, str(len(frame)), *(gain or ("", "")), raised, f"{off.mean():.1f}", f"{kernels.mean():.1f}",
+             str(int(frame["contained"].sum())))
+        )  # fmt: skip
+    return table(
+        "Forecasts of gains over the fitted head, against what was trained at the best rates, in points: that of\n"
+        "everything; by how much short runs raised it; the mean absolute error over all sets, and without the runs;\n"
+        "and the number of sets whose 80 % interval contains the trained gain.\n",
+        ("pair", "sets", "everything trained", "forecast", "raised", "error", "without runs", "contained"),
+        rows,
+    )
+
+
+def forecast_advice(comparisons: Mapping[str, Comparison]) -> str:
+    """Returns what it comes to if one trains what the forecast advises."""
+    rows = [
+        (
+            SCOPES[row["scope"]],
+            row["choice"],
+            f"{row['mean']:+.1f}",
+            f"{row['worst']:+.1f}",
+            f"{row['time']:.2f}",
+            f"{row['memory']:.2f}",
+            row["chosen"],
+        )
+        for _, row in advice(comparisons).iterrows()
+    ]
+    return table(
+        "What the advice of a forecast comes to: difference to everything in full in points, at the best rates, with\n"
+        "time and memory of a step by formula, as ratios to everything.\n",
+        ("forecast of", "choice", "mean", "worst", "time", "memory", "chosen"),
+        rows,
+    )
+
+
 def _points(share: float) -> str:
     return f"{100 * share:.1f}"
 
@@ -219,10 +276,10 @@ def main() -> None:
     comparisons = {name: load(folder) for name, folder in folders.items()}
     destination = Path(arguments.destination)
     for name, comparison in comparisons.items():
-        shutil.copytree(
-            folders[name], destination / name, dirs_exist_ok=True, ignore=shutil.ignore_patterns("reports", "*.log")
-        )
-        write(comparison, destination / name)
+        if folders[name].resolve() != (destination / name).resolve():
+            ignored = shutil.ignore_patterns("reports", "*.log", "front.png")
+            shutil.copytree(folders[name], destination / name, dirs_exist_ok=True, ignore=ignored)
+        write_tables(comparison, destination / name)
     write_text(destination / "summary.md", summary(comparisons))
     methods = tables_of_means(comparisons)
     if methods:

@@ -15,18 +15,15 @@ pretraining, the norms alone reach most of it. `docs/forecast.md` compares forec
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from itertools import groupby
-from operator import attrgetter
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.arguments import check_arguments, parse_budget
+from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import check_count, check_flag, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
@@ -37,44 +34,29 @@ from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.measuring.costs import costs_of
-from plasticity_peft.measuring.greedy import Greedy
+from plasticity_peft.measuring.forecaster import Forecaster, Seen, limited_by
 from plasticity_peft.measuring.head import (
     check_finite,
     final_layer,
     labeled_images,
     linear_at,
     problem_type,
-    solve,
     targets_of,
 )
-from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.pilot import CLASSES, MORE_STEPS, STEPS, Pilot
+from plasticity_peft.measuring.pilot import CLASSES, Pilot
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full
-from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.measuring.rounds import Progress
-from plasticity_peft.measuring.tangents import Sketcher, Tangents
-from plasticity_peft.report.cost import Costs, Trained
-from plasticity_peft.report.forecast import Forecast, PilotRun, SetForecast
-from plasticity_peft.report.head import HeadFit
-from plasticity_peft.report.selection import Limited, SelectionRule
+from plasticity_peft.measuring.tangents import Sketcher
+from plasticity_peft.report.cost import Costs
+from plasticity_peft.report.forecast import Forecast, PilotRun
+from plasticity_peft.report.selection import SelectionRule
 
 DIRECTIONS = 2
 """Number of directions of the features whose gradients are taken: a backward pass each."""
 MOST_IMAGES = 4096
 """Largest number of images. Each component has a number for every pair of them."""
-STRENGTHS = tuple(np.logspace(-0.5, 2.5, 13).tolist())
-"""Strengths of the kernels to choose from, in units of the noise: the mean over images of the variance that finetuning
-everything adds."""
-POWER = 0.5
-"""The strength of a set is that of everything times the share of its kernel to this power. 1 would be the plain sum of
-kernels. Sets of few parameters train at larger rates."""
-MOST_GROWN = 512
-"""Largest number of images by which sets within a budget grow."""
-MODEL_ERROR = 0.015
-"""Standard deviation of the gain of trained models around a forecast, beside the error of its images. It does not
-cover models whose features move far."""
 PAIRS_OF_KINDS = (("LN1", "LN2"), ("MHA", "FC1"), ("MHA", "FC2"), ("FC1", "FC2"))
 EVERYTHING = "everything"
 
@@ -159,7 +141,7 @@ def forecast_finetuning(
         seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
         rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
         everything = rates.of_set(architecture.components, seen.features.shape[1])
-        forecaster = _Forecaster(architecture, seen, costs, rates, None, seed)
+        forecaster = Forecaster(architecture, seen, costs, rates.of_set, None, seed)
         wanted |= forecaster.grown(budgets)
         if pilot and everything is not None and not sharded:
 
@@ -220,64 +202,6 @@ def _budgets(budget: Any) -> list[SelectionRule]:
     return [SelectionRule(budget=each, granularity="component", training="full") for each in given if each is not None]
 
 
-def _within(rule: SelectionRule) -> str:
-    """Returns the name of the set that is found within a budget."""
-    share, unit = parse_budget("budget", rule.budget)
-    return f"within {share:g} of the {unit}"
-
-
-@dataclass(frozen=True, eq=False)
-class _Seen:
-    """What is known of n images."""
-
-    numbers: np.ndarray
-    """Position of each image in the order of drawing: int64 of shape (n,)."""
-    features: np.ndarray
-    """Input of the head's linear layer: float32 of shape (n, features)."""
-    targets: np.ndarray
-    """-1 and 1 for each class: float32 of shape (n, classes)."""
-    sketches: dict[str, np.ndarray]
-    """Sketched gradients of each layer, by path: float32 of shape (n, directions, numbers)."""
-
-    @classmethod
-    def together(cls, parts: Sequence[_Seen]) -> _Seen:
-        """Returns the images of all parts, in the order of drawing."""
-        order = np.argsort(np.concatenate([part.numbers for part in parts]))
-
-        def ordered(values: Iterable[np.ndarray]) -> np.ndarray:
-            return np.asarray(np.concatenate(list(values))[order])
-
-        return cls(
-            numbers=ordered(part.numbers for part in parts),
-            features=ordered(part.features for part in parts),
-            targets=ordered(part.targets for part in parts),
-            sketches={path: ordered(part.sketches[path] for part in parts) for path in parts[0].sketches},
-        )
-
-    @classmethod
-    def of_all(cls, share: Share, own: Sequence[_Seen], architecture: Architecture) -> _Seen:
-        """Returns the images of all processes. `own` has those of this process, if there are any.
-
-        Sketches are exchanged block by block, so that memory never holds messages of all blocks beside the result.
-        """
-
-        def all_of(part: Callable[[_Seen], T]) -> list[T]:
-            return [each for found in gathered(share, list(map(part, own))) for each in found]
-
-        rest = all_of(lambda seen: replace(seen, sketches={}))
-        order = np.argsort(np.concatenate([seen.numbers for seen in rest]))
-        sketches = {}
-        for _, block in groupby(architecture.components, key=attrgetter("block_id")):
-            paths = [path for part in block for path in part.modules]
-            found = all_of(partial(_of_layers, paths))
-            sketches.update({path: np.concatenate([each[path] for each in found])[order] for path in paths})
-        return replace(cls.together(rest), sketches=sketches)
-
-
-def _of_layers(paths: Sequence[str], seen: _Seen) -> dict[str, np.ndarray]:
-    return {path: seen.sketches[path] for path in paths}
-
-
 @dataclass(frozen=True, eq=False)
 class _Observer:
     """Runs the model on labeled images, forward and backward."""
@@ -291,7 +215,7 @@ class _Observer:
     budgets: Sequence[SelectionRule] = ()
     """Those into which a component must fit."""
 
-    def observed(self) -> tuple[_Seen, Costs | None]:
+    def observed(self) -> tuple[Seen, Costs | None]:
         """Returns what all processes together know of the images, and what training costs."""
         share = this_process()
         model, architecture = self.model, self.architecture
@@ -309,9 +233,9 @@ class _Observer:
             same(share, "number of images", count)
             with failing_together(share):
                 seen = self._seen(passes, sampler, share.of(range(count)), share)
-        return _Seen.of_all(share, seen, architecture), costs
+        return Seen.of_all(share, seen, architecture), costs
 
-    def pilot(self, seen: _Seen, rates: Mapping[str, float], steps: int) -> PilotRun | None:
+    def pilot(self, seen: Seen, rates: Mapping[str, float], steps: int) -> PilotRun | None:
         """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
         share = this_process()
         with failing_together(share):
@@ -323,7 +247,7 @@ class _Observer:
             found = run.run(seen.features, seen.targets)
         return gathered(share, found)[0]
 
-    def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[_Seen]:
+    def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[Seen]:
         """Returns what this process knows of the images with these numbers: none if there are fewer than processes."""
         found = []
         with Progress(sampler, share, "Forecasting") as progress:
@@ -331,7 +255,7 @@ class _Observer:
                 found.append(passes.seen(sampler, numbers[start : start + self.batch_size]))
                 progress.advance(len(found[-1].numbers))
             progress.end()
-        return [_Seen.together(found)] if found else []
+        return [Seen.together(found)] if found else []
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,7 +289,7 @@ class _Passes:
             sketcher=Sketcher(layers, seed),
         )
 
-    def seen(self, sampler: SingleImages, numbers: Sequence[int]) -> _Seen:
+    def seen(self, sampler: SingleImages, numbers: Sequence[int]) -> Seen:
         """Returns what is seen of the images with these numbers."""
         batch, layer = sampler.load(numbers), linear_at(self.model, self.path)
         # A single image is passed twice: torch 2.13 computes a wrong gradient of a BatchNorm for one image.
@@ -385,7 +309,7 @@ class _Passes:
         sketches = self.gradients.reduced(copies * len(numbers), projected, self.sketcher)
         features = received[0].detach().float().cpu().numpy()[: len(numbers)]
         check_finite(features, self.path)
-        return _Seen(
+        return Seen(
             numbers=np.asarray(numbers, dtype=np.int64),
             features=features,
             targets=targets_of(sampler.labels(batch), layer.out_features, CLASSES),
@@ -445,171 +369,3 @@ class _Rates:
                 counts[group] = counts.get(group, 0) + count
                 sums[group] = sums.get(group, 0.0) + self.sums[f"{part.id} {group}"]
         return {"head": rate_of_fitted_head(features), **rates_in_full(counts, sums)}
-
-
-@dataclass(frozen=True, eq=False)
-class _Forecaster:
-    """Forecasts from what was seen. The model takes no part."""
-
-    architecture: Architecture
-    seen: _Seen
-    costs: Costs | None
-    rates: _Rates
-    pilot: PilotRun | None
-    seed: int
-
-    def with_runs(self, run: Callable[[int], PilotRun | None]) -> _Forecaster:
-        """Returns this forecaster with a short run, or with a longer one if the features move far.
-
-        Args:
-            run: trains a copy of the model for a number of steps.
-        """
-        short = run(STEPS)
-        if self._raised(short) > 0:
-            longer = run(MORE_STEPS)
-            if longer is not None and short is not None and longer.gain > short.gain:
-                short = longer
-        return replace(self, pilot=short)
-
-    def grown(self, budgets: Sequence[SelectionRule]) -> dict[str, tuple[Component, ...]]:
-        """Returns a set within each budget, by its name: to every process the one that the first one found."""
-        parts, some = self.architecture.components, slice(MOST_GROWN)
-        head, targets, strength = self._head[some, some], self.seen.targets[some], self._strength
-        greedy = Greedy(
-            kernels={name: kernel[some, some] for name, kernel in self._kernels.items()},
-            targets=targets,
-            combined=lambda kernel: head + _strengthened(kernel, strength),
-        )
-        found = [greedy.within(limited_by(rule, self.architecture, self.costs)) for rule in budgets]
-        found = gathered(this_process(), found)[0]
-        return {
-            _within(rule): tuple(part for part in parts if part.id in chosen)
-            for rule, chosen in zip(budgets, found, strict=True)
-        }
-
-    def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
-        """Returns the forecast of some sets, by their names."""
-        raised = self._raised(self.pilot)
-        found = {name: self._left_out(parts) for name, parts in wanted.items()}
-        smallest = min(found.values(), key=lambda one: float(one.squared.mean())).squared
-        sets = tuple(self._of_set(name, parts, found[name], smallest, raised) for name, parts in wanted.items())
-        return Forecast(
-            model_type=self.architecture.model_type,
-            seed=self.seed,
-            head=self._fit,
-            head_error=_standard_error(self._alone.right),
-            head_squared_error=float(self._alone.squared.mean()),
-            sets=sets,
-            pilot=self.pilot,
-            raised=raised,
-        )
-
-    @cached_property
-    def _sums(self) -> Sums:
-        return Sums.of(self.seen.features, self.seen.targets)
-
-    @cached_property
-    def _fit(self) -> HeadFit:
-        return solve(self._sums, self.seen.features, self.seen.targets, None, Share(0, 1), CLASSES)
-
-    @cached_property
-    def _head(self) -> np.ndarray:
-        """The kernel of the fitted head: (n, n), in units of the noise."""
-        scaled = (self.seen.features - self._sums.x) / Ridge(self._sums).scale
-        return np.asarray(scaled @ scaled.T / self._fit.penalty)
-
-    @cached_property
-    def _kernels(self) -> dict[str, np.ndarray]:
-        return Tangents(self.seen.sketches).kernels(self.architecture)
-
-    @cached_property
-    def _strength(self) -> float:
-        """The strength of the kernels at which everything has the smallest error."""
-        whole, targets = np.sum(list(self._kernels.values()), axis=0, dtype=np.float64), self.seen.targets
-        errors = [squared_error(left_out(self._head + each * whole, targets), targets) for each in STRENGTHS]
-        return float(STRENGTHS[int(np.argmin(errors))])
-
-    @cached_property
-    def _alone(self) -> _LeftOut:
-        return _LeftOut.of(self._head, self.seen.targets)
-
-    @cached_property
-    def _promised(self) -> float:
-        """The gain that kernels promise for everything."""
-        return float((self._left_out(self.architecture.components).right - self._alone.right).mean())
-
-    def _left_out(self, parts: Sequence[Component]) -> _LeftOut:
-        kernel = np.asarray(np.sum([self._kernels[part.id] for part in parts], axis=0, dtype=np.float64))
-        return _LeftOut.of(self._head + _strengthened(kernel, self._strength), self.seen.targets)
-
-    def _raised(self, run: PilotRun | None) -> float:
-        """Returns by how much a run gained more than kernels promise for everything; 0 if it may be chance."""
-        if run is None:
-            return 0.0
-        more = run.gain - self._promised
-        return more if more > run.gain_error else 0.0
-
-    def _of_set(
-        self, name: str, parts: Sequence[Component], found: _LeftOut, smallest: np.ndarray, raised: float
-    ) -> SetForecast:
-        """Returns the forecast of a set.
-
-        Args:
-            name: its name.
-            parts: its components.
-            found: how images are predicted from the others.
-            smallest: squared error of each image with the set of which it is smallest in the mean.
-            raised: what is added to the gain.
-        """
-        fit, gains = self._fit, found.right - self._alone.right
-        gain = float(gains.mean()) + raised
-        own = MODEL_ERROR if not raised or self.pilot is None else float(np.hypot(MODEL_ERROR, self.pilot.gain_error))
-        rows = {part.id: row for row, part in enumerate(self.architecture.components)}
-        trained = [Trained(rows[part.id], part.parameters) for part in parts]
-        return SetForecast(
-            name=name,
-            components=tuple(part.id for part in parts),
-            parameters=sum(part.parameters for part in parts),
-            accuracy=min(1.0, max(0.0, fit.score + gain)),
-            error=float(np.hypot(_standard_error(found.right), own)),
-            gain=gain,
-            gain_error=float(np.hypot(_standard_error(gains), own)),
-            squared_error=float(found.squared.mean()),
-            excess_error=_standard_error(found.squared - smallest),
-            cost=None if self.costs is None else self.costs.of(trained),
-            rates=self.rates.of_set(parts, fit.features),
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class _LeftOut:
-    """How each of n images is predicted from all others."""
-
-    right: np.ndarray
-    """1 if its class is predicted, else 0: float64 of shape (n,)."""
-    squared: np.ndarray
-    """Squared error, sum over the classes: float64 of shape (n,)."""
-
-    @classmethod
-    def of(cls, kernel: np.ndarray, targets: np.ndarray) -> _LeftOut:
-        """Predicts by a kernel in units of the noise, (n, n)."""
-        predicted = left_out(kernel, targets)
-        right = predicted.argmax(axis=1) == targets.argmax(axis=1)
-        return cls(right.astype(np.float64), np.square(predicted - targets).sum(axis=1, dtype=np.float64))
-
-
-def _standard_error(values: np.ndarray) -> float:
-    return float(np.std(values) / len(values) ** 0.5)
-
-
-def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | None) -> Limited:
-    """Returns the budget of a rule, for the components of a model."""
-    choice = rule.choice(architecture.components, architecture.parameters, lambda: costs)
-    assert isinstance(choice, Limited)
-    return choice
-
-
-def _strengthened(kernel: np.ndarray, strength: float) -> np.ndarray:
-    """Returns the kernel of a set, in units of the noise, from the sum of the kernels of its components."""
-    share = float(np.trace(kernel)) / len(kernel)
-    return np.asarray(strength * share ** (POWER - 1) * kernel) if share > 0 else kernel

@@ -258,7 +258,10 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     assert everything.cost["memory"] == 1
     assert attention.cost["activations"] == pytest.approx(attention.formula["activations"], abs=0.05)
     assert attention.parameters == 6 * 4 * (96 * 96 + 96)
-    assert set(json.loads((tmp_path / "forecast.json").read_text())["gains"]) == {"MHA", "everything"}
+    errors = load_example("forecasts").errors(comparison)
+    assert set(errors.index) == {"MHA", "everything"}
+    gain = 100 * (np.mean(list(attention.tests(attention.best_factor).values())) - comparison.head["test_accuracy"])
+    assert errors.loc["MHA", "trained"] == pytest.approx(gain)
     table = pd.read_csv(tmp_path / "methods.csv", index_col="name")
     assert table.loc["MHA (full)", "test"] == pytest.approx(
         np.mean(list(attention.tests(attention.best_factor).values())), rel=1e-4
@@ -270,6 +273,14 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
     run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("summarize.py"))
     assert "Points lost by the recommended rates" in (tmp_path / "all" / "summary.md").read_text()
     assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
+
+
+def test_the_tables_in_the_repository_follow_from_its_runs(tmp_path: Path) -> None:
+    results = REPOSITORY / "examples" / "results"
+    pairs = sorted(path.parent for path in results.glob("*/runs"))
+    run("--folders", *pairs, "--destination", tmp_path, script=COMPARE.with_name("summarize.py"))
+    for path in [results / "summary.md", *(pair / "results.md" for pair in pairs)]:
+        assert (tmp_path / path.relative_to(results)).read_text() == path.read_text(), path
 
 
 def test_a_method_is_compared(tmp_path: Path) -> None:

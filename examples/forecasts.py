@@ -1,0 +1,105 @@
+"""How forecasts compare with the runs: the error of each gain, and what following the advice comes to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pandas as pd
+from methods import EVERYTHING, KINDS
+
+from plasticity_peft.report.forecast import HALF_WIDTH, Forecast, SetForecast
+
+if TYPE_CHECKING:
+    from comparison import Comparison, Result
+
+SCOPES = {"kinds": "default sets", "all": "all sets"}
+"""What was forecast: sets of whole kinds, as `forecast_finetuning` has them by default, and all that were trained."""
+
+
+def load(path: Path) -> dict[str, Forecast]:
+    """Returns the forecasts that compare_components.py wrote, by scope; none if there is no such file."""
+    values = json.loads(path.read_text()) if path.is_file() else {}
+    return {scope: Forecast.from_dict(found) for scope, found in values.items()}
+
+
+def errors(comparison: Comparison) -> pd.DataFrame:
+    """Returns one row per set that was forecast and trained, by name.
+
+    Columns, in points: "forecast" and "trained" gain over the fitted head, at the best rates; "kernels", the forecast
+    without short runs; "contained", whether the interval of the forecast contains the trained gain.
+    """
+    forecast, rows = comparison.forecasts["all"], {}
+    for one in forecast.sets:
+        result = trained(comparison, one)
+        if result is not None:
+            gain = _accuracy(result) - comparison.head["test_accuracy"]
+            rows[one.name] = {
+                "forecast": 100 * one.gain,
+                "trained": 100 * gain,
+                "kernels": 100 * (one.gain - forecast.raised),
+                "contained": abs(one.gain - gain) <= HALF_WIDTH * one.gain_error,
+            }
+    return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def trained(comparison: Comparison, one: SetForecast) -> Result | None:
+    """Returns the runs in which exactly the components of a set trained in full; None if there are none."""
+    if one.name == EVERYTHING:
+        return comparison.everything
+    found = (
+        result for result in comparison.results.values() if result.units and set(result.units) == set(one.components)
+    )
+    return next(found, None)
+
+
+def choices(forecast: Forecast) -> dict[str, SetForecast | None]:
+    """Returns what a forecast advises: None if finetuning is not expected to pay."""
+    kinds = [one for one in forecast.sets if one.name in KINDS]
+    best = {"kind of the largest gain": max(kinds, key=lambda one: one.gain)} if kinds else {}
+    return {"recommended": forecast.recommended, "safest": forecast.safest, **best}
+
+
+def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
+    """Returns what the advice of forecasts comes to, one row for each choice and scope.
+
+    Columns: "scope", "choice"; the "mean" and the "worst" difference to everything in full at the best rates, in
+    points; the mean "time" and "memory" of a step by formula, as ratios to everything; the number of "pairs"; and
+    "chosen", how often each set was.
+    """
+    rows = []
+    for scope in SCOPES:
+        found: dict[str, list[tuple[str, float, float, float]]] = {}
+        for comparison in comparisons.values():
+            if scope not in comparison.forecasts or comparison.everything is None:
+                continue
+            for choice, one in choices(comparison.forecasts[scope]).items():
+                result = None if one is None else trained(comparison, one)
+                if one is None or result is None:
+                    continue
+                lost = 100 * (_accuracy(result) - _accuracy(comparison.everything))
+                cost = (np.nan, np.nan) if one.cost is None else (one.cost.time, one.cost.memory)
+                found.setdefault(choice, []).append((result.method, lost, *cost))
+        for choice, each in found.items():
+            names, lost, time, memory = zip(*each, strict=True)
+            times = {name: names.count(name) for name in sorted(set(names), key=names.count, reverse=True)}
+            rows.append(
+                {
+                    "scope": scope,
+                    "choice": choice,
+                    "mean": np.mean(lost),
+                    "worst": np.min(lost),
+                    "time": np.mean(time),
+                    "memory": np.mean(memory),
+                    "pairs": len(each),
+                    "chosen": ", ".join(f"{count} x {name}" for name, count in times.items()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def _accuracy(result: Result) -> float:
+    return float(np.mean(list(result.tests(result.best_factor).values())))
