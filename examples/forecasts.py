@@ -27,7 +27,7 @@ def load(path: Path) -> dict[str, Forecast]:
 
 
 def errors(comparison: Comparison) -> pd.DataFrame:
-    """Returns one row per set that was forecast and trained, by name.
+    """Returns one row per set that was forecast and trained, by the name of the method.
 
     Columns, in points: "forecast" and "trained" gain over the fitted head, at the best rates; "kernels", the forecast
     without short runs; "contained", whether the interval of the forecast contains the trained gain.
@@ -37,7 +37,7 @@ def errors(comparison: Comparison) -> pd.DataFrame:
         result = trained(comparison, one)
         if result is not None:
             gain = _accuracy(result) - comparison.head["test_accuracy"]
-            rows[one.name] = {
+            rows[result.method] = {
                 "forecast": 100 * one.gain,
                 "trained": 100 * gain,
                 "kernels": 100 * (one.gain - forecast.raised),
@@ -56,9 +56,10 @@ def trained(comparison: Comparison, one: SetForecast) -> Result | None:
     return next(found, None)
 
 
-def choices(forecast: Forecast) -> dict[str, SetForecast | None]:
+def choices(comparison: Comparison, forecast: Forecast) -> dict[str, SetForecast | None]:
     """Returns what a forecast advises: None if finetuning is not expected to pay."""
-    kinds = [one for one in forecast.sets if one.name in KINDS]
+    methods = [(one, trained(comparison, one)) for one in forecast.sets]
+    kinds = [one for one, result in methods if result is not None and result.method in KINDS]
     best = {"kind of the largest gain": max(kinds, key=lambda one: one.gain)} if kinds else {}
     return {"recommended": forecast.recommended, "safest": forecast.safest, **best}
 
@@ -76,7 +77,7 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
         for comparison in comparisons.values():
             if scope not in comparison.forecasts or comparison.everything is None:
                 continue
-            for choice, one in choices(comparison.forecasts[scope]).items():
+            for choice, one in choices(comparison, comparison.forecasts[scope]).items():
                 result = None if one is None else trained(comparison, one)
                 if one is None or result is None:
                     continue

@@ -28,7 +28,7 @@ from plasticity_peft.checks import check_count, check_flag, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
 from plasticity_peft.components.component import KINDS, Component
-from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
+from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
@@ -219,20 +219,17 @@ class _Observer:
         """Returns what all processes together know of the images, and what training costs."""
         share = this_process()
         model, architecture = self.model, self.architecture
-        with trainable_after(model):
-            with failing_together(share):
-                sampler = labeled_images(
-                    model, architecture, self.dataset, self.max_samples, self.batch_size, self.seed
-                )
-                example = sampler.example()
-                passes = _Passes.of(model, architecture, sampler, self.seed)
-                costs = costs_of(model, architecture, example)
-                for rule in self.budgets:
-                    limited_by(rule, architecture, costs).check_ever_possible()
-                count = sampler.available(self.max_samples)
-            same(share, "number of images", count)
-            with failing_together(share):
-                seen = self._seen(passes, sampler, share.of(range(count)), share)
+        with failing_together(share):
+            sampler = labeled_images(model, architecture, self.dataset, self.max_samples, self.batch_size, self.seed)
+            example = sampler.example()
+            passes = _Passes.of(model, architecture, sampler, self.seed)
+            costs = costs_of(model, architecture, example)
+            for rule in self.budgets:
+                limited_by(rule, architecture, costs).check_ever_possible()
+            count = sampler.available(self.max_samples)
+        same(share, "number of images", count)
+        with failing_together(share):
+            seen = self._seen(passes, sampler, share.of(range(count)), share)
         return Seen.of_all(share, seen, architecture), costs
 
     def pilot(self, seen: Seen, rates: Mapping[str, float], steps: int) -> PilotRun | None:

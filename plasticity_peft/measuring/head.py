@@ -23,7 +23,7 @@ from plasticity_peft.checks import MOST_SAMPLES, check_number
 from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, run, with_forward_kwargs
 from plasticity_peft.components.offloading import execution_device
-from plasticity_peft.components.quantized import holds_plain_weights, trainable_after
+from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.sharding import whole
 from plasticity_peft.components.wrappers import original_of, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
@@ -210,15 +210,14 @@ def fitted_head(
     share = this_process()
 
     def collected() -> tuple[nn.Linear, str, tuple[Any, Any, Any]]:
-        with trainable_after(model):
-            with failing_together(share):
-                sampler = labeled_images(model, architecture, dataset, max_samples, batch_size, seed)
-                path = final_layer(model, architecture, sampler.example())
-                layer = linear_at(model, path)
-                count = sampler.available(max_samples)
-                problem = problem_type(model, sampler)
-            same(share, "number of images", count)
-            return layer, problem, _collect(model, architecture, path, sampler, share, problem)
+        with failing_together(share):
+            sampler = labeled_images(model, architecture, dataset, max_samples, batch_size, seed)
+            path = final_layer(model, architecture, sampler.example())
+            layer = linear_at(model, path)
+            count = sampler.available(max_samples)
+            problem = problem_type(model, sampler)
+        same(share, "number of images", count)
+        return layer, problem, _collect(model, architecture, path, sampler, share, problem)
 
     layer, problem, seen = run_left_as_found(collected, model, seed, options["dtype"], dataset)
     sums, features, targets = seen

@@ -20,6 +20,7 @@ from torch import nn
 
 from plasticity_peft.components.hooks import put_back_forward, remove_own_hooks
 from plasticity_peft.components.offloading import execution_device
+from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.wrappers import originals_in_place
 from plasticity_peft.errors import ModelError
 from plasticity_peft.images.loaders import state_of
@@ -31,7 +32,8 @@ _ONE_AT_A_TIME = threading.RLock()
 
 
 class LeftAsFound:
-    """Inside: evaluation mode, no gradients, random numbers from a seed, autocast to `dtype` or to nothing.
+    """Inside: evaluation mode, no gradients, random numbers from a seed, autocast to `dtype` or to nothing, and 4-bit
+    weights stay as they are.
 
     Afterwards everything is as before. Code compiled by torch.compile is not used inside, because it ignores the hooks
     that are set here. One thread is inside at a time, because all threads share random states and the mode of a model.
@@ -82,6 +84,7 @@ class LeftAsFound:
         ]
         lower = None if self._dtype is None else getattr(torch, self._dtype)
         enter = self._contexts.enter_context
+        enter(trainable_after(model))
         enter(torch.inference_mode(False))
         enter(torch.no_grad())
         enter(torch.compiler.set_stance("force_eager"))

@@ -30,7 +30,6 @@ from plasticity_peft.components.calls import (
 )
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.components.offloading import execution_device, onloaded
-from plasticity_peft.components.quantized import trainable_after
 from plasticity_peft.components.sharding import whole
 from plasticity_peft.components.wrappers import walk
 from plasticity_peft.criteria.criterion import AnyCriterion, Criterion, WeightCriterion
@@ -251,7 +250,7 @@ class _Measuring:
     def report(self) -> PlasticityReport:
         """Returns the report by the criterion of the settings."""
         criterion = CRITERIA[self.settings.criterion]
-        with trainable_after(self.model), self.contexts:
+        with self.contexts:
             return self.weights(criterion) if isinstance(criterion, WeightCriterion) else self.images(criterion)
 
     def weights(self, criterion: WeightCriterion) -> PlasticityReport:

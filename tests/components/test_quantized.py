@@ -10,11 +10,18 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import BitsAndBytesConfig, PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from plasticity_peft import PlasticityConfig, find_components, measure_plasticity
+from plasticity_peft import (
+    PlasticityConfig,
+    create_plasticity_optimizer,
+    find_components,
+    fit_head,
+    forecast_finetuning,
+    measure_plasticity,
+)
 from plasticity_peft.components.quantized import holds_plain_weights, matrix_of
 from plasticity_peft.errors import ModelError
 
-bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes (the extra quantization) is not installed")
+pytest.importorskip("bitsandbytes", reason="bitsandbytes (the extra quantization) is not installed")
 IMAGES = torch.rand(24, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 DATA = [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(IMAGES)]
 WAYS: dict[str, dict[str, Any]] = {
@@ -153,3 +160,30 @@ def test_weights_that_an_evaluation_packed_are_refused(folder: Path) -> None:
         model.eval()(pixel_values=IMAGES[:2])
     with pytest.raises(ModelError, match="an evaluation on this CPU has packed its 4-bit weights"):
         measure_plasticity(model, DATA, max_samples=8)
+
+
+def test_nothing_that_runs_the_model_packs_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU with AVX512-BF16, each pass of an evaluation would. Other CPUs take the same path up to there."""
+    from bitsandbytes.nn import modules
+
+    class Packed(BaseException):
+        """No `except Exception` hides it."""
+
+    def pack(*_: object) -> None:
+        raise Packed
+
+    monkeypatch.setattr(modules, "_convert_weight_packed_for_cpu", pack)
+    model = load(folder, "4-bit")
+    layers = [module for module in model.modules() if isinstance(module, modules.Linear4bit)]
+    for layer in layers:
+        layer.support_avx512bf16_for_cpu = True
+    with torch.no_grad(), pytest.raises(Packed):
+        model.eval()(pixel_values=IMAGES[:2])
+    fit_head(model, DATA)
+    forecast_finetuning(model, DATA, sets=["MHA"])
+    config = PlasticityConfig(
+        training="lora", target_data=DATA, max_samples=8, candidates=("MHA", "FC1", "FC2"), top_k=2
+    )
+    adapted = get_peft_model(model, config)
+    create_plasticity_optimizer(adapted, torch.optim.AdamW, train_dataset=DATA)
+    assert all(layer.support_avx512bf16_for_cpu for layer in layers)
