@@ -20,6 +20,12 @@ LORA = "LoRA on all linear layers, r=8"
 CONFIDENCE = 0.95
 COSTS = ("parameters", "time", "memory")
 """What a method takes, as a ratio to everything in full."""
+RATES = {
+    "best": "the rates that are best on validation images with one seed",
+    "confirmed": "of these and the recommended rates, those with the better mean validation accuracy over all seeds",
+    "recommended": "the recommended rates",
+}
+"""At which learning rates methods are compared."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +78,15 @@ class Result:
     cost: dict[str, Any] = field(default_factory=dict)
     """The same ratios as measured, the seconds of a step, and bytes of memory; empty if it was not measured."""
 
+    def factor(self, rates: str = "best") -> float:
+        """Returns the learning rates as a multiple of the recommended ones; `rates` is one of `RATES`."""
+        if rates != "confirmed":
+            return 1.0 if rates == "recommended" else self.best_factor
+        found: dict[float, list[float]] = {self.best_factor: []}
+        for run in self.runs:
+            found.setdefault(run.factor, []).append(run.validation[-1])
+        return max(found, key=lambda factor: np.mean(found[factor]))
+
     def tests(self, factor: float) -> dict[int, float]:
         """Returns the test accuracy at the end of the runs at a multiple of the recommended rates, by seed."""
         return {run.seed: run.test[-1] for run in self.runs if run.factor == factor}
@@ -104,16 +119,12 @@ class Comparison:
         self.first, self.picks, self.head, self.forecasts = first, picks, head, forecasts
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
 
-    def table(self, recommended: bool = False) -> pd.DataFrame:
-        """Returns one row per method, by name.
-
-        Args:
-            recommended: take the runs at the recommended rates, and not those at the best ones.
-        """
+    def table(self, rates: str = "best") -> pd.DataFrame:
+        """Returns one row per method, by name, at learning rates of `RATES`."""
         rows = {}
         for name, result in self.results.items():
-            tests = result.tests(1.0 if recommended else result.best_factor)
-            low, high = self.difference(result, recommended)
+            tests = result.tests(result.factor(rates))
+            low, high = self.difference(result, rates)
             cost = result.cost or result.formula or dict.fromkeys(COSTS, 1.0 if result is self.everything else np.nan)
             rows[name] = {
                 "group": result.group,
@@ -133,11 +144,11 @@ class Comparison:
             }
         return pd.DataFrame.from_dict(rows, orient="index").sort_values("test", ascending=False)
 
-    def difference(self, result: Result, recommended: bool = False) -> tuple[float, float]:
+    def difference(self, result: Result, rates: str = "best") -> tuple[float, float]:
         """Returns the interval of the difference to everything in full, paired by seed; NaN if there is none."""
         if self.everything is None:
             return np.nan, np.nan
-        own, other = (one.tests(1.0 if recommended else one.best_factor) for one in (result, self.everything))
+        own, other = (one.tests(one.factor(rates)) for one in (result, self.everything))
         return interval([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
 
     def regrets(self) -> pd.DataFrame:

@@ -86,7 +86,9 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
                 found.setdefault(choice, []).append((result.method, lost, *cost))
         for choice, each in found.items():
             names, lost, time, memory = zip(*each, strict=True)
-            times = {name: names.count(name) for name in sorted(set(names), key=names.count, reverse=True)}
+            times = {
+                name: names.count(name) for name in sorted(set(names), key=lambda name: (-names.count(name), name))
+            }
             rows.append(
                 {
                     "scope": scope,

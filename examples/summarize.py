@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from comparison import COSTS, Comparison, front, load, means
+from comparison import COSTS, RATES, Comparison, front, load, means
 from comparison_figures import draw_fronts
 from forecasts import SCOPES, advice, errors
 from methods import EVERYTHING
@@ -53,7 +53,7 @@ def as_markdown(comparison: Comparison) -> str:
     """Returns the tables of one pair: the methods, and the criteria."""
     head = comparison.head
     shown = comparison.table()
-    recommended = comparison.table(recommended=True)["test"]
+    recommended = comparison.table("recommended")["test"]
     rows = [("the fitted head alone", "", "", _points(head["test_accuracy"]), "", "", "", "", "", "", "")]
     for name, row in shown.iterrows():
         difference = "" if np.isnan(row["low"]) else f"{_signed(row['low'])} to {_signed(row['high'])}"
@@ -121,24 +121,8 @@ def criteria(regrets: pd.DataFrame) -> str:
 
 def summary(comparisons: Mapping[str, Comparison]) -> str:
     """Returns the tables over all pairs: the difference to everything, the criteria, and the recommended rates."""
-    tables = {pair: one.table() for pair, one in comparisons.items() if one.everything is not None}
-    differences = pd.DataFrame(
-        {pair: 100 * (t["test"] - t.loc[f"{EVERYTHING} (full)", "test"]) for pair, t in tables.items()}
-    )
-    costs = pd.concat(tables)[["time", "memory"]].groupby(level=1).mean() if tables else pd.DataFrame()
-    parts = []
-    if len(differences):
-        differences["mean"] = differences.mean(axis=1, skipna=False)
-        differences["worst"] = differences.drop(columns="mean").min(axis=1, skipna=False)
-        ordered = differences.sort_values("mean", ascending=False).join(costs)
-        parts.append(
-            as_table(
-                "Difference to everything in full in points of test accuracy, each method at its best rates. Time\n"
-                "and memory of a training step are means over the pairs; everything in full is 1.",
-                "method",
-                ordered,
-            )
-        )
+    trained = {pair: one for pair, one in comparisons.items() if one.everything is not None}
+    parts = [differences(trained, rates) for rates in RATES] if trained else []
     parts += [fronts(name, table) for name, table in tables_of_means(comparisons).items()]
     kinds = {pair: one.regrets().set_index("criterion")["kind"] for pair, one in comparisons.items() if one.first}
     frame = pd.DataFrame(kinds).dropna(how="all")
@@ -156,6 +140,27 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
     if forecast:
         parts += [forecast_errors(forecast), forecast_advice(forecast)]
     return "\n\n".join(parts) + "\n"
+
+
+def differences(comparisons: Mapping[str, Comparison], rates: str) -> str:
+    """Returns the differences to everything in full, by method and pair, at learning rates of `RATES`.
+
+    Methods at the recommended rates are compared with everything at its best ones.
+    """
+    tables = {pair: one.table(rates) for pair, one in comparisons.items()}
+    others = "best" if rates == "recommended" else rates
+    rival = {pair: one.table(others).loc[f"{EVERYTHING} (full)", "test"] for pair, one in comparisons.items()}
+    frame = pd.DataFrame({pair: 100 * (table["test"] - rival[pair]) for pair, table in tables.items()})
+    frame["mean"] = frame.mean(axis=1, skipna=False)
+    frame["worst"] = frame.drop(columns="mean").min(axis=1, skipna=False)
+    costs = pd.concat(tables)[["time", "memory"]].groupby(level=1).mean()
+    where = "" if others == rates else ", and everything at its best ones"
+    return as_table(
+        f"Difference to everything in full in points of test accuracy, each method at\n{RATES[rates]}{where}.\n"
+        "Time and memory of a training step are means over the pairs; everything in full is 1.",
+        "method",
+        frame.sort_values("mean", ascending=False).join(costs),
+    )
 
 
 def tables_of_means(comparisons: Mapping[str, Comparison]) -> dict[str, pd.DataFrame]:
@@ -191,7 +196,7 @@ def rates(comparisons: Mapping[str, Comparison]) -> str:
     """Returns how often the recommended rates are within a point of the best ones, by pair."""
     rows = []
     for pair, comparison in comparisons.items():
-        lost = 100 * (comparison.table()["test"] - comparison.table(recommended=True)["test"])
+        lost = 100 * (comparison.table()["test"] - comparison.table("recommended")["test"])
         rows.append((pair, str(len(lost)), str(int((lost <= 1).sum())), f"{lost.mean():.1f}", f"{lost.max():.1f}"))
     return table(
         "Points lost by the recommended rates against the best ones\n",
