@@ -8,7 +8,6 @@ need longer to start its operations than the GPU to do them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -17,6 +16,8 @@ from torch import nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn import functional as F
 from transformers import AttentionInterface
+
+from plasticity_peft.measuring.pilot import scheduled
 
 BATCH_SIZE = 32
 EVALUATED = 250
@@ -164,14 +165,6 @@ class StackedRuns:
         batches = part.images.split(EVALUATED)
         answers = torch.cat([run(self.values, batch).argmax(dim=-1) for batch in batches], dim=1)
         return (answers == part.labels).double().mean(dim=1).tolist()
-
-
-def scheduled(number: int, steps: int) -> float:
-    """Returns the learning rate of a step as a share of its peak."""
-    warm = max(1, round(0.1 * steps))
-    if number < warm:
-        return (number + 1) / warm
-    return 0.5 * (1 + math.cos(math.pi * (number - warm) / (steps - warm)))
 
 
 def order_of_images(images: int, seeds: Sequence[int], steps: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle, islice
 
 import numpy as np
@@ -36,6 +37,19 @@ WARM_UP = 0.1
 LARGEST_NORM = 1.0
 """The norm to which larger gradients are scaled."""
 CLASSES = "single_label_classification"
+
+
+def scheduled(number: int, steps: int) -> float:
+    """Returns the learning rate of a step as a share of its peak: a linear warm-up, then a cosine.
+
+    Examples:
+        >>> [round(scheduled(number, 20), 2) for number in (0, 1, 2, 11, 19)]
+        [0.5, 1.0, 1.0, 0.5, 0.01]
+    """
+    warm = max(1, round(WARM_UP * steps))
+    if number < warm:
+        return (number + 1) / warm
+    return 0.5 * (1 + math.cos(math.pi * (number - warm) / (steps - warm)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +106,7 @@ class Pilot:
         optimizer = torch.optim.AdamW(
             [{"params": group, "lr": self.rates[name]} for name, group in groups.items()], weight_decay=0.0
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._scheduled)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(scheduled, steps=self.steps))
         for numbers in islice(cycle(_batches(range(count))), self.steps):
             batch = self.sampler.load(numbers)
             output = run(model, self.architecture, batch.images)
@@ -103,12 +117,6 @@ class Pilot:
             torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
             schedule.step()
-
-    def _scheduled(self, number: int) -> float:
-        warm = max(1, round(WARM_UP * self.steps))
-        if number < warm:
-            return (number + 1) / warm
-        return 0.5 * (1 + math.cos(math.pi * (number - warm) / (self.steps - warm)))
 
     def _features(self, model: nn.Module, numbers: range) -> np.ndarray:
         """Returns what the head of the copy receives for the images with these numbers."""
