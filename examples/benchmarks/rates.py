@@ -36,7 +36,7 @@ from plasticity_peft import (
 from plasticity_peft.components.architecture import find_architecture
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from stacked import Order, Part, StackedRuns
+from stacked import PLAIN, Part, StackedRuns, order_of_images
 from train import DataArguments, ModelArguments, Transform, load_images, load_model, load_processor, split
 
 
@@ -105,7 +105,9 @@ def compare(
         adapted = adapt(fresh).eval()
         if not rates:
             fit_head(adapted, items)  # notes that it is fitted, for the rate of the head
-            optimizer = create_plasticity_optimizer(adapted, torch.optim.AdamW, train_dataset=items)
+            optimizer = create_plasticity_optimizer(
+                adapted, torch.optim.AdamW, train_dataset=items, num_training_steps=arguments.steps
+            )
             of = {id(p): (group["name"], group["lr"]) for group in optimizer.param_groups for p in group["params"]}
             rates = {name: of[id(p)] for name, p in adapted.named_parameters() if p.requires_grad}
         models += [adapted] * len(arguments.factors)
@@ -114,11 +116,9 @@ def compare(
         {name: rate * (1.0 if group == "head" else factor) for name, (group, rate) in rates.items()}
         for factor in factors
     ]  # the head keeps its rate
-    runs = StackedRuns(models, own)
-    order = Order(len(items), [seed for seed in range(arguments.seeds) for _ in arguments.factors])
-    for step in range(arguments.steps):
-        rows = order.batch(step).to(images["train"].images.device)
-        runs.step(step, arguments.steps, images["train"].images[rows], images["train"].labels[rows])
+    seeds = [seed for seed in range(arguments.seeds) for _ in arguments.factors]
+    runs = StackedRuns(models, own, images["train"], order_of_images(len(items), seeds, arguments.steps))
+    runs.train(arguments.steps)
     shape = (arguments.seeds, len(arguments.factors))
     found = {part: np.reshape(runs.accuracies(images[part]), shape).tolist() for part in ("validation", "test")}
     return {"rates": dict(rates.values()), "factors": arguments.factors, "steps": arguments.steps, **found}
@@ -162,7 +162,7 @@ def main() -> None:
     def load() -> PreTrainedModel:
         set_seed(0)
         model = load_model(model_arguments, labels).to(device).eval()
-        model.set_attn_implementation("eager")  # which vmap can batch
+        model.set_attn_implementation(PLAIN)
         return model
 
     model = load()

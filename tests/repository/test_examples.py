@@ -230,6 +230,28 @@ def test_help_names_every_option_of_ours() -> None:
         assert option in text
 
 
+SCRIPTS = [
+    path
+    for path in sorted((REPOSITORY / "examples").rglob("*.py"))
+    if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=[str(path.relative_to(REPOSITORY)) for path in SCRIPTS])
+def test_every_script_says_what_it_takes(script: Path) -> None:
+    assert "usage" in run("--help", script=script)
+
+
+def test_rates_are_compared(tmp_path: Path) -> None:
+    script = REPOSITORY / "examples" / "benchmarks" / "rates.py"
+    output = tmp_path / "rates.jsonl"
+    options = ["--steps", "2", "--seeds", "2", "--factors", "0.4", "1", "2.5", "--methods", "norms"]
+    run(*SMALL[:6], *options, "--output", output, script=script)
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert np.shape(row["test"]) == (2, 3)
+    assert "within_a_point" in run("--summary", "true", "--output", output, script=script)
+
+
 SMALL = ["--dataset_name", REPOSITORY / "examples" / "data" / "fashion_mnist.parquet", "--max_train_samples", "64"]
 SMALL += ["--test_fraction", "0.05", "--validation_fraction", "0.05", "--max_samples", "16", "--timed_rounds", "1"]
 SMALL += ["--steps", "2", "--evaluations", "1", "--max_rates", "4", "--criteria", "parameter_plasticity", "bound"]
