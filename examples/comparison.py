@@ -142,7 +142,7 @@ class Comparison:
                 "memory": cost.get("memory", np.nan),
                 "range_of_rates": range_of_rates(result),
             }
-        return pd.DataFrame.from_dict(rows, orient="index").sort_values("test", ascending=False)
+        return sorted_by(pd.DataFrame.from_dict(rows, orient="index"), "test", ascending=False)
 
     def difference(self, result: Result, rates: str = "best") -> tuple[float, float]:
         """Returns the interval of the difference to everything in full, paired by seed; NaN if there is none."""
@@ -174,6 +174,12 @@ class Comparison:
                     row[share] = 100 * (max(found.values()) - found[criterion])
             rows.append(row)
         return pd.DataFrame(rows)
+
+
+def sorted_by(frame: pd.DataFrame, column: str, ascending: bool = True) -> pd.DataFrame:
+    """Returns the rows in the order of a column, and by their names where its values are equal but for rounding."""
+    by_name = frame.sort_index()
+    return by_name.sort_values(column, ascending=ascending, kind="stable", key=lambda values: values.round(9))
 
 
 def front(methods: pd.DataFrame, cost: str, value: str) -> list[str]:
@@ -217,7 +223,7 @@ def means(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
             "worst": own["difference"].min(),
             **{cost: own[cost].mean(skipna=False) for cost in COSTS},
         }
-    return pd.DataFrame.from_dict(rows, orient="index").sort_values("difference", ascending=False)
+    return sorted_by(pd.DataFrame.from_dict(rows, orient="index"), "difference", ascending=False)
 
 
 def interval(differences: Sequence[float]) -> tuple[float, float]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from comparison import COSTS, RATES, Comparison, front, load, means
+from comparison import COSTS, RATES, Comparison, front, sorted_by, load, means
 from comparison_figures import draw_fronts
 from forecasts import SCOPES, advice, errors
 from methods import EVERYTHING
@@ -105,11 +105,11 @@ def criteria(regrets: pd.DataFrame) -> str:
     shares = [column for column in regrets if column not in ("criterion", "first", "kind")]
     rows = [
         (
-            row["criterion"],
+            criterion,
             row["first"],
             *("" if pd.isna(row[name]) else f"{row[name]:.1f}" for name in ("kind", *shares)),
         )
-        for _, row in regrets.sort_values("kind").iterrows()
+        for criterion, row in sorted_by(regrets.set_index("criterion"), "kind").iterrows()
     ]
     return table(
         "Points that each criterion loses: by the kind that it ranks first, against the best kind; and by the\n"
@@ -132,7 +132,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
             as_table(
                 "Points lost against the best kind in full by training the kind that a criterion ranks first",
                 "criterion",
-                frame.sort_values("mean"),
+                sorted_by(frame, "mean"),
             )
         )
     parts.append(rates(comparisons))
@@ -159,7 +159,7 @@ def differences(comparisons: Mapping[str, Comparison], rates: str) -> str:
         f"Difference to everything in full in points of test accuracy, each method at\n{RATES[rates]}{where}.\n"
         "Time and memory of a training step are means over the pairs; everything in full is 1.",
         "method",
-        frame.sort_values("mean", ascending=False).join(costs),
+        sorted_by(frame, "mean", ascending=False).join(costs),
     )
 
 
