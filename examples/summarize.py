@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from comparison import COSTS, RATES, Comparison, front, sorted_by, load, means
+from comparison import COSTS, RATES, Comparison, front, load, means, sorted_by
 from comparison_figures import draw_fronts
 from forecasts import SCOPES, advice, errors
 from methods import EVERYTHING
