@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # The commands that make the comparisons of this folder, from the root of the repository. A finished method is not
-# repeated, so that it can be interrupted. The runs in this folder are what 18 processes on one H100 finished in 500
-# seconds, most important methods first (--methods). On one CPU core a method takes ten minutes or more.
+# repeated, so that it can be interrupted. Most runs in this folder are what 18 processes on one H100 finished in 500
+# seconds, most important methods first (--methods). On one CPU core a method takes five minutes or more. Made on a CPU:
+# LoRA on all linear layers with r=8 (but for ViT-Ti on CIFAR-10 and DINOv2-S) and with r=2 (but for low contrast), LoRA
+# on KappaTune's layers, and on MHA on the digits; MHA with FC1 of the first half; FC1 with FC2 (but for low contrast).
 set -euo pipefail
 DINOV2=${DINOV2:-facebook/dinov2-small}
 VIT=${VIT:-WinKawaks/vit-tiny-patch16-224}
@@ -42,3 +44,13 @@ within vit-cifar10 --budgets "0.6 time" --max_train_samples 1000 --dataset_name 
     --model_name_or_path "$VIT" --image_size 96
 
 python examples/summarize.py --folders outputs/compare/* --destination examples/results
+
+# short_runs.jsonl: the recommended rates of short runs, on a CPU.
+short() { # name, then arguments
+    python examples/benchmarks/rates.py --pair "$1" --steps 60 --seeds 3 --factors 0.25 0.5 1 2 4 \
+        --methods MHA everything --test_fraction 0.5 --output outputs/short_runs.jsonl "${@:2}"
+}
+short demo-digits
+for shift in inverted noise low_contrast; do
+    short demo-$shift --dataset_name outputs/data/fashion_$shift.parquet --max_train_samples 640
+done
