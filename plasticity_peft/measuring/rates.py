@@ -75,8 +75,8 @@ LONG = 100
 """Number of steps from which the rate of what trains in full does not depend on it."""
 OF_SHORT_RUN = 0.25
 """Share of that rate in shorter runs; below 50 steps the share falls with their square. At the whole rate, large steps
-first disturb the features, and a short run may end before these are better than they were: after 60 steps it was 1 to 5
-points below the quarter on two of the four pairs of the demo's model, and up to 1.6 above it on the other two."""
+first disturb the features, and a short run may end before these are better than they were: after 60 steps it was 1 to
+5 points below the quarter on two of the four pairs of the demo's model, and up to 1.6 above it on the other two."""
 IMAGES = 256
 """Number of images whose mean gradient is taken."""
 TO_FIT = 1024
