@@ -69,7 +69,7 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
 
     Columns: "scope", "choice"; the "mean" and the "worst" difference to everything in full at the best rates, in
     points; the mean "time" and "memory" of a step by formula, as ratios to everything; the number of "pairs"; and
-    "chosen", how often each set was.
+    "chosen", how often each set was. If a forecast says that finetuning does not pay, the head alone is chosen.
     """
     rows = []
     for scope in SCOPES:
@@ -79,11 +79,13 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
                 continue
             for choice, one in choices(comparison, comparison.forecasts[scope]).items():
                 result = None if one is None else trained(comparison, one)
-                if one is None or result is None:
-                    continue
-                lost = 100 * (_accuracy(result) - _accuracy(comparison.everything))
-                cost = (np.nan, np.nan) if one.cost is None else (one.cost.time, one.cost.memory)
-                found.setdefault(choice, []).append((result.method, lost, *cost))
+                if one is not None and result is None:
+                    continue  # it was not trained
+                accuracy = comparison.head["test_accuracy"] if result is None else _accuracy(result)
+                lost = 100 * (accuracy - _accuracy(comparison.everything))
+                name = "nothing but the head" if result is None else result.method
+                cost = (np.nan, np.nan) if one is None or one.cost is None else (one.cost.time, one.cost.memory)
+                found.setdefault(choice, []).append((name, lost, *cost))
         for choice, each in found.items():
             names, lost, time, memory = zip(*each, strict=True)
             times = {
@@ -95,8 +97,8 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
                     "choice": choice,
                     "mean": np.mean(lost),
                     "worst": np.min(lost),
-                    "time": np.mean(time),
-                    "memory": np.mean(memory),
+                    "time": pd.Series(time).mean(),
+                    "memory": pd.Series(memory).mean(),
                     "pairs": len(each),
                     "chosen": ", ".join(f"{count} x {name}" for name, count in times.items()),
                 }

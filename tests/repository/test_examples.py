@@ -6,6 +6,7 @@ import copy
 import importlib
 import json
 import re
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 from types import ModuleType
@@ -303,6 +304,20 @@ def test_the_tables_in_the_repository_follow_from_its_runs(tmp_path: Path) -> No
     run("--folders", *pairs, "--destination", tmp_path, script=COMPARE.with_name("summarize.py"))
     for path in [results / "summary.md", *(pair / "results.md" for pair in pairs)]:
         assert (tmp_path / path.relative_to(results)).read_text() == path.read_text(), path
+
+
+def test_advice_not_to_finetune_is_compared_too() -> None:
+    comparison, forecasts = load_example("comparison"), load_example("forecasts")
+    loaded = comparison.load(REPOSITORY / "examples" / "results" / "demo-noise")
+    forecast = loaded.forecasts["kinds"]
+    assert forecast.recommended is not None
+    sets = tuple(replace(one, gain=0.0) for one in forecast.sets)
+    loaded.forecasts = {"kinds": replace(forecast, sets=sets)}
+    rows = forecasts.advice({"noise": loaded}).set_index("choice")
+    everything = np.mean(list(loaded.everything.tests(loaded.everything.best_factor).values()))
+    for choice in ("recommended", "safest"):
+        assert rows.loc[choice, "chosen"] == "1 x nothing but the head"
+        assert rows.loc[choice, "mean"] == pytest.approx(100 * (loaded.head["test_accuracy"] - everything))
 
 
 def test_a_method_is_compared(tmp_path: Path) -> None:
