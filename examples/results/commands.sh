@@ -3,7 +3,7 @@
 # repeated, so that it can be interrupted. Most runs in this folder are what 18 processes on one H100 finished in 500
 # seconds, most important methods first (--methods). On one CPU core a method takes five minutes or more. Made on a CPU:
 # LoRA on all linear layers with r=8 (but for ViT-Ti on CIFAR-10 and DINOv2-S) and with r=2 (but for low contrast), LoRA
-# on KappaTune's layers, and on MHA on the digits; MHA with FC1 of the first half; FC1 with FC2 (but for low contrast).
+# on KappaTune's layers, on MHA on the digits and noisy images, and on FC1; MHA with FC1 of the first half; FC1 with FC2 (but for low contrast).
 set -euo pipefail
 DINOV2=${DINOV2:-facebook/dinov2-small}
 VIT=${VIT:-WinKawaks/vit-tiny-patch16-224}
