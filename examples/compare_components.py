@@ -27,7 +27,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import PartialState
 from comparison import Result, Run, load
@@ -470,8 +469,7 @@ def train_methods(
         method = turn[state.process_index]
         result = compared(pair, method, rates[state.process_index], next(iter(reports.values())), compare)
         write_text(folder / f"{method.file}.json", json.dumps(asdict(result), indent=1) + "\n")
-        test = list(result.tests(result.best_factor).values())
-        logger.info("%-45s best factor %.2g, test %.2f %%", method.name, result.best_factor, 100 * np.mean(test))
+        logger.info("%-45s best factor %.2g, test %.2f %%", method.name, result.best_factor, 100 * result.accuracy())
 
 
 def measure_costs(pair: Pair, wanted: Sequence[Method], compare: CompareArguments) -> None:

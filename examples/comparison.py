@@ -87,6 +87,10 @@ class Result:
             found.setdefault(run.factor, []).append(run.validation[-1])
         return max(found, key=lambda factor: np.mean(found[factor]))
 
+    def accuracy(self, rates: str = "best") -> float:
+        """Returns the mean test accuracy over the seeds, at learning rates of `RATES`."""
+        return float(np.mean(list(self.tests(self.factor(rates)).values())))
+
     def tests(self, factor: float) -> dict[int, float]:
         """Returns the test accuracy at the end of the runs at a multiple of the recommended rates, by seed."""
         return {run.seed: run.test[-1] for run in self.runs if run.factor == factor}
@@ -132,9 +136,9 @@ class Comparison:
                 "training": result.training,
                 "parameters": result.parameters,
                 "best_factor": result.best_factor,
-                "test": np.mean(list(tests.values())),
+                "test": result.accuracy(rates),
                 "standard_error": stats.sem(list(tests.values())) if len(tests) > 1 else np.nan,
-                "gain": np.mean(list(tests.values())) - self.head["test_accuracy"],
+                "gain": result.accuracy(rates) - self.head["test_accuracy"],
                 "low": low,
                 "high": high,
                 "time": cost.get("time", np.nan),
@@ -157,8 +161,7 @@ class Comparison:
         The kind is compared with the best kind in full. Components are compared with the best selection of the same
         share of the weights, random ones among them.
         """
-        trained = {result.method: np.mean(list(result.tests(result.best_factor).values()))
-                   for result in self.results.values() if result.training == "full"}  # fmt: skip
+        trained = {one.method: one.accuracy() for one in self.results.values() if one.training == "full"}
         kinds = [trained[kind] for kind in KINDS if kind in trained]
         at_share: dict[str, dict[str, float]] = {}
         for name, other in self.picks.items():

@@ -36,7 +36,7 @@ def errors(comparison: Comparison) -> pd.DataFrame:
     for one in forecast.sets:
         result = trained(comparison, one)
         if result is not None:
-            gain = _accuracy(result) - comparison.head["test_accuracy"]
+            gain = result.accuracy() - comparison.head["test_accuracy"]
             rows[result.method] = {
                 "forecast": 100 * one.gain,
                 "trained": 100 * gain,
@@ -81,8 +81,8 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
                 result = None if one is None else trained(comparison, one)
                 if one is not None and result is None:
                     continue  # it was not trained
-                accuracy = comparison.head["test_accuracy"] if result is None else _accuracy(result)
-                lost = 100 * (accuracy - _accuracy(comparison.everything))
+                accuracy = comparison.head["test_accuracy"] if result is None else result.accuracy()
+                lost = 100 * (accuracy - comparison.everything.accuracy())
                 name = "nothing but the head" if result is None else result.method
                 cost = (np.nan, np.nan) if one is None or one.cost is None else (one.cost.time, one.cost.memory)
                 found.setdefault(choice, []).append((name, lost, *cost))
@@ -104,7 +104,3 @@ def advice(comparisons: Mapping[str, Comparison]) -> pd.DataFrame:
                 }
             )
     return pd.DataFrame(rows)
-
-
-def _accuracy(result: Result) -> float:
-    return float(np.mean(list(result.tests(result.best_factor).values())))
