@@ -324,9 +324,9 @@ def test_the_saved_adapter_is_that_of_a_model_on_the_cpu_to_the_byte(training: s
             saved_base(tmp_path / "base", small_model()), config(training=training, candidates=("FC1", "LN1"))
         )
     )
-    for where in ("cpu", "lazy"):
-        model.to(where)
-        model.save_pretrained(tmp_path / where, state_dict=on_cpu(model))
+    for device in (torch.device("cpu"), second_device()):
+        model.to(device)
+        model.save_pretrained(tmp_path / device.type, state_dict=on_cpu(model))
     before, after = (
         {path.name: path.read_bytes() for path in (tmp_path / where).iterdir()} for where in ("cpu", "lazy")
     )
