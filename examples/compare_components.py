@@ -108,6 +108,14 @@ class CompareArguments:
     stacked: int = field(
         default=16, metadata={"help": "Train at most this many runs at once; fewer need less memory."}
     )
+    matmul_precision: str = field(
+        default="high",
+        metadata={
+            "help": "Precision of products of float32 matrices, as in `torch.set_float32_matmul_precision`. "
+            '"high" is TF32 on a GPU, and "medium" is faster on a CPU with AMX.',
+            "choices": ["highest", "high", "medium"],
+        },
+    )
     stages: list[str] = field(
         default_factory=lambda: list(STAGES),
         metadata={"help": "; ".join(f"{name}: {what}" for name, what in STAGES.items()) + "."},
@@ -407,7 +415,7 @@ def main() -> None:
     parser = HfArgumentParser((ModelArguments, DataArguments, CompareArguments))
     model_arguments, data, compare = parser.parse_args_into_dataclasses()
     state = PartialState(cpu=not torch.accelerator.is_available())
-    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.set_float32_matmul_precision(compare.matmul_precision)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     for noisy in ("httpx", "datasets", "evaluate", "transformers"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

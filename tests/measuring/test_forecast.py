@@ -261,6 +261,16 @@ def test_a_report_that_is_measured_with_labels_has_the_forecast_and_says_what_to
         PlasticityReport.from_dict(replace(report, forecast=other).to_dict())
 
 
+def test_a_report_for_a_budget_also_forecasts_the_set_within_it() -> None:
+    model = tiny_model()
+    options = {"max_samples": 24, "granularity": "component", "settle": None}
+    report = measure_plasticity(model, ITEMS, forecast=True, budget="0.7 memory", **options)
+    assert report.forecast == forecast_finetuning(model, ITEMS, max_samples=24, budget="0.7 memory")
+    assert report.forecast.sets[-1].name == "within 0.7 of the memory"
+    lora = measure_plasticity(model, ITEMS, forecast=True, budget=0.1, r=2, **options)
+    assert lora.forecast == forecast_finetuning(model, ITEMS, max_samples=24)
+
+
 def random_kernels(count: int, images: int) -> dict[str, np.ndarray]:
     """Returns kernels of rank 3."""
     factors = np.random.default_rng(0).normal(size=(count, images, 3))
