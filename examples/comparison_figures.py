@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
+import numpy as np
 import pandas as pd
 from comparison import COSTS, front
 
@@ -17,6 +18,8 @@ LOOKS = {"kinds": 0, "depth": 1, "stock": 2, "components": 3, "budgets": 4}
 """Which color and marker each group of methods has."""
 LOWEST = -9.0
 """Lowest difference that is drawn, in points."""
+PLACES = [(x, y, side) for y in (4, -10, -3, -16) for x, side in ((5, "left"), (-5, "right"))]
+"""Where a label can be: the offset of its lower corner from its point, in typographic points, and which corner it is."""
 
 
 def draw_fronts(methods: Mapping[str, pd.DataFrame], path: Path) -> None:
@@ -28,21 +31,28 @@ def draw_fronts(methods: Mapping[str, pd.DataFrame], path: Path) -> None:
         methods: tables as `comparison.means` returns them, by what they are of.
         path: a .png file.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    mpl.use("agg")
-    figure = Figure(figsize=(4.4 * len(COSTS), 3.8 * len(methods)), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(COSTS), 3.8 * len(methods)), layout="constrained", dpi=110)
+    canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(len(methods), len(COSTS), squeeze=False, sharey=True)
+    drawn = []
     for row, (name, table) in zip(axes, methods.items(), strict=True):
         for ax, cost in zip(row, COSTS, strict=True):
-            _draw_front(ax, table, cost)
+            drawn.append((ax, _draw_front(ax, table, cost), table, cost))
         row[0].set_title(name, loc="left", fontsize="medium")
         row[0].set_ylabel("difference to everything in full, points")
     axes[0][0].legend(fontsize="x-small", loc="lower right")
-    figure.savefig(path, dpi=110)
+    canvas.draw()  # from here on, all axes are where they will be
+    figure.set_layout_engine("none")
+    for each in drawn:
+        _label(*each)
+    figure.savefig(path)
 
 
-def _draw_front(ax: Any, table: pd.DataFrame, cost: str) -> None:
+def _draw_front(ax: Any, table: pd.DataFrame, cost: str) -> pd.DataFrame:
+    """Draws all points and the line, and returns the rows of the line."""
     table = table[table["difference"] >= LOWEST]
     for group, look in LOOKS.items():
         for training, filled in (("full", True), ("lora", False)):
@@ -61,18 +71,46 @@ def _draw_front(ax: Any, table: pd.DataFrame, cost: str) -> None:
         ax.set_xscale("log")
     best = table.loc[front(table, cost, "difference")]
     ax.plot(best[cost], best["difference"], color="black", linewidth=1, zorder=1)
-    for _, row in best.iterrows():
-        point = (row[cost], row["difference"])
-        across = ax.transAxes.inverted().transform(ax.transData.transform(point))[0]
-        side = "left" if across < 0.4 else "right"  # where there is room
-        ax.annotate(
-            row["method"],
-            point,
-            xytext=(5, -10) if side == "left" else (-4, 4),
-            textcoords="offset points",
-            fontsize="x-small",
-            horizontalalignment=side,
-        )
     ax.axhline(0, color="gray", linewidth=0.8, linestyle=":")
     ax.set_xlabel(f"{NAMES[cost]}, everything in full is 1")
     ax.grid(alpha=0.3)
+    return best
+
+
+def _label(ax: Any, best: pd.DataFrame, points: pd.DataFrame, cost: str) -> None:
+    """Labels points of a finished figure, each at the place around it that covers least of other points and labels."""
+    from matplotlib.transforms import Bbox
+
+    renderer = ax.figure.canvas.get_renderer()
+    shown = points[points["difference"] >= LOWEST]
+    centers = ax.transData.transform(shown[[cost, "difference"]].to_numpy())
+    taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centers]
+    line = ax.transData.transform(best[[cost, "difference"]].to_numpy())
+    for start, end in pairwise(line):
+        taken += [Bbox.from_bounds(*(start + share * (end - start)), 1, 1) for share in np.linspace(0, 1, 60)]
+    for _, row in best.iterrows():
+        tried = []
+        for order, (x, y, side) in enumerate(PLACES):
+            text = ax.annotate(
+                row["method"],
+                (row[cost], row["difference"]),
+                xytext=(x, y),
+                textcoords="offset points",
+                fontsize="x-small",
+                horizontalalignment=side,
+            )
+            box = text.get_window_extent(renderer)
+            outside = 1 - _overlap(box, ax.bbox) / (box.width * box.height)
+            tried.append((1000 * outside + sum(_overlap(box, each) for each in taken), order, text, box))
+        _, kept, text, box = min(tried, key=lambda each: each[:2])
+        taken.append(box)
+        for _, order, text, _ in tried:
+            if order != kept:
+                text.remove()
+
+
+def _overlap(one: Any, other: Any) -> float:
+    """Returns the area that two boxes share, in pixels."""
+    width = min(one.x1, other.x1) - max(one.x0, other.x0)
+    height = min(one.y1, other.y1) - max(one.y0, other.y0)
+    return float(max(width, 0) * max(height, 0))
