@@ -19,7 +19,7 @@ LOOKS = {"kinds": 0, "depth": 1, "stock": 2, "components": 3, "budgets": 4}
 LOWEST = -9.0
 """Lowest difference that is drawn, in points."""
 PLACES = [(x, y, side) for y in (4, -10, -3, -16) for x, side in ((5, "left"), (-5, "right"))]
-"""Where a label can be: the offset of its lower corner from its point, in typographic points, and which corner it is."""
+"""Where a label can be: the offset of its lower corner from its point, in points, and which corner it is."""
 
 
 def draw_fronts(methods: Mapping[str, pd.DataFrame], path: Path) -> None:

@@ -144,8 +144,8 @@ def measure_plasticity(
             dictionaries of them.
         forecast: True also forecasts, from the labels of up to `max_samples` (at most 4,096) of the target images, the
             accuracy that finetuning each kind, pairs of kinds and everything will give. `report.forecast` contains it,
-            with costs, learning rates and one recommended set; see `forecast_finetuning`. With a `budget`, and training
-            in full, it also contains the set of components that promises most within it.
+            with costs, learning rates and one recommended set; see `forecast_finetuning`. With a `budget`, and
+            training in full, it also contains the set of components that promises most within it.
 
     Note: Only one model is measured at a time: another thread that measures waits. Other threads may run the model
     meanwhile, and may have hooks on it. They do not affect the scores, and their results change only in that the model
