@@ -68,8 +68,7 @@ def as_markdown(comparison: Comparison) -> str:
                 _points(recommended[name]),
                 f"{row['best_factor']:.2g}",
                 f"{row['range_of_rates']:.3g}",
-                f"{row['time']:.2f}",
-                f"{row['memory']:.2f}",
+                *("" if np.isnan(row[name]) else f"{row[name]:.2f}" for name in ("time", "memory")),
             )
         )
     text = table(
