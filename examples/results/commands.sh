@@ -6,9 +6,10 @@
 #   low contrast), on KappaTune's layers, on MHA of the digits and noisy images, and on FC1 and FC2;
 # - MHA with FC1 of the first half; FC1 with FC2 (but for low contrast);
 # - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10.
-# Of these, the runs of ViT-Ti and DINOv2-S but LoRA with r=8 and MHA with FC1 of ViT-Ti, and LoRA on FC1 and FC2 (but FC1 of low contrast and both of the noisy
-# images), had --matmul_precision medium: bfloat16 products on a CPU with AMX. With it, three seeds of MHA in full of
-# ViT-Ti on Fashion-MNIST at the recommended rates had 85.9 %, and 86.1 % on the H100.
+# Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8 of DINOv2-S on
+# CIFAR-10, LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S, and LoRA on FC1 and FC2 of the digits, the inverted images
+# and (FC2 only) those of low contrast. With it, three seeds of MHA in full of ViT-Ti on Fashion-MNIST at the recommended
+# rates had 85.9 %, and 86.1 % on the H100.
 set -euo pipefail
 DINOV2=${DINOV2:-facebook/dinov2-small}
 VIT=${VIT:-WinKawaks/vit-tiny-patch16-224}
