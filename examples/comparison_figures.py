@@ -39,6 +39,7 @@ def draw_fronts(methods: Mapping[str, pd.DataFrame], path: Path) -> None:
     axes = figure.subplots(len(methods), len(COSTS), squeeze=False, sharey=True)
     drawn = []
     for row, (name, table) in zip(axes, methods.items(), strict=True):
+        table = table[table["difference"] >= LOWEST]
         for ax, cost in zip(row, COSTS, strict=True):
             drawn.append((ax, _draw_front(ax, table, cost), table, cost))
         row[0].set_title(name, loc="left", fontsize="medium")
@@ -53,7 +54,6 @@ def draw_fronts(methods: Mapping[str, pd.DataFrame], path: Path) -> None:
 
 def _draw_front(ax: Any, table: pd.DataFrame, cost: str) -> pd.DataFrame:
     """Draws all points and the line, and returns the rows of the line."""
-    table = table[table["difference"] >= LOWEST]
     for group, look in LOOKS.items():
         for training, filled in (("full", True), ("lora", False)):
             rows = table[(table["group"] == group) & (table["training"] == training)]
@@ -82,31 +82,26 @@ def _label(ax: Any, best: pd.DataFrame, points: pd.DataFrame, cost: str) -> None
     from matplotlib.transforms import Bbox
 
     renderer = ax.figure.canvas.get_renderer()
-    shown = points[points["difference"] >= LOWEST]
-    centers = ax.transData.transform(shown[[cost, "difference"]].to_numpy())
+    centers = ax.transData.transform(points[[cost, "difference"]].to_numpy())
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in centers]
     line = ax.transData.transform(best[[cost, "difference"]].to_numpy())
     for start, end in pairwise(line):
         taken += [Bbox.from_bounds(*(start + share * (end - start)), 1, 1) for share in np.linspace(0, 1, 60)]
+
+    def covered(box: Any) -> float:
+        outside = 1 - _overlap(box, ax.bbox) / (box.width * box.height)
+        return 1000 * outside + sum(_overlap(box, each) for each in taken)
+
     for _, row in best.iterrows():
-        tried = []
-        for order, (x, y, side) in enumerate(PLACES):
-            text = ax.annotate(
-                row["method"],
-                (row[cost], row["difference"]),
-                xytext=(x, y),
-                textcoords="offset points",
-                fontsize="x-small",
-                horizontalalignment=side,
-            )
-            box = text.get_window_extent(renderer)
-            outside = 1 - _overlap(box, ax.bbox) / (box.width * box.height)
-            tried.append((1000 * outside + sum(_overlap(box, each) for each in taken), order, text, box))
-        _, kept, text, box = min(tried, key=lambda each: each[:2])
+        point = (row[cost], row["difference"])
+        text = ax.annotate(row["method"], point, textcoords="offset points", xytext=(0, 0), fontsize="x-small")
+        boxes = []
+        for x, y, side in PLACES:
+            text.set(position=(x, y), horizontalalignment=side)
+            boxes.append(text.get_window_extent(renderer))
+        place, box = min(zip(PLACES, boxes, strict=True), key=lambda each: covered(each[1]))
+        text.set(position=place[:2], horizontalalignment=place[2])
         taken.append(box)
-        for _, order, text, _ in tried:
-            if order != kept:
-                text.remove()
 
 
 def _overlap(one: Any, other: Any) -> float:
