@@ -293,7 +293,7 @@ def tune(
 ) -> list[Run]:
     """Returns runs of one seed at rates a factor apart, until the best on validation images is not at an end."""
     found: dict[float, Run] = {}
-    wanted = [method.lowest_factor * STEP**number for number in range(3)] if compare.max_rates > 1 else [1.0]
+    wanted = [method.lowest_factor * STEP**number for number in range(3)]
     while wanted:
         for run in train(pair, {0: model}, rates, [(factor, 0) for factor in wanted], compare):
             found[run.factor] = run
@@ -355,8 +355,8 @@ def compared(
 ) -> Result:
     """Trains a method as often as it takes, and returns what it came to."""
     models = {seed: pair.adapted(method, seed) for seed in range(compare.seeds)}
-    tuned = tune(pair, method, models[0], rates, compare)
-    best = max(tuned, key=lambda run: (run.validation[-1], -run.factor)).factor
+    tuned = tune(pair, method, models[0], rates, compare) if compare.max_rates > 1 else []
+    best = max(tuned, key=lambda run: (run.validation[-1], -run.factor)).factor if tuned else 1.0
     wanted = [(factor, seed) for factor in dict.fromkeys((best, 1.0)) for seed in range(compare.seeds)]
     known = {(run.factor, run.seed): run for run in tuned}
     missing = [each for each in wanted if each not in known]

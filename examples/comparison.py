@@ -70,7 +70,7 @@ class Result:
     best_factor: float
     """Multiple of the recommended rates that is best on validation images, with one seed."""
     tuned: list[Run]
-    """One run at each multiple that was tried."""
+    """One run at each multiple that was tried; empty if only the recommended rates were."""
     runs: list[Run]
     """Runs of all seeds at the best multiple, and at the recommended rates."""
     formula: dict[str, float]
@@ -244,7 +244,12 @@ def interval(differences: Sequence[float]) -> tuple[float, float]:
 
 
 def range_of_rates(result: Result) -> float:
-    """Returns the largest rate within a point of the best validation accuracy, divided by the smallest such rate."""
+    """Returns the largest rate within a point of the best validation accuracy, divided by the smallest such rate.
+
+    It is NaN if no rates were tried.
+    """
+    if not result.tuned:
+        return np.nan
     best = max(run.validation[-1] for run in result.tuned)
     near = [run.factor for run in result.tuned if run.validation[-1] >= best - 0.01]
     return max(near) / min(near)

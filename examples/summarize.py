@@ -67,7 +67,7 @@ def as_markdown(comparison: Comparison) -> str:
                 difference,
                 _points(recommended[name]),
                 f"{row['best_factor']:.2g}",
-                f"{row['range_of_rates']:.3g}",
+                "" if np.isnan(row["range_of_rates"]) else f"{row['range_of_rates']:.3g}",
                 *("" if np.isnan(row[name]) else f"{row[name]:.2f}" for name in ("time", "memory")),
             )
         )
