@@ -60,6 +60,7 @@ from plasticity_peft import (
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.files import write_text
+from plasticity_peft.measuring.forecast import usual_sets
 from plasticity_peft.report.cost import Trained
 
 logger = logging.getLogger(__name__)
@@ -493,13 +494,14 @@ def measure_costs(pair: Pair, wanted: Sequence[Method], compare: CompareArgument
 def forecast_methods(pair: Pair, wanted: Sequence[Method], folder: Path) -> None:
     """Writes forecasts of the methods that train whole components in full, on the images that they train on.
 
-    One is of sets of whole kinds, one of all sets. If there are runs, sets that were not trained are left out, so that
-    what the forecast advises can be compared with them.
+    One is of the sets that `forecast_finetuning` has by default, one of all sets. If there are runs, sets that were
+    not trained are left out, so that what the forecast advises can be compared with them.
     """
     trained = [one for one in wanted if (folder / "runs" / f"{one.file}.json").is_file()] or wanted
     everything = tuple(part.id for part in find_components(pair.model))
-    sets = [(one.group, one.units or everything) for one in trained if one.units or one.name == EVERYTHING]
-    scopes = {"kinds": [units for group, units in sets if group == "kinds"], "all": [units for _, units in sets]}
+    sets = [one.units or everything for one in trained if one.units or one.name == EVERYTHING]
+    usual = [{part.id for part in parts} for parts in usual_sets(find_components(pair.model)).values()]
+    scopes = {"kinds": [units for units in sets if set(units) in usual], "all": sets}
     found = {
         scope: forecast_finetuning(pair.fresh(), pair.items, sets=chosen) for scope, chosen in scopes.items() if chosen
     }

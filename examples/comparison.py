@@ -87,6 +87,10 @@ class Result:
             found.setdefault(run.factor, []).append(run.validation[-1])
         return max(found, key=lambda factor: np.mean(found[factor]))
 
+    def has(self, rates: str) -> bool:
+        """Returns whether it was trained at learning rates of `RATES`: "best" and "confirmed" need tuning."""
+        return rates == "recommended" or bool(self.tuned)
+
     def accuracy(self, rates: str = "best") -> float:
         """Returns the mean test accuracy over the seeds, at learning rates of `RATES`."""
         return float(np.mean(list(self.tests(self.factor(rates)).values())))
@@ -124,9 +128,11 @@ class Comparison:
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
 
     def table(self, rates: str = "best") -> pd.DataFrame:
-        """Returns one row per method, by name, at learning rates of `RATES`."""
+        """Returns one row per method that was trained at learning rates of `RATES`, by name."""
         rows = {}
         for name, result in self.results.items():
+            if not result.has(rates):
+                continue
             tests = result.tests(result.factor(rates))
             low, high = self.difference(result, rates)
             cost = result.cost or result.formula or dict.fromkeys(COSTS, 1.0 if result is self.everything else np.nan)
@@ -155,28 +161,47 @@ class Comparison:
         own, other = (one.tests(one.factor(rates)) for one in (result, self.everything))
         return interval([own[seed] - other[seed] for seed in sorted(own.keys() & other.keys())])
 
+    def whole_table(self) -> pd.DataFrame:
+        """Returns the table at the best rates, with a column "recommended": the accuracy at the recommended rates.
+
+        Methods whose rates were not tuned have no other accuracy. They come last.
+        """
+        found = self.table("recommended")
+        tuned = found.index.intersection(self.table().index)
+        whole = self.table().reindex([*self.table().index, *found.index.difference(tuned, sort=False)])
+        same = ["group", "method", "training", "parameters", "best_factor", "time", "activations", "memory"]
+        whole[same] = found.loc[whole.index, same]
+        return whole.assign(recommended=found["test"])
+
     def regrets(self) -> pd.DataFrame:
         """Returns the points that each criterion loses: by the kind that it ranks first, and by its components.
 
-        The kind is compared with the best kind in full. Components are compared with the best selection of the same
-        share of the weights, random ones among them.
+        The kind is compared with the best kind in full, at the best rates. Components are compared with the best
+        selection of the same share of the weights, random ones among them, at the recommended rates.
         """
-        trained = {one.method: one.accuracy() for one in self.results.values() if one.training == "full"}
-        kinds = [trained[kind] for kind in KINDS if kind in trained]
-        at_share: dict[str, dict[str, float]] = {}
-        for name, other in self.picks.items():
-            chosen, comma, share = name.rpartition(", ")
-            if comma and other in trained:
-                at_share.setdefault(share, {})[chosen] = trained[other]
+        kinds = {one.method: one.accuracy() for one in self.results.values() if one.method in KINDS and one.tuned}
         rows = []
         for criterion, first in self.first.items():
             row: dict[str, Any] = {"criterion": criterion, "first": first}
-            row["kind"] = 100 * (max(kinds, default=np.nan) - trained.get(first, np.nan))
-            for share, found in at_share.items():
+            row["kind"] = 100 * (max(kinds.values(), default=np.nan) - kinds.get(first, np.nan))
+            for share, found in self.selected().items():
                 if criterion in found:
                     row[share] = 100 * (max(found.values()) - found[criterion])
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def selected(self) -> dict[str, dict[str, float]]:
+        """Returns the accuracy of the components that each criterion ranks first, at the recommended rates.
+
+        It is by share of the weights, and by criterion. Criteria whose components were not trained are left out.
+        """
+        trained = {one.method: one.accuracy("recommended") for one in self.results.values() if one.training == "full"}
+        found: dict[str, dict[str, float]] = {}
+        for name, method in self.picks.items():
+            criterion, comma, share = name.rpartition(", ")
+            if comma and criterion and method in trained and share.startswith("0."):
+                found.setdefault(share, {})[criterion] = trained[method]
+        return found
 
 
 def sorted_by(frame: pd.DataFrame, column: str, ascending: bool = True) -> pd.DataFrame:

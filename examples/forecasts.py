@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from comparison import Comparison, Result
 
 SCOPES = {"kinds": "default sets", "all": "all sets"}
-"""What was forecast: sets of whole kinds, as `forecast_finetuning` has them by default, and all that were trained."""
+"""What was forecast: the sets that `forecast_finetuning` has by default, and all that were trained."""
 
 
 def load(path: Path) -> dict[str, Forecast]:

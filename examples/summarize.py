@@ -25,6 +25,9 @@ from transformers import HfArgumentParser
 from plasticity_peft.files import write_text
 from plasticity_peft.report.tables import table
 
+A_THIRD, ALIKE = "0.33", ("MHA", "FC1", "FC2")
+"""The share of the weights that a kind of matrices has in a usual block, and these kinds."""
+
 
 @dataclass
 class Arguments:
@@ -45,17 +48,15 @@ def write(comparison: Comparison, folder: Path) -> None:
 
 def write_tables(comparison: Comparison, folder: Path) -> None:
     """Writes methods.csv and results.md of one pair into `folder`."""
-    comparison.table().to_csv(folder / "methods.csv", float_format="%.6g", index_label="name")
+    comparison.whole_table().to_csv(folder / "methods.csv", float_format="%.6g", index_label="name")
     write_text(folder / "results.md", as_markdown(comparison))
 
 
 def as_markdown(comparison: Comparison) -> str:
     """Returns the tables of one pair: the methods, and the criteria."""
     head = comparison.head
-    shown = comparison.table()
-    recommended = comparison.table("recommended")["test"]
     rows = [("the fitted head alone", "", "", _points(head["test_accuracy"]), "", "", "", "", "", "", "")]
-    for name, row in shown.iterrows():
+    for _, row in comparison.whole_table().iterrows():
         difference = "" if np.isnan(row["low"]) else f"{_signed(row['low'])} to {_signed(row['high'])}"
         rows.append(
             (
@@ -65,7 +66,7 @@ def as_markdown(comparison: Comparison) -> str:
                 _points(row["test"]),
                 "" if np.isnan(row["standard_error"]) else f"{100 * row['standard_error']:.1f}",
                 difference,
-                _points(recommended[name]),
+                _points(row["recommended"]),
                 f"{row['best_factor']:.2g}",
                 "" if np.isnan(row["range_of_rates"]) else f"{row['range_of_rates']:.3g}",
                 *("" if np.isnan(row[name]) else f"{row[name]:.2f}" for name in ("time", "memory")),
@@ -73,10 +74,10 @@ def as_markdown(comparison: Comparison) -> str:
         )
     text = table(
         f"Accuracy on {head['test_images']:,} test images in percent, after training on {head['train_images']:,}.\n"
-        "Each method has the learning rates that are best on validation images. Difference: 95 % interval of the\n"
-        "difference to everything in full, paired by seed. Recommended: accuracy at the recommended rates. Factor:\n"
-        "the best rates as a multiple of the recommended ones. Range: largest divided by smallest rate within a\n"
-        "point of the best on validation images.\n"
+        "Each method has the learning rates that are best on validation images; those without an accuracy were\n"
+        "trained at the recommended rates alone. Difference: 95 % interval of the difference to everything in full,\n"
+        "paired by seed. Recommended: accuracy at the recommended rates. Factor: the best rates as a multiple of the\n"
+        "recommended ones. Range: largest divided by smallest rate within a point of the best on validation images.\n"
         "Time and memory of a training step: everything in full is 1.\n",
         (
             "method",
@@ -111,8 +112,9 @@ def criteria(regrets: pd.DataFrame) -> str:
         for criterion, row in sorted_by(regrets.set_index("criterion"), "kind").iterrows()
     ]
     return table(
-        "Points that each criterion loses: by the kind that it ranks first, against the best kind; and by the\n"
-        "components that it ranks first, at a share of the weights, against the best such selection.\n",
+        "Points that each criterion loses: by the kind that it ranks first, against the best kind, at the best\n"
+        "rates; and by the components that it ranks first, at a share of the weights, against the best such\n"
+        "selection, at the recommended rates.\n",
         ("criterion", "first kind", "kind", *shares),
         rows,
     )
@@ -134,6 +136,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
                 sorted_by(frame, "mean"),
             )
         )
+    parts += [selections(trained, share) for share in shares(trained)]
     parts.append(rates(comparisons))
     forecast = {pair: one for pair, one in comparisons.items() if one.forecasts and one.everything is not None}
     if forecast:
@@ -147,6 +150,7 @@ def differences(comparisons: Mapping[str, Comparison], rates: str) -> str:
     Methods at the recommended rates are compared with everything at its best ones.
     """
     tables = {pair: one.table(rates) for pair, one in comparisons.items()}
+    tables = {pair: table[table.index.isin(comparisons[pair].table().index)] for pair, table in tables.items()}
     others = "best" if rates == "recommended" else rates
     rival = {pair: one.table(others).loc[f"{EVERYTHING} (full)", "test"] for pair, one in comparisons.items()}
     frame = pd.DataFrame({pair: 100 * (table["test"] - rival[pair]) for pair, table in tables.items()})
@@ -159,6 +163,36 @@ def differences(comparisons: Mapping[str, Comparison], rates: str) -> str:
         "Time and memory of a training step are means over the pairs; everything in full is 1.",
         "method",
         sorted_by(frame, "mean", ascending=False).join(costs),
+    )
+
+
+def shares(comparisons: Mapping[str, Comparison]) -> list[str]:
+    """Returns the shares of the weights at which components were selected on all pairs by at least two criteria."""
+    found = [{share for share, chosen in one.selected().items() if len(chosen) > 1} for one in comparisons.values()]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def selections(comparisons: Mapping[str, Comparison], share: str) -> str:
+    """Returns the differences to everything in full of the components that each criterion ranks first, by pair.
+
+    At a third of the weights, the kinds in full that have as many are beside them.
+    """
+    columns = {}
+    for pair, comparison in comparisons.items():
+        table = comparison.table("recommended")
+        kinds = {kind: table.loc[f"{kind} (full)", "test"] for kind in ALIKE if f"{kind} (full)" in table.index}
+        rival = comparison.table().loc[f"{EVERYTHING} (full)", "test"]
+        found = {f"kind {kind}": accuracy for kind, accuracy in kinds.items()} if share == A_THIRD else {}
+        columns[pair] = 100 * (pd.Series(comparison.selected()[share] | found) - rival)
+    frame = pd.DataFrame(columns)
+    frame["mean"] = frame.mean(axis=1, skipna=False)
+    frame["worst"] = frame.drop(columns="mean").min(axis=1, skipna=False)
+    return as_table(
+        f"Single components in full that a criterion ranks first, {share} of the weights: difference to everything\n"
+        "in full in points of test accuracy, each at the recommended rates, and everything at its best ones. Kinds\n"
+        "in full with as many weights are beside them.",
+        "components",
+        sorted_by(frame, "mean", ascending=False),
     )
 
 
@@ -195,7 +229,8 @@ def rates(comparisons: Mapping[str, Comparison]) -> str:
     """Returns how often the recommended rates are within a point of the best ones, by pair."""
     rows = []
     for pair, comparison in comparisons.items():
-        lost = 100 * (comparison.table()["test"] - comparison.table("recommended")["test"])
+        best = comparison.table()["test"]
+        lost = 100 * (best - comparison.table("recommended").loc[best.index, "test"])
         rows.append((pair, str(len(lost)), str(int((lost <= 1).sum())), f"{lost.mean():.1f}", f"{lost.max():.1f}"))
     return table(
         "Points lost by the recommended rates against the best ones\n",
@@ -251,7 +286,7 @@ def forecast_advice(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return "" if np.isnan(share) else f"{100 * share:.1f}"
 
 
 def _signed(share: float) -> str:

@@ -58,7 +58,7 @@ DIRECTIONS = 2
 MOST_IMAGES = 4096
 """Largest number of images. Each component has a number for every pair of them."""
 PAIRS_OF_KINDS = (("LN1", "LN2"), ("MHA", "FC1"), ("MHA", "FC2"), ("FC1", "FC2"))
-EVERYTHING = "everything"
+EVERYTHING, EARLY = "everything", "MHA + FC1 of the first half"
 
 T = TypeVar("T")
 
@@ -95,7 +95,8 @@ def forecast_finetuning(
         model: a vision transformer of transformers with a head that ends in one linear layer.
         dataset: labeled images in the forms of `fit_head`, with one class per image.
         sets: sets of components. Each is a kind ("MHA"), the canonical id of a component ("0.MHA"), or a sequence of
-            them. By default: each kind, both norms, each pair of MHA, FC1 and FC2, and everything, all five kinds.
+            them. By default: each kind, both norms, each pair of MHA, FC1 and FC2, MHA with FC1 of the first half of
+            the blocks, and everything, all five kinds.
         budget: also find a set of components that promises most within a budget, as in `PlasticityConfig`: 0.1, "0.6
             time" or "0.5 memory"; or within each of several. It grows by one component at a time, by the kernels of up
             to 512 images. Parameters count as they train in full.
@@ -162,7 +163,7 @@ def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Co
         ConfigError: a set is empty, or names what the model does not have.
     """
     if sets is None:
-        sets = [*KINDS, *PAIRS_OF_KINDS, KINDS]
+        return usual_sets(components)
     if isinstance(sets, (str, bytes, Mapping)) or not isinstance(sets, Iterable):
         raise ConfigError(f'sets must be a list of sets, such as ["MHA", ("MHA", "FC1")]. Got {shown(sets)}.')
     found: dict[str, tuple[Component, ...]] = {}
@@ -172,6 +173,19 @@ def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Co
     if not found:
         raise ConfigError("sets must contain at least one set of components. Got none.")
     return found
+
+
+def usual_sets(components: Sequence[Component]) -> dict[str, tuple[Component, ...]]:
+    """Returns the sets that are forecast by default, by their names. The last one is everything."""
+    found = named_sets([*KINDS, *PAIRS_OF_KINDS, KINDS], components)
+    blocks = list(dict.fromkeys((part.stage, part.block) for part in components))
+    early = blocks[: len(blocks) // 2]
+    chosen = [
+        part for part in components if part.kind == "MHA" or (part.kind == "FC1" and (part.stage, part.block) in early)
+    ]
+    everything = found.pop(EVERYTHING)
+    between = {EARLY: tuple(chosen)} if early else {}  # one block has no half
+    return {**found, **between, EVERYTHING: everything}
 
 
 def _name(units: Any) -> str:

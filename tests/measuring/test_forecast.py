@@ -143,8 +143,11 @@ def test_the_fitted_head_of_a_forecast_is_that_of_fit_head_and_is_not_set() -> N
     assert forecast.head.loss == pytest.approx(theirs.loss, rel=1e-3)
     assert [one.name for one in forecast.sets] == [
         *("LN1", "MHA", "LN2", "FC1", "FC2"),
-        *("LN1 + LN2", "MHA + FC1", "MHA + FC2", "FC1 + FC2", "everything"),
+        *("LN1 + LN2", "MHA + FC1", "MHA + FC2", "FC1 + FC2", "MHA + FC1 of the first half", "everything"),
     ]
+    early = forecast.sets[-2].components
+    assert [name for name in early if name.endswith("FC1")] == ["0.FC1"]
+    assert [name for name in early if name.endswith("MHA")] == ["0.MHA", "1.MHA"]
     for one in forecast.sets:
         assert one.accuracy == pytest.approx(min(1, max(0, forecast.head.score + one.gain)))
         assert 0 < one.gain_error < one.error + 0.1
