@@ -87,10 +87,6 @@ class Result:
             found.setdefault(run.factor, []).append(run.validation[-1])
         return max(found, key=lambda factor: np.mean(found[factor]))
 
-    def has(self, rates: str) -> bool:
-        """Returns whether it was trained at learning rates of `RATES`: "best" and "confirmed" need tuning."""
-        return rates == "recommended" or bool(self.tuned)
-
     def accuracy(self, rates: str = "best") -> float:
         """Returns the mean test accuracy over the seeds, at learning rates of `RATES`."""
         return float(np.mean(list(self.tests(self.factor(rates)).values())))
@@ -126,12 +122,17 @@ class Comparison:
         self.results = {f"{result.method} ({result.training})": result for result in results}
         self.first, self.picks, self.head, self.forecasts = first, picks, head, forecasts
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
+        self.tuned = any(result.tuned for result in results)
+        """Whether rates were tuned. If not, the best rates that are known are the recommended ones."""
 
     def table(self, rates: str = "best") -> pd.DataFrame:
-        """Returns one row per method that was trained at learning rates of `RATES`, by name."""
+        """Returns one row per method, by name, at learning rates of `RATES`.
+
+        If some methods were tuned, those that were not are in the table of the recommended rates alone.
+        """
         rows = {}
         for name, result in self.results.items():
-            if not result.has(rates):
+            if self.tuned and not result.tuned and rates != "recommended":
                 continue
             tests = result.tests(result.factor(rates))
             low, high = self.difference(result, rates)
@@ -179,7 +180,7 @@ class Comparison:
         The kind is compared with the best kind in full, at the best rates. Components are compared with the best
         selection of the same share of the weights, random ones among them, at the recommended rates.
         """
-        kinds = {one.method: one.accuracy() for one in self.results.values() if one.method in KINDS and one.tuned}
+        kinds = {row["method"]: row["test"] for _, row in self.table().iterrows() if row["method"] in KINDS}
         rows = []
         for criterion, first in self.first.items():
             row: dict[str, Any] = {"criterion": criterion, "first": first}

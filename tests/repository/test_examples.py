@@ -306,6 +306,29 @@ def test_the_tables_in_the_repository_follow_from_its_runs(tmp_path: Path) -> No
         assert (tmp_path / path.relative_to(results)).read_text() == path.read_text(), path
 
 
+def test_methods_whose_rates_were_not_tuned_are_compared_at_the_recommended_ones_alone() -> None:
+    comparison = load_example("comparison").load(REPOSITORY / "examples" / "results" / "dinov2-cifar10")
+    untuned = {name for name, result in comparison.results.items() if not result.tuned}
+    assert {"bound, 0.33 (full)", "random 1, 0.33 (full)"} <= untuned
+    best, recommended, whole = comparison.table(), comparison.table("recommended"), comparison.whole_table()
+    assert set(best.index) == set(comparison.results) - untuned
+    assert set(recommended.index) == set(whole.index) == set(comparison.results)
+    assert whole.loc[sorted(untuned), "test"].isna().all()
+    assert whole["recommended"].to_dict() == recommended["test"].to_dict()
+    chosen = comparison.selected()["0.33"]
+    runs = comparison.results["bound, 0.33 (full)"].runs
+    assert chosen["bound"] == pytest.approx(np.mean([run.test[-1] for run in runs if run.factor == 1]))
+    regrets = comparison.regrets().set_index("criterion")["0.33"]
+    assert regrets["bound"] == pytest.approx(100 * (max(chosen.values()) - chosen["bound"]))
+    assert regrets.min() >= 0
+    # If nothing was tuned, the recommended rates are the best ones that are known.
+    comparison = load_example("comparison").Comparison(
+        [replace(result, tuned=[]) for result in comparison.results.values()],
+        comparison.first, comparison.picks, comparison.head, comparison.model, {},
+    )  # fmt: skip
+    assert set(comparison.table().index) == set(comparison.results)
+
+
 def test_advice_not_to_finetune_is_compared_too() -> None:
     comparison, forecasts = load_example("comparison"), load_example("forecasts")
     loaded = comparison.load(REPOSITORY / "examples" / "results" / "demo-noise")
@@ -340,6 +363,7 @@ def test_sets_within_budgets_are_compared_at_recommended_rates(tmp_path: Path) -
     assert result.formula["time"] <= 0.6
     assert result.units == json.loads((tmp_path / "budgets.json").read_text())[result.method]
     assert [(run.factor, run.seed) for run in result.runs] == [(1.0, 0), (1.0, 1)]
+    assert not result.tuned
     assert set(comparison.means({"one": loaded}).index) == set(loaded.results)
     assert (tmp_path / "front.png").stat().st_size > 1000
 
