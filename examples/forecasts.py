@@ -40,7 +40,7 @@ def errors(comparison: Comparison) -> pd.DataFrame:
             rows[result.method] = {
                 "forecast": 100 * one.gain,
                 "trained": 100 * gain,
-                "kernels": 100 * (one.gain - forecast.raised),
+                "kernels": 100 * (one.gain - one.raised),
                 "contained": abs(one.gain - gain) <= HALF_WIDTH * one.gain_error,
             }
     return pd.DataFrame.from_dict(rows, orient="index")

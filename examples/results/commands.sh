@@ -1,15 +1,19 @@
 #!/usr/bin/env bash
 # The commands that make the comparisons of this folder, from the root of the repository. A finished method is not
 # repeated, so that it can be interrupted. Most runs in this folder are what 18 processes on one H100 finished in 500
-# seconds, most important methods first (--methods). On one CPU core a method takes five minutes or more. Made on a CPU:
-# - LoRA on all linear layers with r=8 (but for ViT-Ti on CIFAR-10 and DINOv2-S on Fashion-MNIST) and with r=2 (but for
-#   low contrast), on KappaTune's layers, on MHA of the digits and noisy images, and on FC1 and FC2;
-# - MHA with FC1 of the first half; FC1 with FC2 (but for low contrast);
-# - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10.
-# Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8 of DINOv2-S on
-# CIFAR-10, LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S, and LoRA on FC1 and FC2 of the digits, the inverted images
-# and (FC2 only) those of low contrast. With it, three seeds of MHA in full of ViT-Ti on Fashion-MNIST at the recommended
-# rates had 85.9 %, and 86.1 % on the H100.
+# seconds, and 15 processes in 770 seconds of a later session, most important methods first (--methods). On one CPU core a
+# method takes five minutes or more. Made on a CPU:
+# - LoRA on all linear layers with r=8 (but for ViT-Ti on CIFAR-10 and DINOv2-S on Fashion-MNIST);
+# - of the demo's model: LoRA with r=2 (but for low contrast), on KappaTune's layers, on MHA of the digits and noisy images,
+#   and on FC1 and FC2; FC1 with FC2 (but for low contrast);
+# - LoRA on MHA of ViT-Ti on Fashion-MNIST; EVA of DINOv2-S on CIFAR-10;
+# - MHA with FC1 of the first half, of the demo's model and ViT-Ti;
+# - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10;
+# - components that are trained at the recommended rates alone, of the demo's model, and seven sets of ViT-Ti on CIFAR-10.
+# Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8, and EVA, of
+# DINOv2-S on CIFAR-10; LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S (but not what ran on the H100); LoRA on FC1 and FC2 of
+# the digits, the inverted images and (FC2 only) those of low contrast; and the components in the last line of the list. With
+# it, three seeds of MHA in full of ViT-Ti on Fashion-MNIST at the recommended rates had 85.9 %, and 86.1 % on the H100.
 set -euo pipefail
 DINOV2=${DINOV2:-facebook/dinov2-small}
 VIT=${VIT:-WinKawaks/vit-tiny-patch16-224}
@@ -33,6 +37,22 @@ for data in fashion cifar10; do
     options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
     compare "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
     compare "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
+done
+
+# Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
+thirds() { # name, then arguments
+    compare "$@" --groups components --shares 0.3333333333333333 --max_rates 1 --stages train
+}
+thirds demo-digits --test_fraction 0.5 --seeds 5
+for shift in inverted noise low_contrast; do
+    thirds "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
+        --max_train_samples 640 --seeds 5
+done
+for data in fashion cifar10; do
+    name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
+    options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
+    thirds "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
+    thirds "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
 done
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.

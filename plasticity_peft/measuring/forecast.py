@@ -9,8 +9,10 @@ The strength of the kernels is the one with which everything has the smallest le
 its own, a set of few parameters would be promised what it reaches by large steps alone, in which gradients change.
 
 Gradients do not show that finetuning moves the features far. A short run of everything does (`pilot.py`). If it gains
-more than the kernels promise for everything, all gains are raised by the difference: on images unlike those of
-pretraining, the norms alone reach most of it. `docs/forecast.md` compares forecasts with trained models.
+more than the kernels promise for everything, gains are raised by the difference: on images unlike those of
+pretraining, the norms alone reach most of it. What trains in late blocks alone does not, because the features before
+them stay: its gain is raised by the share of the depth from its first block on. `docs/forecast.md` compares forecasts
+with trained models.
 """
 
 from __future__ import annotations

@@ -202,6 +202,11 @@ class Forecaster:
         more = run.gain - self._promised
         return more if more > run.gain_error else 0.0
 
+    def _depth(self, parts: Sequence[Component]) -> float:
+        """Returns the share of the blocks from the first one in which a set trains. Earlier features do not move."""
+        blocks = list(dict.fromkeys(part.block_id for part in self.architecture.components))
+        return 1 - min(blocks.index(part.block_id) for part in parts) / len(blocks)
+
     def _of_set(
         self, name: str, parts: Sequence[Component], found: _LeftOut, smallest: np.ndarray, raised: float
     ) -> SetForecast:
@@ -212,11 +217,14 @@ class Forecaster:
             parts: its components.
             found: how images are predicted from the others.
             smallest: squared error of each image with the set of which it is smallest in the mean.
-            raised: what is added to the gain.
+            raised: what would be added to the gain of everything.
         """
         fit, gains = self._fit, found.right - self._alone.right
+        share = self._depth(parts)
+        raised *= share
         gain = float(gains.mean()) + raised
-        own = MODEL_ERROR if not raised or self.pilot is None else float(np.hypot(MODEL_ERROR, self.pilot.gain_error))
+        by_run = share * self.pilot.gain_error if raised and self.pilot is not None else 0.0
+        own = float(np.hypot(MODEL_ERROR, by_run))
         rows = {part.id: row for row, part in enumerate(self.architecture.components)}
         trained = [Trained(rows[part.id], part.parameters) for part in parts]
         return SetForecast(
@@ -227,6 +235,7 @@ class Forecaster:
             error=float(np.hypot(_standard_error(found.right), own)),
             gain=gain,
             gain_error=float(np.hypot(_standard_error(gains), own)),
+            raised=raised,
             squared_error=float(found.squared.mean()),
             excess_error=_standard_error(found.squared - smallest),
             cost=None if self.costs is None else self.costs.of(trained),

@@ -38,6 +38,8 @@ class SetForecast:
     """Expected accuracy, less that of the fitted head."""
     gain_error: NonNegative
     """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
+    raised: NonNegative = 0.0
+    """By how much `gain` is above what gradients show; see `Forecast.raised`. 0 in forecasts of older releases."""
     squared_error: NonNegative | None = None
     """Leave-one-out squared error of targets of -1 and 1: sum over classes, mean over images. None in forecasts of
     older releases."""
@@ -109,7 +111,8 @@ class Forecast:
     pilot: PilotRun | None = None
     """A short run of everything. None if there was none, or if it diverged."""
     raised: NonNegative = 0.0
-    """By how much all gains are above what gradients show, because the run gained more than they show."""
+    """By how much the gain of everything is above what gradients show, because the run gained more than they show. A
+    set is raised by the share of this that is the share of the depth from its first block on."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
 
@@ -187,7 +190,8 @@ class Forecast:
             return ""
         return (
             f"A run of everything for {self.pilot.steps} steps gained {100 * self.pilot.gain:.1f} points on other "
-            f"images, more than gradients show. All gains are raised by {100 * self.raised:.1f}."
+            f"images, more than gradients show. Gains are raised by {100 * self.raised:.1f}, and by less for sets "
+            "without the first blocks."
         )
 
     def columns(self) -> tuple[str, ...]:
