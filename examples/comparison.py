@@ -199,8 +199,8 @@ class Comparison:
         trained = {one.method: one.accuracy("recommended") for one in self.results.values() if one.training == "full"}
         found: dict[str, dict[str, float]] = {}
         for name, method in self.picks.items():
-            criterion, comma, share = name.rpartition(", ")
-            if comma and criterion and method in trained and share.startswith("0."):
+            criterion, _, share = name.rpartition(", ")
+            if share.startswith("0.") and method in trained:
                 found.setdefault(share, {})[criterion] = trained[method]
         return found
 

@@ -180,14 +180,14 @@ def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Co
 def usual_sets(components: Sequence[Component]) -> dict[str, tuple[Component, ...]]:
     """Returns the sets that are forecast by default, by their names. The last one is everything."""
     found = named_sets([*KINDS, *PAIRS_OF_KINDS, KINDS], components)
-    blocks = list(dict.fromkeys((part.stage, part.block) for part in components))
-    early = blocks[: len(blocks) // 2]
-    chosen = [
-        part for part in components if part.kind == "MHA" or (part.kind == "FC1" and (part.stage, part.block) in early)
-    ]
     everything = found.pop(EVERYTHING)
-    between = {EARLY: tuple(chosen)} if early else {}  # one block has no half
-    return {**found, **between, EVERYTHING: everything}
+    blocks = list(dict.fromkeys(part.block_id for part in components))
+    early = blocks[: len(blocks) // 2]
+    if early:  # one block has no half
+        found[EARLY] = tuple(
+            part for part in components if part.kind == "MHA" or (part.kind == "FC1" and part.block_id in early)
+        )
+    return found | {EVERYTHING: everything}
 
 
 def _name(units: Any) -> str:
