@@ -167,9 +167,8 @@ class Comparison:
 
         Methods whose rates were not tuned have no other accuracy. They come last.
         """
-        found = self.table("recommended")
-        tuned = found.index.intersection(self.table().index)
-        whole = self.table().reindex([*self.table().index, *found.index.difference(tuned, sort=False)])
+        best, found = self.table(), self.table("recommended")
+        whole = best.reindex([*best.index, *found.index.difference(best.index, sort=False)])
         same = ["group", "method", "training", "parameters", "best_factor", "time", "activations", "memory"]
         whole[same] = found.loc[whole.index, same]
         return whole.assign(recommended=found["test"])
@@ -181,11 +180,11 @@ class Comparison:
         selection of the same share of the weights, random ones among them, at the recommended rates.
         """
         kinds = {row["method"]: row["test"] for _, row in self.table().iterrows() if row["method"] in KINDS}
-        rows = []
+        rows, selected = [], self.selected()
         for criterion, first in self.first.items():
             row: dict[str, Any] = {"criterion": criterion, "first": first}
             row["kind"] = 100 * (max(kinds.values(), default=np.nan) - kinds.get(first, np.nan))
-            for share, found in self.selected().items():
+            for share, found in selected.items():
                 if criterion in found:
                     row[share] = 100 * (max(found.values()) - found[criterion])
             rows.append(row)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from plasticity_peft import PlasticityReport, find_components
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import Component
+from plasticity_peft.measuring.forecast import EARLY, usual_sets
 
 KINDS = ("LN1", "MHA", "LN2", "FC1", "FC2")
 MATRIX_KINDS = ("MHA", "FC1", "FC2")
@@ -157,8 +158,7 @@ class Catalog:
         for name, blocks in (("first", self.blocks[: count // 2]), ("last", self.blocks[-(count // 2) :])):
             parts = [part for part in self._of_kinds("MHA") if (part.stage or 0, part.block) in blocks]
             found.append(self._full("depth", f"MHA of the {name} half", parts))
-        early = [part for part in self._of_kinds("FC1") if (part.stage or 0, part.block) in self.blocks[: count // 2]]
-        found.append(self._full("depth", "MHA + FC1 of the first half", [*self._of_kinds("MHA"), *early]))
+        found.append(self._full("depth", EARLY, usual_sets(self.parts)[EARLY]))
         outputs = tuple(part.modules[-1] for part in self._of_kinds("MHA") if len(part.modules) > 1)
         return [*found, Method("depth", "attention output", outputs)] if outputs else found
 

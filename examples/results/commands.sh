@@ -28,33 +28,25 @@ done
 compare() { # name, then arguments
     python examples/compare_components.py --steps 300 --evaluations 4 --output_dir "outputs/compare/$1" "${@:2}"
 }
-compare demo-digits --test_fraction 0.5 --seeds 5
-for shift in inverted noise low_contrast; do
-    compare "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
-        --max_train_samples 640 --seeds 5
-done
-for data in fashion cifar10; do
-    name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
-    options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
-    compare "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
-    compare "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
-done
-
-# Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 thirds() { # name, then arguments
     compare "$@" --groups components --shares 0.3333333333333333 --max_rates 1 --stages train
 }
-thirds demo-digits --test_fraction 0.5 --seeds 5
-for shift in inverted noise low_contrast; do
-    thirds "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
-        --max_train_samples 640 --seeds 5
-done
-for data in fashion cifar10; do
-    name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
-    options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
-    thirds "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
-    thirds "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
-done
+on_all_pairs() { # one of these two
+    "$1" demo-digits --test_fraction 0.5 --seeds 5
+    for shift in inverted noise low_contrast; do
+        "$1" "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
+            --max_train_samples 640 --seeds 5
+    done
+    for data in fashion cifar10; do
+        name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
+        options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
+        "$1" "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
+        "$1" "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
+    done
+}
+on_all_pairs compare
+# Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
+on_all_pairs thirds
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments

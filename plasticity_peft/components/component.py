@@ -5,7 +5,7 @@ Nothing here needs a model or torch. The annotations are validated when a compon
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -52,3 +52,8 @@ class Component:
     def is_among(self, units: Collection[str]) -> bool:
         """Returns whether some units contain this component: its kind or its canonical id is one of them."""
         return self.kind in units or self.id in units
+
+
+def block_ids(components: Iterable[Component]) -> list[str]:
+    """Returns the blocks of some components, each once, in their order."""
+    return list(dict.fromkeys(part.block_id for part in components))

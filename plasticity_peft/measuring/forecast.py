@@ -29,7 +29,7 @@ from plasticity_peft.arguments import check_arguments
 from plasticity_peft.checks import check_count, check_flag, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
-from plasticity_peft.components.component import KINDS, Component
+from plasticity_peft.components.component import KINDS, Component, block_ids
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.criteria.gradients import GradientsByImage
@@ -181,7 +181,7 @@ def usual_sets(components: Sequence[Component]) -> dict[str, tuple[Component, ..
     """Returns the sets that are forecast by default, by their names. The last one is everything."""
     found = named_sets([*KINDS, *PAIRS_OF_KINDS, KINDS], components)
     everything = found.pop(EVERYTHING)
-    blocks = list(dict.fromkeys(part.block_id for part in components))
+    blocks = block_ids(components)
     early = blocks[: len(blocks) // 2]
     if early:  # one block has no half
         found[EARLY] = tuple(

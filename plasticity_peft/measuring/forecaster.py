@@ -13,7 +13,7 @@ import numpy as np
 
 from plasticity_peft.arguments import parse_budget
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.component import Component
+from plasticity_peft.components.component import Component, block_ids
 from plasticity_peft.measuring.greedy import Greedy
 from plasticity_peft.measuring.head import solve
 from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
@@ -204,7 +204,7 @@ class Forecaster:
 
     def _depth(self, parts: Sequence[Component]) -> float:
         """Returns the share of the blocks from the first one in which a set trains. Earlier features do not move."""
-        blocks = list(dict.fromkeys(part.block_id for part in self.architecture.components))
+        blocks = block_ids(self.architecture.components)
         return 1 - min(blocks.index(part.block_id) for part in parts) / len(blocks)
 
     def _of_set(
