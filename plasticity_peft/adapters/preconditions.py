@@ -16,7 +16,7 @@ from plasticity_peft.checks import shown
 from plasticity_peft.components.architecture import Architecture, weights_of
 from plasticity_peft.components.calls import uncalled_projections
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.components.quantized import holds_plain_weights
+from plasticity_peft.components.quantized import check_not_packed, holds_plain_weights
 from plasticity_peft.components.wrappers import COMPILED, walk
 from plasticity_peft.errors import ConfigError, ModelError
 from plasticity_peft.images.blank import blank_image
@@ -67,7 +67,8 @@ def _name(kind: type) -> str:
 def check_trainable(
     model: nn.Module, architecture: Architecture, config: PlasticityConfig, heads: Iterable[str]
 ) -> None:
-    """Raises ModelError if quantized weights, which only LoRA can adapt, would have to train in full."""
+    """Raises ModelError if quantized weights, which only LoRA can adapt, would have to train in full, or were packed."""
+    check_not_packed(model)
     for head in heads:
         for path, module in walk(model.get_submodule(head), head):
             if not holds_plain_weights(module):

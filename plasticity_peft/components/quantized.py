@@ -56,29 +56,39 @@ def parameter_count(module: nn.Module) -> int:
     return sum(counts.values())
 
 
-@contextmanager
-def trainable_after(model: nn.Module) -> Iterator[None]:
-    """Inside, bitsandbytes does not change its 4-bit weights.
+def check_not_packed(model: nn.Module) -> None:
+    """Raises ModelError if bitsandbytes has packed 4-bit weights into a form whose product has no gradient.
 
-    On a CPU with AVX512-BF16 it packs them again in the first pass of an evaluation, into a form whose product has no
-    gradient, so a model that was measured could not be trained.
-
-    Raises:
-        ModelError: they have been packed already.
+    It does so on a CPU with AVX512-BF16 in the first pass of an evaluation.
     """
-    packing = {path: m for path, m in model.named_modules() if "support_avx512bf16_for_cpu" in vars(m)}
-    for path, module in packing.items():
+    for path, module in _that_pack(model).items():
         if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
             raise ModelError(
                 f"{path}: an evaluation on this CPU has packed its 4-bit weights into a form that bitsandbytes cannot "
                 "train. Load the model again, and set support_avx512bf16_for_cpu = False on its Linear4bit layers "
                 "before it is run."
             )
-    before = [module.support_avx512bf16_for_cpu for module in packing.values()]
+
+
+@contextmanager
+def trainable_after(model: nn.Module) -> Iterator[None]:
+    """Inside, bitsandbytes does not pack its 4-bit weights, so a model that was measured can be trained.
+
+    Raises:
+        ModelError: they have been packed already.
+    """
+    check_not_packed(model)
+    packing = _that_pack(model).values()
+    before = [module.support_avx512bf16_for_cpu for module in packing]
     try:
-        for module in packing.values():
+        for module in packing:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
         yield
     finally:
-        for module, packs in zip(packing.values(), before, strict=True):
+        for module, packs in zip(packing, before, strict=True):
             module.support_avx512bf16_for_cpu = packs
+
+
+def _that_pack(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the layers that would pack their weights, by path."""
+    return {path: module for path, module in model.named_modules() if "support_avx512bf16_for_cpu" in vars(module)}

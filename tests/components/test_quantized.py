@@ -160,6 +160,9 @@ def test_weights_that_an_evaluation_packed_are_refused(folder: Path) -> None:
         model.eval()(pixel_values=IMAGES[:2])
     with pytest.raises(ModelError, match="an evaluation on this CPU has packed its 4-bit weights"):
         measure_plasticity(model, DATA, max_samples=8)
+    report = measure_plasticity(load(folder, "4-bit"), DATA, max_samples=8)
+    with pytest.raises(ModelError, match="an evaluation on this CPU has packed its 4-bit weights"):
+        get_peft_model(model, PlasticityConfig(training="lora", report=report))
 
 
 def test_nothing_that_runs_the_model_packs_its_weights(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
