@@ -142,13 +142,17 @@ class Forecast:
         """The cheapest set whose squared error is within one standard error of the smallest one.
 
         Squared errors tell sets apart that have the same accuracy within its error. So this set usually saves less
-        than `recommended`, and loses less. None if finetuning does not pay, or if a squared error is unknown.
+        than `recommended`, and loses less. They do not show that features move far. So if a short run showed that,
+        only the sets that are raised most are considered: those that train in the first blocks. None if finetuning
+        does not pay, or if a squared error is unknown.
         """
         errors = {one.name: one.squared_error for one in self.sets if one.squared_error is not None}
         if not self.pays or len(errors) < len(self.sets):
             return None
-        smallest = min(errors.values())
-        near = [one for one in self.sets if errors[one.name] - smallest <= (one.excess_error or 0.0)]
+        most = max(one.raised for one in self.sets)
+        considered = [one for one in self.sets if one.raised == most]
+        smallest = min(errors[one.name] for one in considered)
+        near = [one for one in considered if errors[one.name] - smallest <= (one.excess_error or 0.0)]
         return min(near, key=lambda one: (one.price, errors[one.name]))
 
     def to_dict(self) -> dict[str, Any]:

@@ -224,6 +224,9 @@ def test_the_safest_set_is_the_cheapest_one_of_a_squared_error_near_the_smallest
     assert "To lose less" not in str(replace(found, sets=(best, cheap)))
     assert replace(found, sets=(best, replace(cheap, squared_error=None))).safest is None
     assert replace(found, sets=(replace(best, gain=0.01), replace(cheap, gain=0.0))).safest is None
+    late = [replace(one, raised=0.02) for one in (best, cheap)]
+    early = [replace(one, raised=0.04) for one in (near, far)]
+    assert replace(found, sets=(*late, *early)).safest is early[1], "errors are compared among those raised most"
 
 
 @pytest.mark.parametrize("kinds", [("MHA",), ("LN1", "FC2"), ("LN1",)])
