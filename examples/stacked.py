@@ -21,7 +21,7 @@ from plasticity_peft.measuring.pilot import scheduled
 
 BATCH_SIZE = 32
 EVALUATED = {"cpu": 50}
-"""Number of images in one pass of the evaluation, by type of device: what fits into the caches of a CPU. Others: 250."""
+"""Number of images in one pass of the evaluation, by type of device: what fits into a CPU's caches. Others: 250."""
 EAGER_STEPS = 3
 """Number of steps before one is recorded on a GPU: torch asks for a few, which allocate what later ones use."""
 

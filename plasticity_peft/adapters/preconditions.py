@@ -67,7 +67,7 @@ def _name(kind: type) -> str:
 def check_trainable(
     model: nn.Module, architecture: Architecture, config: PlasticityConfig, heads: Iterable[str]
 ) -> None:
-    """Raises ModelError if quantized weights, which only LoRA can adapt, would have to train in full, or were packed."""
+    """Raises ModelError if quantized weights, which only LoRA can adapt, would train in full, or were packed."""
     check_not_packed(model)
     for head in heads:
         for path, module in walk(model.get_submodule(head), head):

@@ -52,6 +52,13 @@ def forecast(
             "or of a training step, '0.6 time' or '0.5 memory'. May be given several times.",
         ),
     ] = None,
+    candidates: Annotated[
+        str,
+        typer.Option(
+            "--candidates",
+            help="Kinds and components, separated by commas, of which the components within a budget are chosen.",
+        ),
+    ] = options.ALL_KINDS,
     max_samples: Annotated[int, typer.Option("--max_samples", help="Largest number of images to use.")] = 1024,
     batch_size: Annotated[int, typer.Option("--batch_size", help=options.HELP["batch_size"])] = 32,
     seed: Annotated[int, typer.Option("--seed", help=options.HELP["seed"])] = 0,
@@ -86,6 +93,7 @@ def forecast(
         target.prepared(load_processor(model, image_size, revision)),
         sets=[options.several(each) for each in sets] if sets else None,
         budget=budget,
+        candidates=options.several(candidates),
         max_samples=max_samples,
         batch_size=batch_size,
         seed=seed,

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from plasticity_peft.arguments import check_arguments
+from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.checks import check_count, check_flag, shown
 from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
@@ -53,7 +53,7 @@ from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.measuring.tangents import Sketcher
 from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.forecast import Forecast, PilotRun
-from plasticity_peft.report.selection import SelectionRule
+from plasticity_peft.report.selection import SelectionRule, among
 
 DIRECTIONS = 2
 """Number of directions of the features whose gradients are taken: a backward pass each."""
@@ -71,6 +71,7 @@ def forecast_finetuning(
     *,
     sets: Any = None,
     budget: float | str | Sequence[float | str] | None = None,
+    candidates: Iterable[str] = KINDS,
     max_samples: int = 1024,
     batch_size: int = 32,
     seed: int = 0,
@@ -102,6 +103,8 @@ def forecast_finetuning(
         budget: also find a set of components that promises most within a budget, as in `PlasticityConfig`: 0.1, "0.6
             time" or "0.5 memory"; or within each of several. It grows by one component at a time, by the kernels of up
             to 512 images. Parameters count as they train in full.
+        candidates: kinds, and canonical ids of components, of which a set within a budget may consist. `sets` do not
+            depend on it.
         max_samples: largest number of images to use, from 2 to 4,096. Memory and time grow with its square.
         batch_size: number of images in one pass on each process.
         seed: seed of the drawing of images, of the directions and of the dataset's own transforms.
@@ -112,7 +115,7 @@ def forecast_finetuning(
             that is quantized, or whose weights are spread over processes or not all in memory, has none.
 
     Raises:
-        ConfigError: an argument is out of its range, or a set names what the model does not have.
+        ConfigError: an argument is out of its range, or a set or `candidates` name what the model does not have.
         SelectionError: no component fits into a budget.
         DataError: there are too few images, or labels are missing or do not fit the head.
         ModelError: the model has no head that ends in one linear layer, or not one class per image, or a component
@@ -133,11 +136,13 @@ def forecast_finetuning(
     options = check_arguments({"batch_size": batch_size, "seed": seed, "dtype": dtype, "backbone": backbone})
     options |= check_arguments({"forward_kwargs": forward_kwargs})
     check_count("max_samples", max_samples, 2, MOST_IMAGES)
-    budgets = _budgets(budget)
+    candidates = check_candidates(candidates, "component")
+    budgets = _budgets(budget, candidates)
     sharded = isinstance(model, nn.Module) and is_sharded(model)
     with whole(model) as inner:
         architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
         wanted = named_sets(sets, architecture.components)
+        among(architecture.components, candidates)
         for rule in budgets:
             rule.check_possible(architecture.components, architecture.parameters)
         observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed, budgets)
@@ -207,7 +212,7 @@ def _members(units: Any, components: Sequence[Component]) -> tuple[Component, ..
     return tuple(part for part in components if part.is_among(given))
 
 
-def _budgets(budget: Any) -> list[SelectionRule]:
+def _budgets(budget: Any, candidates: tuple[str, ...]) -> list[SelectionRule]:
     """Returns a rule for each budget.
 
     Raises:
@@ -215,7 +220,11 @@ def _budgets(budget: Any) -> list[SelectionRule]:
     """
     listed = isinstance(budget, Iterable) and not isinstance(budget, (str, bytes, Mapping))
     given = list(budget) if listed else [budget]
-    return [SelectionRule(budget=each, granularity="component", training="full") for each in given if each is not None]
+    return [
+        SelectionRule(budget=each, granularity="component", candidates=candidates, training="full")
+        for each in given
+        if each is not None
+    ]
 
 
 @dataclass(frozen=True, eq=False)

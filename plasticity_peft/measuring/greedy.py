@@ -38,7 +38,7 @@ class Greedy:
         the smaller error is returned. It contains at least one component, if one fits.
 
         Args:
-            limited: the budget. A larger set costs more.
+            limited: the budget, and the components that may be chosen. A larger set costs more.
         """
         grown = [self._grown(limited, by_price) for by_price in (False, True)]
         return min(grown, key=lambda found: found[1])[0]
@@ -48,7 +48,7 @@ class Greedy:
         chosen: list[str] = []
         kernel = np.zeros((len(self.targets), len(self.targets)))
         error = self._error(kernel)
-        gains = dict.fromkeys(self.kernels, math.inf)
+        gains = dict.fromkeys(limited.units, math.inf)
         while True:
             paid = limited.price(chosen)
             added = {

@@ -145,7 +145,7 @@ def measure_plasticity(
         forecast: True also forecasts, from the labels of up to `max_samples` (at most 4,096) of the target images, the
             accuracy that finetuning each kind, pairs of kinds and everything will give. `report.forecast` contains it,
             with costs, learning rates and one recommended set; see `forecast_finetuning`. With a `budget`, and
-            training in full, it also contains the set of components that promises most within it.
+            training in full, it also contains the set of candidates that promises most within it.
 
     Note: Only one model is measured at a time: another thread that measures waits. Other threads may run the model
     meanwhile, and may have hooks on it. They do not affect the scores, and their results change only in that the model
@@ -194,7 +194,7 @@ def measure_plasticity(
         return measure_by(rule, settings, model, target_data, source_data)
     shared = {name: getattr(settings, name) for name in ("batch_size", "seed", "dtype", "backbone", "forward_kwargs")}
     # A forecast is of training in full. A budget for LoRA counts other parameters.
-    shared["budget"] = budget if rule.training == "full" else None
+    shared |= {"budget": budget, "candidates": rule.candidates} if rule.training == "full" else {}
     # First, because it refuses more models and images.
     expected = forecast_finetuning(model, target_data, max_samples=min(max_samples, MOST_IMAGES), **shared)
     return replace(measure_by(rule, settings, model, target_data, source_data), forecast=expected)

@@ -26,6 +26,7 @@ from plasticity_peft import (
     measure_plasticity,
 )
 from plasticity_peft.components.architecture import find_architecture
+from plasticity_peft.components.component import KINDS
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError, ReportError, SelectionError
 from plasticity_peft.measuring.greedy import Greedy
@@ -273,6 +274,8 @@ def test_a_report_for_a_budget_also_forecasts_the_set_within_it() -> None:
     report = measure_plasticity(model, ITEMS, forecast=True, budget="0.7 memory", **options)
     assert report.forecast == forecast_finetuning(model, ITEMS, max_samples=24, budget="0.7 memory")
     assert report.forecast.sets[-1].name == "within 0.7 of the memory"
+    norms = measure_plasticity(model, ITEMS, forecast=True, budget="0.7 memory", candidates=("LN1", "LN2"), **options)
+    assert {name.split(".")[1] for name in norms.forecast.sets[-1].components} <= {"LN1", "LN2"}
     lora = measure_plasticity(model, ITEMS, forecast=True, budget=0.1, r=2, **options)
     assert lora.forecast == forecast_finetuning(model, ITEMS, max_samples=24)
 
@@ -355,6 +358,17 @@ def test_sets_within_budgets_are_forecast_and_can_be_trained() -> None:
         assert trained == one.parameters + sum(parameter.numel() for parameter in model.classifier.parameters())
 
 
+@pytest.mark.parametrize("budget", ["0.7 time", "0.5 memory", 0.05])
+def test_a_set_within_a_budget_consists_of_candidates(budget: float | str) -> None:
+    model, candidates = tiny_model(), ("LN2", "1.MHA")
+    found = forecast_finetuning(model, ITEMS, sets=["LN1"], budget=budget, candidates=candidates)
+    given, within = found.sets
+    assert given.components == ("0.LN1", "1.LN1"), "sets that are given do not depend on it"
+    assert set(within.components) <= {"0.LN2", "1.LN2", "1.MHA"}
+    free = forecast_finetuning(model, ITEMS, sets=["LN1"], budget=budget, candidates=KINDS)
+    assert free == forecast_finetuning(model, ITEMS, sets=["LN1"], budget=budget)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7])
 def test_the_size_of_a_pass_changes_nothing(batch_size: int) -> None:
     one = forecast_finetuning(tiny_model(), ITEMS[:15], sets=["MHA"])
@@ -376,6 +390,8 @@ def test_other_architectures(name: str) -> None:
         ({"sets": [()]}, ConfigError, "must be made of kinds"),
         ({"sets": ["5.MHA"]}, ConfigError, r"canonical ids \(0.LN1, ..., 1.FC2\). Got \('5.MHA',\)"),
         ({"sets": [3]}, ConfigError, "must be made of kinds"),
+        ({"candidates": ("9.MHA",)}, ConfigError, "candidates must name components of the model, .* Got '9.MHA'"),
+        ({"candidates": ("MLP",)}, ConfigError, "candidates must be one or more of LN1, MHA"),
         ({"budget": "1 hour"}, ConfigError, "budget must be a share .* Got '1 hour'"),
         ({"budget": [0.1, 2]}, ConfigError, "budget must be a share .* Got 2"),
         ({"budget": 1e-6}, SelectionError, "less than the 32 of the smallest unit, 0.LN1"),
