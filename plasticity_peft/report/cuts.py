@@ -14,6 +14,7 @@ from typing import Any
 
 from plasticity_peft.arguments import name_components
 from plasticity_peft.checks import GRANULARITIES, TRAINING_MODES
+from plasticity_peft.components.component import KINDS
 from plasticity_peft.errors import SelectionError
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selecting import Selector
@@ -70,6 +71,42 @@ def every_series(report: BaseReport, rule: SelectionRule) -> list[Series]:
                 cuts = tuple(_cuts(selector, limited))
                 found += [Series(granularity, training, limited, cuts)] if cuts else []
     return found
+
+
+def rule_and_series(
+    report: BaseReport, rule: SelectionRule, selection: Selection | None
+) -> tuple[SelectionRule, list[Series]]:
+    """Returns all series, and the rule that they follow, with the granularity of a given selection.
+
+    An adapter does not keep the candidates of which its components were selected. If no cut makes the selection, the
+    rule has the candidates among which it is first.
+
+    Args:
+        report: the report.
+        rule: as in `every_series`.
+        selection: a selection of the report, or None.
+    """
+    found = every_series(report, rule)
+    if selection is None:
+        return rule, found
+    own = [one for one in found if (one.granularity, one.training) == (selection.granularity, rule.training)]
+    if any(set(cut.selection.units) == set(selection.units) for one in own for cut in one.cuts):
+        return replace(rule, granularity=selection.granularity), found
+    rule = replace(rule, granularity=selection.granularity, candidates=_first_among(report, selection))
+    return rule, every_series(report, rule)
+
+
+def _first_among(report: BaseReport, selection: Selection) -> tuple[str, ...]:
+    """Returns the most candidates among which the units of a selection are the first: kinds, and ids of components."""
+    ranking = [row.unit for row in report.ranking(selection.granularity)]
+    last = max(ranking.index(unit) for unit in selection.units)
+    above = set(ranking[:last]) - set(selection.units)
+    found = []
+    for kind in KINDS:
+        rows = [row for row in report.scores if row.kind == kind]
+        left = [row.id for row in rows if not row.is_among(above)]
+        found += [kind] if left and len(left) == len(rows) else left
+    return tuple(found)
 
 
 def _cuts(selector: Selector, limited: str) -> Iterator[Cut]:

@@ -15,7 +15,7 @@ from typing import Any
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.extras import require
 from plasticity_peft.report.charts import charts, heights
-from plasticity_peft.report.cuts import LIMITS, Cut, Series, every_series
+from plasticity_peft.report.cuts import LIMITS, Cut, Series, rule_and_series
 from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection, SelectionRule
@@ -55,7 +55,7 @@ def as_page(
     """
     forecast = forecast or report.forecast
     scripts = library()  # first: without the extra, the rest is not needed
-    series = every_series(report, rule)
+    rule, series = rule_and_series(report, rule, selection)
     start = _start(series, rule, selection)
     data = {
         "series": {one.name: [_described(report, rule, one, cut) for cut in one.cuts] for one in series},

@@ -238,7 +238,8 @@ class PlasticityReport(BaseReport):
         page is one file of about 1 MB, for any browser, and needs no network. Needs the extra `html`.
 
         Args:
-            selection: selection to show first. It is called the one that was trained.
+            selection: selection to show first. It is called the one that was trained. If it cannot be made of the
+                candidates, the page has those of which it can.
             forecast: what `forecast_finetuning` returned, to show with it; by default that of the report.
             arguments: `granularity`, `training`, `candidates`, `r`, `rank_pattern`, `use_dora` and `lora_bias`, as in
                 `select`. The first two are those of the ranking that the page shows first.

@@ -134,6 +134,32 @@ def test_the_page_begins_with_what_was_trained(report: PlasticityReport) -> None
     assert start["granularity"] == "component"
 
 
+@pytest.mark.usefixtures("pages_have_no_library")
+@pytest.mark.parametrize(
+    ("given", "candidates"),
+    [
+        ({"candidates": ("FC1", "FC2"), "top_k": 2}, None),
+        ({"candidates": ("LN2", "FC1", "MHA"), "granularity": "component", "top_k": 3}, None),
+        ({"candidates": ("0.FC2", "1.LN1", "1.MHA"), "granularity": "component", "top_k": 3}, None),
+        ({"granularity": "component", "top_k": 3}, KINDS),
+    ],
+)
+def test_a_page_of_a_selection_of_some_candidates_can_make_it(
+    report: PlasticityReport, given: dict[str, Any], candidates: tuple[str, ...] | None
+) -> None:
+    chosen = report.select(**given, training="full")
+    data = Parsed(report.to_html(selection=chosen, training="full")).data
+    cut = data["series"][data["start"]["series"]][data["start"]["place"]]
+    assert set(cut["units"]) == set(chosen.units)
+    call: str = cut["shown"]["call"]
+    again = eval(call, {"report": report})
+    assert (set(again.units), again.granularity) == (set(chosen.units), chosen.granularity)
+    assert ("candidates" in call) == (candidates is None)
+    longer = data["series"][data["start"]["series"]][-1]["units"]
+    outside = set(report.select(top_k=len(chosen.units), granularity=chosen.granularity).units) - set(chosen.units)
+    assert not outside & set(longer), "units that rank above it were no candidates"
+
+
 HOSTILE = "</script><script>alert(1)</script><!-- <script> <img src=http://example.org/x>"
 
 
@@ -199,7 +225,7 @@ def test_without_the_extra_an_error_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, "vl_convert", None)
     library.cache_clear()
-    monkeypatch.setattr("plasticity_peft.report.page.every_series", None)  # is not reached
+    monkeypatch.setattr("plasticity_peft.report.page.rule_and_series", None)  # is not reached
     with pytest.raises(MissingExtraError, match=r"plasticity_peft\[html\]"):
         report.to_html()
     report.save(tmp_path / "report.json")
