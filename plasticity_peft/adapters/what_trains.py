@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.blocks import is_timm_model
+from plasticity_peft.components.component import block_ids
 from plasticity_peft.components.fresh import fresh_weights
 from plasticity_peft.components.heads import (
     EMBEDDINGS,
@@ -38,6 +39,8 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 ADDED_BY_PEFT = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """Names that PEFT adds to `modules_to_save` for a `task_type`, whether the model has them or not."""
+TAKEN = ("vision_feature_layer", "vision_feature_layers")
+"""What the configs of models of images and text, such as LLaVA, call the hidden states that they take."""
 
 
 @dataclass(frozen=True)
@@ -219,7 +222,7 @@ def report_what_trains(model: nn.Module, architecture: Architecture, training: T
         f"{len(training.others)} modules in full). Also in full: {beside}. "
         f"Frozen: {', '.join([*frozen, 'the rest of the blocks'])}."
     )
-    without = _without_head(model, architecture, training)
+    without = [*_without_head(model, architecture, training), *_without_gradient(model, architecture, training)]
     log = logger.warning if problems or without else logger.info
     log(" ".join([line, *without, *problems]))
     for problem in problems:
@@ -324,6 +327,35 @@ def _without_head(model: nn.Module, architecture: Architecture, training: Traini
         owner for path, owner in _owners(model, architecture) if owner in owners and _beside(owner, path, architecture)
     ]
     return [f"No head of {type(owner).__name__} trains. If it should, list it in modules_to_save." for owner in owners]
+
+
+def _without_gradient(model: nn.Module, architecture: Architecture, training: Training) -> list[str]:
+    """Returns a note if the rest of the model takes tokens that some of the selected components come after."""
+    for _, owner in _owners(model, architecture):
+        for name in TAKEN:
+            given = getattr(getattr(owner, "config", None), name, None)
+            states = [given] if isinstance(given, int) else given
+            if isinstance(states, (list, tuple)) and states and all(isinstance(each, int) for each in states):
+                parts = _behind(states, architecture, {*training.linears, *training.others})
+                note = (
+                    f"{', '.join(parts)}: no gradient, because {type(owner).__name__} takes tokens from before "
+                    f"({name}={given}). To train others, name them in candidates, with granularity='component'."
+                )
+                return [note] if parts else []
+    return []
+
+
+def _behind(states: Iterable[int], architecture: Architecture, modules: set[str]) -> list[str]:
+    """Returns the components with some of the modules that are in blocks behind all of some hidden states.
+
+    Hidden state 0 is what the first block receives, and -1 is what the last one returns.
+    """
+    blocks = block_ids(architecture.components)
+    last = max(state % (len(blocks) + 1) for state in states)
+    idle = blocks[last:]
+    return [
+        part.id for part in architecture.components if part.block_id in idle and not modules.isdisjoint(part.modules)
+    ]
 
 
 def _frozen(model: nn.Module, architecture: Architecture, training: Training) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -398,14 +399,14 @@ def test_a_fresh_head_that_trains_is_no_reason_to_warn(tmp_path: Path) -> None:
     quietly(ViTForImageClassification.from_pretrained(tmp_path, num_labels=7, ignore_mismatched_sizes=True))
 
 
-def llava() -> PreTrainedModel:
+def llava(taken: int | list[int] = -1) -> PreTrainedModel:
     text = transformers.LlamaConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
         vocab_size=32,
     )  # fmt: skip
     vision = transformers.CLIPVisionConfig(**PLAIN)
     return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=31, vision_feature_layer=-1)
+        transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=31, vision_feature_layer=taken)
     )
 
 
@@ -415,6 +416,21 @@ def test_a_model_that_answers_in_text_trains_its_vision_part_alone_and_says_so(
     assert trained(quietly(llava(), candidates="MHA")) == set()
     assert lines()[0].levelno == logging.WARNING
     assert "No head of LlavaForConditionalGeneration trains" in lines()[0].getMessage()
+
+
+@pytest.mark.parametrize("taken", [-1, -2, -3, 2, 3, [0, 1], [1, -1]])
+def test_components_behind_the_tokens_that_a_model_takes_are_named(
+    taken: int | list[int], lines: Callable[[], list[logging.LogRecord]]
+) -> None:
+    """They are those without a gradient."""
+    adapted = quietly(llava(taken), candidates=("MHA", "FC1"), top_k=2)
+    tokens = torch.tensor([[1, 31, 31, 31, 31, 2]])  # an image has four patches
+    adapted(input_ids=tokens, pixel_values=torch.rand(1, 3, 16, 16)).logits.sum().backward()
+    trained = {name: parameter for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    idle = {re.search(r"layers\.(\d)", name)[1] for name, parameter in trained.items() if parameter.grad is None}
+    names = ", ".join(f"{block}.{kind}" for block in sorted(idle) for kind in ("MHA", "FC1"))
+    pattern = r"No head of .* modules_to_save\.(?: (.*): no gradient, because Llava)?"
+    assert (re.search(pattern, lines()[0].getMessage())[1] or "") == names
 
 
 def test_a_class_for_a_task_whose_head_cannot_be_found_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
