@@ -9,8 +9,8 @@
 # - LoRA on MHA of ViT-Ti on Fashion-MNIST; EVA of DINOv2-S on CIFAR-10;
 # - MHA with FC1 of the first half, of the demo's model and ViT-Ti;
 # - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10;
-# - components that are trained at the recommended rates alone: those of bound of the demo's model, on which other criteria
-#   did not run, and seven sets of ViT-Ti on CIFAR-10.
+# - components that are trained at the recommended rates alone: all those of the demo's model, and seven sets of ViT-Ti on
+#   CIFAR-10.
 # Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8, and EVA, of
 # DINOv2-S on CIFAR-10; LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S (but not what ran on the H100); LoRA on FC1 and FC2 of
 # the digits, the inverted images and (FC2 only) those of low contrast; and the components in the last line of the list. With
