@@ -25,8 +25,12 @@ from transformers import HfArgumentParser
 from plasticity_peft.files import write_text
 from plasticity_peft.report.tables import table
 
-A_THIRD, ALIKE = "0.33", ("MHA", "FC1", "FC2")
-"""The share of the weights that a kind of matrices has in a usual block, and these kinds."""
+ALIKE = {
+    "0.17": ("MHA of the first half", "MHA of the last half"),
+    "0.33": ("MHA", "FC1", "FC2"),
+    "0.50": ("MHA + FC1 of the first half",),
+}
+"""Methods that train as many weights as a share of those of all usual blocks."""
 
 
 @dataclass
@@ -136,7 +140,7 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
                 sorted_by(frame, "mean"),
             )
         )
-    parts += [selections(trained, share) for share in shares(trained)]
+    parts += [selections(pairs, share) for share, pairs in shares(trained).items()]
     parts.append(rates(comparisons))
     forecast = {pair: one for pair, one in comparisons.items() if one.forecasts and one.everything is not None}
     if forecast:
@@ -166,31 +170,42 @@ def differences(comparisons: Mapping[str, Comparison], rates: str) -> str:
     )
 
 
-def shares(comparisons: Mapping[str, Comparison]) -> list[str]:
-    """Returns the shares of the weights at which components were selected on all pairs by at least two criteria."""
-    found = [{share for share, chosen in one.selected().items() if len(chosen) > 1} for one in comparisons.values()]
-    return sorted(set.intersection(*found)) if found else []
+def shares(comparisons: Mapping[str, Comparison]) -> dict[str, dict[str, Comparison]]:
+    """Returns the pairs on which components of at least two criteria were trained, by share of the weights.
+
+    Shares of fewer than two pairs are left out.
+    """
+    found: dict[str, dict[str, Comparison]] = {}
+    for pair, one in comparisons.items():
+        for share, chosen in one.selected().items():
+            if len(chosen) > 1:
+                found.setdefault(share, {})[pair] = one
+    return {share: found[share] for share in sorted(found) if len(found[share]) > 1}
 
 
 def selections(comparisons: Mapping[str, Comparison], share: str) -> str:
     """Returns the differences to everything in full of the components that each criterion ranks first, by pair.
 
-    At a third of the weights, the kinds in full that have as many are beside them.
+    What has as many weights without a criterion is beside them.
     """
     columns = {}
     for pair, comparison in comparisons.items():
         table = comparison.table("recommended")
-        kinds = {kind: table.loc[f"{kind} (full)", "test"] for kind in ALIKE if f"{kind} (full)" in table.index}
+        others = {
+            name: table.loc[f"{name} (full)", "test"]
+            for name in ALIKE.get(share, ())
+            if f"{name} (full)" in table.index
+        }
         rival = comparison.table().loc[f"{EVERYTHING} (full)", "test"]
-        found = {f"kind {kind}": accuracy for kind, accuracy in kinds.items()} if share == A_THIRD else {}
+        found = {f"({name})": accuracy for name, accuracy in others.items()}
         columns[pair] = 100 * (pd.Series(comparison.selected()[share] | found) - rival)
     frame = pd.DataFrame(columns)
     frame["mean"] = frame.mean(axis=1, skipna=False)
     frame["worst"] = frame.drop(columns="mean").min(axis=1, skipna=False)
     return as_table(
         f"Single components in full that a criterion ranks first, {share} of the weights: difference to everything\n"
-        "in full in points of test accuracy, each at the recommended rates, and everything at its best ones. Kinds\n"
-        "in full with as many weights are beside them.",
+        "in full in points of test accuracy, each at the recommended rates, and everything at its best ones. What\n"
+        "has as many weights without a criterion is in parentheses.",
         "components",
         sorted_by(frame, "mean", ascending=False),
     )

@@ -31,12 +31,20 @@ compare() { # name, then arguments
 thirds() { # name, then arguments
     compare "$@" --groups components --shares 0.3333333333333333 --max_rates 1 --stages train
 }
-on_all_pairs() { # one of these two
+sixths_and_halves() { # name, then arguments
+    compare "$@" --groups components --shares 0.16666666666666666 0.5 --max_rates 1 --stages train \
+        --methods "parameter_plasticity, 0.17" "inverse-activation, 0.17" "random 0, 0.17" \
+        "parameter_plasticity, 0.50" "inverse-activation, 0.50" "random 0, 0.50"
+}
+with_the_model_of_the_demo() { # one of these
     "$1" demo-digits --test_fraction 0.5 --seeds 5
     for shift in inverted noise low_contrast; do
         "$1" "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
             --max_train_samples 640 --seeds 5
     done
+}
+on_all_pairs() { # one of these
+    with_the_model_of_the_demo "$1"
     for data in fashion cifar10; do
         name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
         options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
@@ -47,6 +55,8 @@ on_all_pairs() { # one of these two
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
+# A sixth and a half of the weights, by three of them.
+with_the_model_of_the_demo sixths_and_halves
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments

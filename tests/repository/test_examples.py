@@ -329,6 +329,25 @@ def test_methods_whose_rates_were_not_tuned_are_compared_at_the_recommended_ones
     assert set(comparison.table().index) == set(comparison.results)
 
 
+def test_a_share_of_the_weights_is_compared_on_the_pairs_on_which_criteria_were_trained() -> None:
+    summarize, load = load_example("summarize"), load_example("comparison").load
+    pairs = {path.parent.name: load(path.parent) for path in (REPOSITORY / "examples" / "results").glob("*/runs")}
+    found = summarize.shares(pairs)
+    assert set(found["0.33"]) == set(pairs)
+    assert set(found["0.50"]) == {name for name in pairs if name.startswith("demo-")}
+    header, *rows = (
+        [cell.strip() for cell in line.split("|")[1:-1]]
+        for line in summarize.selections(found["0.50"], "0.50").splitlines()
+        if line.startswith("| ")
+    )
+    assert header == ["components", *found["0.50"], "mean", "worst"]
+    table = {name: dict(zip(header[1:], cells, strict=True)) for name, *cells in rows}
+    digits, early = pairs["demo-digits"], "MHA + FC1 of the first half"
+    known = {f"({early})": digits.results[f"{early} (full)"].accuracy("recommended")}
+    for name, accuracy in (known | digits.selected()["0.50"]).items():
+        assert table[name]["demo-digits"] == f"{100 * (accuracy - digits.everything.accuracy()):.1f}"
+
+
 def test_advice_not_to_finetune_is_compared_too() -> None:
     comparison, forecasts = load_example("comparison"), load_example("forecasts")
     loaded = comparison.load(REPOSITORY / "examples" / "results" / "demo-noise")
