@@ -20,8 +20,8 @@ from transformers import AttentionInterface
 from plasticity_peft.measuring.pilot import scheduled
 
 BATCH_SIZE = 32
-EVALUATED = {"cpu": 50}
-"""Number of images in one pass of the evaluation, by type of device: what fits into a CPU's caches. Others: 250."""
+EVALUATED, EVALUATED_ON_CPU = 250, 50
+"""Number of images in one pass of the evaluation. On a CPU they should fit into its caches."""
 EAGER_STEPS = 3
 """Number of steps before one is recorded on a GPU: torch asks for a few, which allocate what later ones use."""
 
@@ -162,7 +162,7 @@ class StackedRuns:
     def accuracies(self, part: Part) -> list[float]:
         """Returns the share of right answers of each run."""
         run = vmap(self.logits, in_dims=(0, None))
-        batches = part.images.split(EVALUATED.get(self.order.device.type, 250))
+        batches = part.images.split(EVALUATED_ON_CPU if self.order.device.type == "cpu" else EVALUATED)
         answers = torch.cat([run(self.values, batch).argmax(dim=-1) for batch in batches], dim=1)
         return (answers == part.labels).double().mean(dim=1).tolist()
 

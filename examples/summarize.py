@@ -191,14 +191,10 @@ def selections(comparisons: Mapping[str, Comparison], share: str) -> str:
     columns = {}
     for pair, comparison in comparisons.items():
         table = comparison.table("recommended")
-        others = {
-            name: table.loc[f"{name} (full)", "test"]
-            for name in ALIKE.get(share, ())
-            if f"{name} (full)" in table.index
-        }
+        names = [name for name in ALIKE.get(share, ()) if f"{name} (full)" in table.index]
+        others = {f"({name})": table.loc[f"{name} (full)", "test"] for name in names}
         rival = comparison.table().loc[f"{EVERYTHING} (full)", "test"]
-        found = {f"({name})": accuracy for name, accuracy in others.items()}
-        columns[pair] = 100 * (pd.Series(comparison.selected()[share] | found) - rival)
+        columns[pair] = 100 * (pd.Series(comparison.selected()[share] | others) - rival)
     frame = pd.DataFrame(columns)
     frame["mean"] = frame.mean(axis=1, skipna=False)
     frame["worst"] = frame.drop(columns="mean").min(axis=1, skipna=False)

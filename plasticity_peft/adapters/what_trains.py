@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -39,7 +40,7 @@ logger = logging.get_logger(f"transformers.{__name__}")
 
 ADDED_BY_PEFT = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score")}
 """Names that PEFT adds to `modules_to_save` for a `task_type`, whether the model has them or not."""
-TAKEN = ("vision_feature_layer", "vision_feature_layers")
+TAKEN = ("vision_feature_layers", "vision_feature_layer")
 """What the configs of models of images and text, such as LLaVA, call the hidden states that they take."""
 
 
@@ -331,18 +332,25 @@ def _without_head(model: nn.Module, architecture: Architecture, training: Traini
 
 def _without_gradient(model: nn.Module, architecture: Architecture, training: Training) -> list[str]:
     """Returns a note if the rest of the model takes tokens that some of the selected components come after."""
+    for owner, name, given in _taken(model, architecture):
+        states = [given] if isinstance(given, int) else given
+        parts = _behind(states, architecture, {*training.linears, *training.others})
+        if parts:
+            return [
+                f"{', '.join(parts)}: no gradient, because {type(owner).__name__} takes tokens from before "
+                f"({name}={given}). To train others, name them in candidates, with granularity='component'."
+            ]
+    return []
+
+
+def _taken(model: nn.Module, architecture: Architecture) -> Iterator[tuple[nn.Module, str, int | list[int]]]:
+    """Yields the modules whose config says which hidden states they take, the name of that field, and its value."""
     for _, owner in _owners(model, architecture):
         for name in TAKEN:
-            given = getattr(getattr(owner, "config", None), name, None)
-            states = [given] if isinstance(given, int) else given
-            if isinstance(states, (list, tuple)) and states and all(isinstance(each, int) for each in states):
-                parts = _behind(states, architecture, {*training.linears, *training.others})
-                note = (
-                    f"{', '.join(parts)}: no gradient, because {type(owner).__name__} takes tokens from before "
-                    f"({name}={given}). To train others, name them in candidates, with granularity='component'."
-                )
-                return [note] if parts else []
-    return []
+            given: Any = getattr(getattr(owner, "config", None), name, None)
+            several = isinstance(given, list | tuple) and given and all(isinstance(each, int) for each in given)
+            if isinstance(given, int) or several:
+                yield owner, name, given
 
 
 def _behind(states: Iterable[int], architecture: Architecture, modules: set[str]) -> list[str]:

@@ -142,7 +142,7 @@ def forecast_finetuning(
     with whole(model) as inner:
         architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
         wanted = named_sets(sets, architecture.components)
-        among(architecture.components, candidates)
+        among(architecture.components, candidates)  # an unknown one is an error without a budget too
         for rule in budgets:
             rule.check_possible(architecture.components, architecture.parameters)
         observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed, budgets)

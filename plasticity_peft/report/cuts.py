@@ -6,7 +6,7 @@ is computed here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -89,11 +89,20 @@ def rule_and_series(
     found = every_series(report, rule)
     if selection is None:
         return rule, found
-    own = [one for one in found if (one.granularity, one.training) == (selection.granularity, rule.training)]
-    if any(set(cut.selection.units) == set(selection.units) for one in own for cut in one.cuts):
+    if place_of(found, selection, str(rule.training)):
         return replace(rule, granularity=selection.granularity), found
     rule = replace(rule, granularity=selection.granularity, candidates=_first_among(report, selection))
     return rule, every_series(report, rule)
+
+
+def place_of(series: Sequence[Series], selection: Selection, training: str) -> tuple[Series, int] | None:
+    """Returns a series with a cut that makes a selection, and the place of the cut in it; None if there is none."""
+    for one in series:
+        if (one.granularity, one.training) == (selection.granularity, training):
+            for place, cut in enumerate(one.cuts):
+                if set(cut.selection.units) == set(selection.units):
+                    return one, place
+    return None
 
 
 def _first_among(report: BaseReport, selection: Selection) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from typing import Any
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.extras import require
 from plasticity_peft.report.charts import charts, heights
-from plasticity_peft.report.cuts import LIMITS, Cut, Series, rule_and_series
+from plasticity_peft.report.cuts import LIMITS, Cut, Series, place_of, rule_and_series
 from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.scores import BaseReport
 from plasticity_peft.report.selection import Selection, SelectionRule
@@ -119,12 +119,12 @@ def _start(series: Sequence[Series], rule: SelectionRule, selection: Selection |
 
     It is given by the signals of the charts: `series` and `place`, and the `granularity` and the `chosen` of that cut.
     """
-    own = [one for one in series if (one.granularity, one.training) == (rule.granularity, rule.training)]
-    units = set() if selection is None else set(selection.units)
-    cuts = [(one.name, place, cut.selection) for one in own for place, cut in enumerate(one.cuts)]
-    name, place, found = next((each for each in cuts if set(each[2].units) == units), cuts[0])
-    chosen = [*found.units, *found.components]
-    return {"series": name, "place": place, "granularity": rule.granularity, "chosen": chosen}
+    own = (one for one in series if (one.granularity, one.training) == (rule.granularity, rule.training))
+    found = None if selection is None else place_of(series, selection, str(rule.training))
+    first, place = found or (next(own), 0)
+    shown = first.cuts[place].selection
+    chosen = [*shown.units, *shown.components]
+    return {"series": first.name, "place": place, "granularity": rule.granularity, "chosen": chosen}
 
 
 def _described(report: BaseReport, rule: SelectionRule, series: Series, cut: Cut) -> dict[str, Any]:
