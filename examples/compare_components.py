@@ -223,7 +223,7 @@ def within_budgets(pair: Pair, compare: CompareArguments, path: Path) -> dict[st
     PartialState().wait_for_everyone()
     if known:
         return dict(json.loads(path.read_text()))
-    forecast = forecast_finetuning(pair.fresh(), pair.items, budget=compare.budgets, pilot=False)
+    forecast = forecast_finetuning(pair.fresh(), pair.items, budget=compare.budgets)
     found = {one.name: list(one.components) for one in forecast.sets if one.name.startswith("within ")}
     if PartialState().is_main_process:
         write_text(path, json.dumps(found, indent=1) + "\n")

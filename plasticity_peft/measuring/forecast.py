@@ -150,7 +150,6 @@ def forecast_finetuning(
         rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
         everything = rates.of_set(architecture.components, seen.features.shape[1])
         forecaster = Forecaster(architecture, seen, costs, rates.of_set, None, seed)
-        wanted |= forecaster.grown(budgets)
         if pilot and everything is not None and not sharded:
 
             def run_for(steps: int) -> PilotRun | None:
@@ -160,7 +159,7 @@ def forecast_finetuning(
                 return run_left_as_found(run, inner, seed, options["dtype"], dataset)
 
             forecaster = forecaster.with_runs(run_for)
-    return forecaster.forecast(wanted)
+    return forecaster.forecast(wanted | forecaster.grown(budgets))
 
 
 def named_sets(sets: Any, components: Sequence[Component]) -> dict[str, tuple[Component, ...]]:

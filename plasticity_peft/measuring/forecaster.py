@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import groupby
+from itertools import groupby, product
 from operator import attrgetter
 from typing import TypeVar
 
@@ -119,26 +119,52 @@ class Forecaster:
         return replace(self, pilot=short)
 
     def grown(self, budgets: Sequence[SelectionRule]) -> dict[str, tuple[Component, ...]]:
-        """Returns a set within each budget, by its name. The processes share the budgets."""
+        """Returns a set within each budget, by its name. The processes share the work.
+
+        Kernels do not show that features move far, and features move only from the first block that trains on. So if
+        the short runs showed it, a set also grows from each block on, and the one of the largest gain is the result.
+        """
         if not budgets:
             return {}
-        parts, some = self.architecture.components, slice(MOST_GROWN)
+        some = slice(MOST_GROWN)
         head, targets, strength = self._head[some, some], self.seen.targets[some], self._strength
         greedy = Greedy(
             kernels={name: kernel[some, some] for name, kernel in self._kernels.items()},
             targets=targets,
             combined=lambda kernel: head + _strengthened(kernel, strength),
         )
+        starts = range(len(self._blocks)) if self._raised(self.pilot) > 0 else ()
+        tasks = list(product(range(len(budgets)), (None, *starts)))
         share, own = this_process(), {}
         with failing_together(share):
-            for number in share.of(range(len(budgets))):
+            for task in share.of(range(len(tasks))):
+                number, start = tasks[task]
                 limited = limited_by(budgets[number], self.architecture, self.costs)
-                own[number] = greedy.within(limited)
-        found = {number: chosen for each in gathered(share, own) for number, chosen in each.items()}
-        return {
-            _within(rule): tuple(part for part in parts if part.id in found[number])
-            for number, rule in enumerate(budgets)
-        }
+                own[task] = greedy.within(limited, *self._from(start))
+        found = {task: chosen for each in gathered(share, own) for task, chosen in each.items()}
+        sets = {}
+        for number, rule in enumerate(budgets):
+            grown = [found[task] for task, (budget, _) in enumerate(tasks) if budget == number and found[task]]
+            sets[_within(rule)] = max(map(self._members, grown), key=self._gain)
+        return sets
+
+    def _members(self, ids: Collection[str]) -> tuple[Component, ...]:
+        return tuple(part for part in self.architecture.components if part.id in ids)
+
+    def _gain(self, parts: Sequence[Component]) -> float:
+        """Returns the forecast gain of a set."""
+        by_kernels = float((self._left_out(parts).right - self._alone.right).mean())
+        return by_kernels + self._raised(self.pilot) * self._depth(parts)
+
+    def _from(self, start: int | None) -> tuple[list[str] | None, list[str] | None]:
+        """Returns the ids of the components from a block on, and of those in this block; None if any will do."""
+        if start is None:
+            return None, None
+        parts, later = self.architecture.components, self._blocks[start:]
+        return (
+            [part.id for part in parts if part.block_id in later],
+            [part.id for part in parts if part.block_id == self._blocks[start]],
+        )
 
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
         """Returns the forecast of some sets, by their names."""
@@ -202,10 +228,13 @@ class Forecaster:
         more = run.gain - self._promised
         return more if more > run.gain_error else 0.0
 
+    @cached_property
+    def _blocks(self) -> list[str]:
+        return block_ids(self.architecture.components)
+
     def _depth(self, parts: Sequence[Component]) -> float:
         """Returns the share of the blocks from the first one in which a set trains. Earlier features do not move."""
-        blocks = block_ids(self.architecture.components)
-        return 1 - min(blocks.index(part.block_id) for part in parts) / len(blocks)
+        return 1 - min(self._blocks.index(part.block_id) for part in parts) / len(self._blocks)
 
     def _of_set(
         self, name: str, parts: Sequence[Component], found: _LeftOut, smallest: np.ndarray, raised: float

@@ -8,7 +8,7 @@ only those are tried again whose last gain is above the best one found (Minoux's
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,29 +31,37 @@ class Greedy:
     combined: Callable[[np.ndarray], np.ndarray]
     """Returns the kernel of a set and the head, in units of the penalty, from the sum of the kernels of the set."""
 
-    def within(self, limited: Limited) -> list[str]:
+    def within(
+        self, limited: Limited, units: Collection[str] | None = None, first: Collection[str] | None = None
+    ) -> list[str]:
         """Returns the ids of a set that fits into a budget, in the order in which it grew.
 
         Two sets grow: one by what a component gains, one by what it gains for what it adds to the price. The one of
-        the smaller error is returned. It contains at least one component, if one fits.
+        the smaller error is returned. It is empty only if nothing that it may begin with fits.
 
         Args:
             limited: the budget, and the components that may be chosen. A larger set costs more.
+            units: the ids of those that may be chosen; all by default.
+            first: the ids of those with which the set may begin; all by default.
         """
-        grown = [self._grown(limited, by_price) for by_price in (False, True)]
+        possible = [name for name in limited.units if units is None or name in units]
+        begin = [name for name in possible if first is None or name in first]
+        grown = [self._grown(limited, possible, begin, by_price) for by_price in (False, True)]
         return min(grown, key=lambda found: found[1])[0]
 
-    def _grown(self, limited: Limited, by_price: bool) -> tuple[list[str], float]:
-        """Returns a set, and its error."""
+    def _grown(
+        self, limited: Limited, units: Sequence[str], first: Sequence[str], by_price: bool
+    ) -> tuple[list[str], float]:
+        """Returns a set that begins with one of `first` and goes on with any of `units`, and its error."""
         chosen: list[str] = []
         kernel = np.zeros((len(self.targets), len(self.targets)))
         error = self._error(kernel)
-        gains = dict.fromkeys(limited.units, math.inf)
+        gains = dict.fromkeys(units, math.inf)
         while True:
             paid = limited.price(chosen)
             added = {
                 name: max(limited.price([*chosen, name]) - paid, SMALLEST) if by_price else 1.0
-                for name in gains
+                for name in (gains if chosen else first)
                 if name not in chosen and limited.fits([*chosen, name])
             }
             tried: dict[str, float] = {}

@@ -299,6 +299,16 @@ def test_a_set_grows_by_the_components_that_explain_the_targets(chosen: tuple[st
     assert chosen[0] not in few
 
 
+def test_a_set_begins_and_goes_on_with_the_components_that_it_may() -> None:
+    kernels = random_kernels(6, 40)
+    greedy = Greedy(kernels, np.random.default_rng(1).normal(size=(40, 3)), combined=lambda kernel: kernel)
+    limited = Budget(("0.MHA", "1.MHA", "2.MHA", "3.MHA"), 1.0, dict.fromkeys(kernels, 1), 3)
+    for first in kernels:
+        found = greedy.within(limited, units=["1.MHA", "3.MHA", "5.MHA"], first=[first])
+        assert (found[:1] == [first]) == (first in ("1.MHA", "3.MHA")), "5.MHA is not one of the budget's"
+        assert set(found) <= {"1.MHA", "3.MHA"}
+
+
 def test_a_set_is_as_good_as_by_the_exhaustive_greedy_rule_and_keeps_to_its_budget() -> None:
     """The rule without its shortcut, by scikit-learn. Half of the kernel of each component is shared by all."""
     kernels = {name: kernel / 40 + np.eye(30) / 2 for name, kernel in random_kernels(7, 30).items()}

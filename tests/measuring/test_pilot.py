@@ -88,6 +88,23 @@ def test_it_raises_gains_by_what_it_gains_more_than_kernels_promise_unless_that_
     assert (f"Gains are raised by {100 * expected:.1f}, and by less" in str(found)) == raised
 
 
+@pytest.mark.parametrize(("budget", "alone_from", "raised_from"), [("0.6 time", "1", "0"), ("0.5 memory", "1", "1")])
+def test_if_it_raises_gains_a_set_within_a_budget_is_the_one_that_gains_most(
+    budget: str, alone_from: str, raised_from: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A set of block 1 of 2 is raised by half. What fits into half of the memory has to begin there."""
+    model = tiny_model()
+    alone = forecast_finetuning(model, ITEMS, sets=[KINDS], budget=budget, pilot=False)
+    everything, within = alone.sets
+    assert within.components[0].split(".")[0] == alone_from
+    short = PilotRun(steps=16, gain=everything.gain + 0.5, gain_error=0.1)
+    monkeypatch.setattr(forecasts, "Pilot", _Pretended(short, short))
+    found = forecast_finetuning(model, ITEMS, sets=[within.components], budget=budget)
+    before, after = found.sets
+    assert after.components[0].split(".")[0] == raised_from
+    assert after.gain > before.gain if raised_from != alone_from else after == replace(before, name=after.name)
+
+
 class _Pretended:
     """In the place of `Pilot`: runs whose results are known."""
 
