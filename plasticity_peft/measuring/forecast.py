@@ -102,7 +102,8 @@ def forecast_finetuning(
             the blocks, and everything, all five kinds.
         budget: also find a set of components that promises most within a budget, as in `PlasticityConfig`: 0.1, "0.6
             time" or "0.5 memory"; or within each of several. It grows by one component at a time, by the kernels of up
-            to 512 images. Parameters count as they train in full.
+            to 512 images. If the forecast is raised, one also grows from each block on, and that of the largest gain
+            is taken. Parameters count as they train in full.
         candidates: kinds, and canonical ids of components, of which a set within a budget may consist. `sets` do not
             depend on it.
         max_samples: largest number of images to use, from 2 to 4,096. Memory and time grow with its square.

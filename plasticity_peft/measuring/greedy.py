@@ -2,14 +2,15 @@
 
 The kernel of a set is the sum of the kernels of its components, so a set can grow one component at a time: each time,
 by the one with which the leave-one-out error is smallest. What a component gains usually falls as the set grows. So
-only those are tried again whose last gain is above the best one found (Minoux's lazy greedy algorithm, 1978).
+only those are tried again whose last gain, at first the one alone, is above the best one found (Minoux's lazy greedy
+algorithm, 1978).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -54,9 +55,8 @@ class Greedy:
     ) -> tuple[list[str], float]:
         """Returns a set that begins with one of `first` and goes on with any of `units`, and its error."""
         chosen: list[str] = []
-        kernel = np.zeros((len(self.targets), len(self.targets)))
-        error = self._error(kernel)
-        gains = dict.fromkeys(units, math.inf)
+        kernel, error = self._nothing, self._error(self._nothing)
+        gains = {name: self._alone[name] for name in units}
         while True:
             paid = limited.price(chosen)
             added = {
@@ -74,6 +74,17 @@ class Greedy:
             if best is None or (chosen and gains[best] <= 0):
                 return chosen, error
             chosen, kernel, error = [*chosen, best], kernel + self.kernels[best], error - gains[best]
+
+    @property
+    def _nothing(self) -> np.ndarray:
+        """The kernel of no component."""
+        return np.zeros((len(self.targets), len(self.targets)))
+
+    @cached_property
+    def _alone(self) -> dict[str, float]:
+        """What each component gains alone, with which every set begins."""
+        error = self._error(self._nothing)
+        return {name: error - self._error(kernel) for name, kernel in self.kernels.items()}
 
     def _error(self, kernel: np.ndarray) -> float:
         return squared_error(left_out(self.combined(kernel), self.targets), self.targets)
