@@ -13,7 +13,7 @@ import numpy as np
 
 from plasticity_peft.arguments import parse_budget
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.component import Component, block_ids
+from plasticity_peft.components.component import MATRIX_KINDS, Component, block_ids
 from plasticity_peft.measuring.greedy import Greedy
 from plasticity_peft.measuring.head import solve
 from plasticity_peft.measuring.kernel_ridge import left_out, squared_error
@@ -123,6 +123,7 @@ class Forecaster:
 
         Kernels do not show that features move far, and features move only from the first block that trains on. So if
         the short runs showed it, a set also grows from each block on, and the one of the largest gain is the result.
+        Norms alone are left out, because they do not always move the features as far as everything does.
         """
         if not budgets:
             return {}
@@ -141,11 +142,12 @@ class Forecaster:
                 number, start = tasks[task]
                 limited = limited_by(budgets[number], self.architecture, self.costs)
                 own[task] = greedy.within(limited, *self._from(start))
-        found = {task: chosen for each in gathered(share, own) for task, chosen in each.items()}
+        found = {tasks[task]: chosen for each in gathered(share, own) for task, chosen in each.items()}
         sets = {}
         for number, rule in enumerate(budgets):
-            grown = [found[task] for task, (budget, _) in enumerate(tasks) if budget == number and found[task]]
-            sets[_within(rule)] = max(map(self._members, grown), key=self._gain)
+            grown = [self._members(found[number, start]) for start in starts]
+            free = self._members(found[number, None])
+            sets[_within(rule)] = max([free, *filter(_has_matrices, grown)], key=self._gain)
         return sets
 
     def _members(self, ids: Collection[str]) -> tuple[Component, ...]:
@@ -298,6 +300,10 @@ def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | N
     choice = rule.choice(architecture.components, architecture.parameters, lambda: costs)
     assert isinstance(choice, Limited)
     return choice
+
+
+def _has_matrices(parts: Sequence[Component]) -> bool:
+    return any(part.kind in MATRIX_KINDS for part in parts)
 
 
 def _strengthened(kernel: np.ndarray, strength: float) -> np.ndarray:
