@@ -9,8 +9,8 @@
 # - LoRA on MHA of ViT-Ti on Fashion-MNIST; EVA of DINOv2-S on CIFAR-10;
 # - MHA with FC1 of the first half, of the demo's model and ViT-Ti;
 # - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10;
-# - components that are trained at the recommended rates alone: all those of the demo's model, and seven sets of ViT-Ti on
-#   CIFAR-10.
+# - components that are trained at the recommended rates alone: all those of the demo's model; of ViT-Ti, a sixth and a
+#   half of the weights, and seven sets on CIFAR-10.
 # Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8, and EVA, of
 # DINOv2-S on CIFAR-10; LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S (but not what ran on the H100); LoRA on FC1 and FC2 of
 # the digits, the inverted images and (FC2 only) those of low contrast; and the components in the last line of the list. With
@@ -43,34 +43,44 @@ with_the_model_of_the_demo() { # one of these
             --max_train_samples 640 --seeds 5
     done
 }
+on_both_data_sets() { # one of these, its name for the model, the model, its image size
+    "$1" "$2-fashion" --model_name_or_path "$3" --image_size "$4" --dataset_name outputs/data/fashion.parquet \
+        --test_fraction 0.5 --max_train_samples 1000
+    "$1" "$2-cifar10" --model_name_or_path "$3" --image_size "$4" --dataset_name "$CIFAR10" \
+        --test_fraction 0.5 --max_train_samples 1000
+}
+with_vit() { on_both_data_sets "$1" vit "$VIT" 96; }
+with_dinov2() { on_both_data_sets "$1" dinov2 "$DINOV2" 84; }
 on_all_pairs() { # one of these
     with_the_model_of_the_demo "$1"
-    for data in fashion cifar10; do
-        name=$([ $data = cifar10 ] && echo "$CIFAR10" || echo outputs/data/fashion.parquet)
-        options=(--dataset_name "$name" --test_fraction 0.5 --max_train_samples 1000)
-        "$1" "vit-$data" --model_name_or_path "$VIT" --image_size 96 "${options[@]}"
-        "$1" "dinov2-$data" --model_name_or_path "$DINOV2" --image_size 84 "${options[@]}"
-    done
+    with_vit "$1"
+    with_dinov2 "$1"
 }
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
 # A sixth and a half of the weights, by three of them.
 with_the_model_of_the_demo sixths_and_halves
+with_vit sixths_and_halves
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments
     python examples/compare_components.py --steps 300 --evaluations 4 --test_fraction 0.5 --seeds 3 --max_rates 1 \
         --groups budgets --stages train --output_dir "outputs/budgets/$1" "${@:2}"
 }
-within demo-digits --budgets "0.6 time" "0.7 time" "0.9 time"
-within demo-low_contrast --budgets "0.6 time" "0.7 time" "0.9 time" --max_train_samples 640 \
+within_two() { within "$@" --budgets "0.6 time" "0.5 memory"; }
+with_the_model_of_the_demo within_two
+with_vit within_two
+within dinov2-cifar10 --budgets "0.6 time" "0.5 memory" --max_train_samples 1000 --dataset_name "$CIFAR10" \
+    --model_name_or_path "$DINOV2" --image_size 84
+# Larger budgets: other folders, because a folder keeps what was found in it.
+within larger-digits --budgets "0.7 time" "0.9 time"
+within larger-low_contrast --budgets "0.7 time" "0.9 time" --max_train_samples 640 \
     --dataset_name outputs/data/fashion_low_contrast.parquet
 for shift in inverted noise; do
-    within "demo-$shift" --budgets "0.9 time" --max_train_samples 640 --dataset_name outputs/data/fashion_$shift.parquet
+    within "larger-$shift" --budgets "0.9 time" --max_train_samples 640 --dataset_name outputs/data/fashion_$shift.parquet
 done
-within vit-cifar10 --budgets "0.6 time" --max_train_samples 1000 --dataset_name "$CIFAR10" \
-    --model_name_or_path "$VIT" --image_size 96
+# The sets "by kernels" are those that `forecast_finetuning(budget=..., pilot=False)` finds.
 
 python examples/summarize.py --folders outputs/compare/* --destination examples/results
 
