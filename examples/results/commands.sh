@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The commands that make the comparisons of this folder, from the root of the repository. A finished method is not
 # repeated, so that it can be interrupted. Most runs in this folder are what 18 processes on one H100 finished in 500
-# seconds, and 15 processes in 770 seconds of a later session, most important methods first (--methods). On one CPU core a
+# seconds, 15 processes in 770 and nine in 800 seconds of later sessions, most important methods first (--methods). On one CPU core a
 # method takes five minutes or more. Made on a CPU:
 # - LoRA on all linear layers with r=8 (but for ViT-Ti on CIFAR-10 and DINOv2-S on Fashion-MNIST);
 # - of the demo's model: LoRA with r=2 (but for low contrast), on KappaTune's layers, on MHA of the digits and noisy images,
@@ -10,7 +10,7 @@
 # - MHA with FC1 of the first half, of the demo's model and ViT-Ti;
 # - LN1 and LN2 of ViT-Ti and DINOv2-S, but for LN1 of DINOv2-S on CIFAR-10;
 # - components that are trained at the recommended rates alone: all those of the demo's model; of ViT-Ti, a sixth and a
-#   half of the weights, and seven sets on CIFAR-10.
+#   half of the weights by three rankings, and seven sets on CIFAR-10.
 # Some of them had --matmul_precision medium, which multiplies in bfloat16 on a CPU with AMX: LoRA with r=8, and EVA, of
 # DINOv2-S on CIFAR-10; LN1, LN2 and LoRA on MHA of ViT-Ti and DINOv2-S (but not what ran on the H100); LoRA on FC1 and FC2 of
 # the digits, the inverted images and (FC2 only) those of low contrast; and the components in the last line of the list. With
@@ -32,7 +32,10 @@ thirds() { # name, then arguments
     compare "$@" --groups components --shares 0.3333333333333333 --max_rates 1 --stages train
 }
 sixths_and_halves() { # name, then arguments
-    compare "$@" --groups components --shares 0.16666666666666666 0.5 --max_rates 1 --stages train \
+    compare "$@" --groups components --shares 0.16666666666666666 0.5 --max_rates 1 --stages train
+}
+three_sixths_and_halves() { # name, then arguments
+    sixths_and_halves "$@" \
         --methods "parameter_plasticity, 0.17" "inverse-activation, 0.17" "random 0, 0.17" \
         "parameter_plasticity, 0.50" "inverse-activation, 0.50" "random 0, 0.50"
 }
@@ -59,9 +62,10 @@ on_all_pairs() { # one of these
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
-# A sixth and a half of the weights, by three of them.
-with_the_model_of_the_demo sixths_and_halves
+# A sixth and a half of the weights: by all of them, and by three.
 with_vit sixths_and_halves
+with_dinov2 sixths_and_halves
+with_the_model_of_the_demo three_sixths_and_halves
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments
