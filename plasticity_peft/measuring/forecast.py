@@ -36,7 +36,7 @@ from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.measuring.costs import costs_of
-from plasticity_peft.measuring.forecaster import Forecaster, Seen, limited_by
+from plasticity_peft.measuring.forecaster import Forecaster, limited_by
 from plasticity_peft.measuring.head import (
     check_finite,
     final_layer,
@@ -47,9 +47,11 @@ from plasticity_peft.measuring.head import (
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.pilot import CLASSES, Pilot
+from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full
 from plasticity_peft.measuring.rounds import Progress
+from plasticity_peft.measuring.seen import Seen
 from plasticity_peft.measuring.tangents import Sketcher
 from plasticity_peft.report.cost import Costs
 from plasticity_peft.report.forecast import Forecast, PilotRun
@@ -150,7 +152,7 @@ def forecast_finetuning(
         seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
         rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
         everything = rates.of_set(architecture.components, seen.features.shape[1])
-        forecaster = Forecaster(architecture, seen, costs, rates.of_set, None, seed)
+        forecaster = Forecaster(architecture, Predictions(architecture, seen), costs, rates.of_set, None, seed)
         if pilot and everything is not None and not sharded:
 
             def run_for(steps: int) -> PilotRun | None:
