@@ -109,6 +109,8 @@ def recommended_optimizer(
         optimizer_cls,
         train_dataset=images,
         num_training_steps=steps,
+        # Rates that were recommended before have the factor in them.
+        rate_factor=1.0 if rates else getattr(arguments, "rate_factor", 1.0),
         lr=learning_rate,
         weight_decay=arguments.weight_decay,
         batch_size=arguments.per_device_eval_batch_size,

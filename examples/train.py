@@ -209,6 +209,9 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
+    rate_factor: float = field(
+        default=1.0, metadata={"help": "What the recommended rates are multiplied by, but for that of the head."}
+    )
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 1.5)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
     per_device_eval_batch_size: int = field(default=128, metadata={"help": "Images per step in evaluation."})

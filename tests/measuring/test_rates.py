@@ -195,6 +195,39 @@ def test_given_rates_are_used_and_nothing_is_recommended_then() -> None:
     assert {group["momentum"] for group in optimizer.param_groups} == {0.9}
 
 
+@pytest.mark.parametrize("training", ["full", "lora"])
+def test_a_factor_multiplies_what_is_recommended_but_for_the_head(training: str) -> None:
+    options = {} if training == "full" else {"r": 2, "bias": "all"}
+    usual, found = (
+        rates(
+            create_plasticity_optimizer(
+                adapted(training, **options),
+                torch.optim.AdamW,
+                train_dataset=LABELED,
+                rate_factor=factor,
+                vector_lr=0.5,
+            )
+        )
+        for factor in (1, 0.4)
+    )
+    other = {"head": 1.0, "vector": 1.0}
+    assert {name: rate / usual[name] for name, rate in found.items()} == pytest.approx(
+        {name: other.get(name, 0.4) for name in usual}
+    )
+    assert set(usual) - set(other)
+
+
+def test_a_factor_of_nothing_is_named() -> None:
+    model = adapted(candidates="MHA")
+    with pytest.raises(ConfigError, match=r"rate_factor must be a number above 0\. Got 0"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, rate_factor=0)
+    none = "there are none: what trains is head, vector, matrix, and rates are given for vector, matrix"
+    with pytest.raises(ConfigError, match=none):
+        create_plasticity_optimizer(model, torch.optim.AdamW, rate_factor=0.4, matrix_lr=1e-3, vector_lr=1e-3)
+    with pytest.raises(ConfigError, match="rates are given for head, vector, matrix"):
+        create_plasticity_optimizer(model, torch.optim.AdamW, rate_factor=0.4, lr=1e-3)
+
+
 def test_what_cannot_be_is_named() -> None:
     model = adapted(candidates="MHA")
     with pytest.raises(ConfigError, match=r"Adam and its variants only\. Give lr, or head_lr, vector_lr, matrix_lr"):

@@ -306,6 +306,14 @@ def test_the_tables_in_the_repository_follow_from_its_runs(tmp_path: Path) -> No
         assert (tmp_path / path.relative_to(results)).read_text() == path.read_text(), path
 
 
+def test_the_tables_of_larger_images_follow_from_their_runs() -> None:
+    load, as_markdown = load_example("comparison").load, load_example("summarize").as_markdown
+    pairs = sorted(path.parent for path in (REPOSITORY / "examples" / "results" / "larger").glob("*/runs"))
+    assert pairs
+    for pair in pairs:
+        assert as_markdown(load(pair)) == (pair / "results.md").read_text(), pair
+
+
 def test_methods_whose_rates_were_not_tuned_are_compared_at_the_recommended_ones_alone() -> None:
     comparison = load_example("comparison").load(REPOSITORY / "examples" / "results" / "dinov2-cifar10")
     untuned = {name for name, result in comparison.results.items() if not result.tuned}
@@ -495,6 +503,26 @@ def test_pretraining_gives_the_same_weights_twice(tmp_path: Path) -> None:
     tables = [parquet.read_table(path) for path in (tmp_path / "first" / "data" / committed.name, committed)]
     assert tables[0].equals(tables[1])
     assert len(tables[0]) == 512
+
+
+def test_the_rate_factor_of_the_example_multiplies_recommended_rates(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    train, baselines = load_example("train"), load_example("baselines")
+    model = tiny_model()
+    images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
+    found = []
+    for options in ({}, {"rate_factor": 0.4}):
+        arguments = train.FinetuningArguments(str(tmp_path), report_to="none", **options)
+        optimizer = baselines.recommended_optimizer(model, arguments, images, steps=100)
+        found.append({group["name"]: group["lr"] for group in optimizer.param_groups})
+        # What was recommended before has the factor in it.
+        again = baselines.recommended_optimizer(model, arguments, images, steps=100, rates=found[-1])
+        assert {group["name"]: group["lr"] for group in again.param_groups} == found[-1]
+    assert {name: found[1][name] / found[0][name] for name in found[0]} == pytest.approx(
+        {"head": 1, "vector": 0.4, "matrix": 0.4}
+    )
 
 
 def test_labels_are_numbered_alike_in_all_splits(monkeypatch: pytest.MonkeyPatch) -> None:
