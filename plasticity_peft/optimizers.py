@@ -12,7 +12,7 @@ from transformers.utils import logging
 from plasticity_peft.checks import check_count, check_number, shown
 from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.measuring.rates import Group, recommended_rates, trained_groups
+from plasticity_peft.measuring.rates import Group, recommended_rates, times, trained_groups
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
@@ -61,8 +61,7 @@ def create_plasticity_optimizer(
         num_training_steps: number of steps that will be trained. In a run of fewer than 100, what trains in full gets
             a quarter of the rates, and less below 50. By default, the rates are for longer runs.
         rate_factor: what the recommended rates are multiplied by, but for that of the head. The recommended rates are
-            too large if pretrained features fit the images as they are: 0.4 or 0.16 was best for images of CIFAR-10 in
-            the size that a ViT-Ti was pretrained with.
+            too large if pretrained features fit the images as they are. `Forecast.rate_factor` is what short runs say.
         lr: rate of every group whose own rate is not given. No rate is recommended then.
         head_lr: rate of the head.
         vector_lr: rate of what trains in full and is no matrix.
@@ -124,7 +123,7 @@ def create_plasticity_optimizer(
             backbone=backbone,
             forward_kwargs=forward_kwargs,
         )
-        rates |= {name: rate if name == "head" else rate_factor * rate for name, rate in recommended.items()}
+        rates |= times(recommended, rate_factor)
     logger.info("Learning rates: %s", _shown(groups, rates, given))
     parameters = [row for group in groups for row in _rows(group, rates[group.name], weight_decay)]
     return optimizer_cls(parameters, **kwargs)

@@ -49,7 +49,7 @@ from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.pilot import CLASSES, Pilot
 from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
-from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full
+from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full, times
 from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.measuring.seen import Seen
 from plasticity_peft.measuring.tangents import Sketcher
@@ -92,9 +92,10 @@ def forecast_finetuning(
     as an epoch of finetuning everything on these images. Under `accelerate launch` the images are spread over the
     processes, and the result is the same in each. The model is left as it was: the fitted head is not set.
 
-    Gradients alone promise too little for images that are unlike those of pretraining. So a copy of the model trains
-    for 16 steps. If it gains more than they promise, another one trains for 64 steps, and the forecast is raised.
-    `docs/forecast.md` compares forecasts with trained models.
+    Gradients alone promise too little if features move far. So a copy of the model trains for 16 steps at the
+    recommended rates, and another one at a quarter of them. If that gains far more, a quarter is what the forecast's
+    `rate_factor` and rates say. If the run gains more than gradients promise, another one trains for 64 steps, and the
+    forecast is raised. `docs/forecast.md` compares forecasts with trained models.
 
     Args:
         model: a vision transformer of transformers with a head that ends in one linear layer.
@@ -155,9 +156,10 @@ def forecast_finetuning(
         forecaster = Forecaster(architecture, Predictions(architecture, seen), costs, rates.of_set, None, seed)
         if pilot and everything is not None and not sharded:
 
-            def run_for(steps: int) -> PilotRun | None:
+            def run_for(steps: int, factor: float) -> PilotRun | None:
                 def run() -> PilotRun | None:
-                    return observer.pilot(seen, everything, steps)
+                    found = observer.pilot(seen, times(everything, factor), steps)
+                    return None if found is None else replace(found, rate_factor=factor)
 
                 return run_left_as_found(run, inner, seed, options["dtype"], dataset)
 

@@ -12,9 +12,10 @@ import numpy as np
 from plasticity_peft.arguments import parse_budget
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import MATRIX_KINDS, Component, block_ids
-from plasticity_peft.measuring.pilot import MORE_STEPS, STEPS
+from plasticity_peft.measuring.pilot import CLEARLY, MORE_STEPS, SMALLER, STEPS
 from plasticity_peft.measuring.predictions import LeftOut, Predictions
 from plasticity_peft.measuring.processes import failing_together, gathered, this_process
+from plasticity_peft.measuring.rates import times
 from plasticity_peft.report.cost import Costs, Trained
 from plasticity_peft.report.forecast import Forecast, PilotRun, SetForecast
 from plasticity_peft.report.selection import Limited, SelectionRule
@@ -38,16 +39,18 @@ class Forecaster:
     pilot: PilotRun | None
     seed: int
 
-    def with_runs(self, run: Callable[[int], PilotRun | None]) -> Forecaster:
-        """Returns this forecaster with a short run, or with a longer one if the features move far.
+    def with_runs(self, run: Callable[[int, float], PilotRun | None]) -> Forecaster:
+        """Returns this forecaster with a short run, or with a longer one if it gains more than kernels promise.
 
         Args:
-            run: trains a copy of the model for a number of steps.
+            run: trains a copy of the model for a number of steps, at a multiple of the recommended rates.
         """
-        short = run(STEPS)
-        if self._raised(short) > 0:
-            longer = run(MORE_STEPS)
-            if longer is not None and short is not None and longer.gain > short.gain:
+        short, smaller = run(STEPS, 1.0), run(STEPS, SMALLER)
+        if _clearly_better(smaller, short):
+            short = smaller
+        if short is not None and self._raised(short) > 0:
+            longer = run(MORE_STEPS, short.rate_factor)
+            if longer is not None and longer.gain > short.gain:
                 short = longer
         return replace(self, pilot=short)
 
@@ -122,6 +125,13 @@ class Forecaster:
         more = run.gain - self._by_kernels(self.architecture.components)
         return more if more > run.gain_error else 0.0
 
+    def _rates(self, parts: Sequence[Component]) -> dict[str, float] | None:
+        """Returns the recommended rates, times the factor of the short run."""
+        recommended = self.rates(parts, self.predictions.fit.features)
+        if recommended is None or self.pilot is None:
+            return recommended
+        return times(recommended, self.pilot.rate_factor)
+
     @cached_property
     def _blocks(self) -> list[str]:
         return block_ids(self.architecture.components)
@@ -157,7 +167,7 @@ class Forecaster:
             squared_error=float(found.squared.mean()),
             excess_error=_standard_error(found.squared - smallest),
             cost=None if self.costs is None else self.costs.of(trained),
-            rates=self.rates(parts, fit.features),
+            rates=self._rates(parts),
         )
 
 
@@ -170,6 +180,13 @@ def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | N
     choice = rule.choice(architecture.components, architecture.parameters, lambda: costs)
     assert isinstance(choice, Limited)
     return choice
+
+
+def _clearly_better(run: PilotRun | None, other: PilotRun | None) -> bool:
+    """Returns whether a run gains more than another one by more than chance, or the other one diverged."""
+    if run is None or other is None:
+        return run is not None
+    return run.gain - other.gain > CLEARLY * float(np.hypot(run.gain_error, other.gain_error))
 
 
 def _has_matrices(parts: Sequence[Component]) -> bool:

@@ -1,9 +1,12 @@
-"""A short run of everything, for what gradients at the pretrained weights do not show: features that move far.
+"""Short runs of everything, for what gradients at the pretrained weights do not show.
 
 A copy of the model trains for a few steps on one half of the images. On the other half, a head is fitted in closed
 form to the features before and after. The difference of their leave-one-out accuracies is a gain that finetuning
-reaches almost at once, so it is a lower bound of the gain of everything. If it is larger than gradients promise, the
-features move far, and a second, longer run shows more of it.
+reaches almost at once, so it is a lower bound of the gain of everything. If it is larger than gradients promise, a
+longer run shows more of it.
+
+If pretrained features fit the images as they are, the recommended rates are too large: what is lost first does not
+come back. A run at smaller rates gains more then, so there is one of each.
 """
 
 from __future__ import annotations
@@ -30,7 +33,11 @@ from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.report.forecast import PilotRun
 
 STEPS, MORE_STEPS = 16, 64
-"""Number of steps, and of a second run if the first one gains more than expected."""
+"""Number of steps, and of another run if the first one gains more than expected."""
+SMALLER = 0.25
+"""What the recommended rates are multiplied by in the run at smaller rates, but for that of the head."""
+CLEARLY = 2.0
+"""Smallest difference of two runs that is not taken for chance, in standard errors."""
 BATCH_SIZE = 32
 WARM_UP = 0.1
 """Share of the steps in which the rates rise, as in a training run. They fall as half a cosine after that."""

@@ -201,6 +201,16 @@ def rate_of_fitted_head(features: int) -> float:
     return OF_FITTED_HEAD / features
 
 
+def times(rates: Mapping[str, float], factor: float) -> dict[str, float]:
+    """Returns rates by group, multiplied by a factor, but for that of the head.
+
+    Examples:
+        >>> times({"head": 0.001, "matrix": 0.002}, 0.5)
+        {'head': 0.001, 'matrix': 0.001}
+    """
+    return {name: rate if name == "head" else factor * rate for name, rate in rates.items()}
+
+
 def groups_in_full(model: nn.Module, components: Iterable[Component]) -> dict[str, dict[str, Group]]:
     """Returns the weights of each component by its id, in the groups that would train in full."""
     found = {}

@@ -48,8 +48,8 @@ class SetForecast:
     cost: Cost | None = None
     """What a training step costs. None if it could not be counted."""
     rates: dict[Text, NonNegative] | None = None
-    """Recommended learning rates: of the "head", of each "matrix", and of each "vector". None if the components cannot
-    train in full as they are."""
+    """Recommended learning rates, times `Forecast.rate_factor`: of the "head", of each "matrix", and of each "vector".
+    None if the components cannot train in full as they are."""
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -72,6 +72,8 @@ class PilotRun:
     """Leave-one-out accuracy of a head that is fitted after the run, less that of one that is fitted before."""
     gain_error: NonNegative
     """Standard error of `gain`."""
+    rate_factor: NonNegative = 1.0
+    """What the recommended learning rates were multiplied by, but for that of the head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +117,14 @@ class Forecast:
     set is raised by the share of this that is the share of the depth from its first block on."""
 
     __pydantic_config__: ClassVar[dict[str, bool]] = STRICT
+
+    @property
+    def rate_factor(self) -> float:
+        """What to multiply the recommended learning rates by, as the argument of `create_plasticity_optimizer`.
+
+        It is below 1 if a short run at smaller rates gained far more than one at the recommended ones.
+        """
+        return 1.0 if self.pilot is None else self.pilot.rate_factor
 
     @property
     def best(self) -> SetForecast:
@@ -184,7 +194,16 @@ class Forecast:
             said = f"Recommended: {chosen.name}, {why}."
             if self.safest not in (None, chosen):
                 said += f"\nTo lose less: {self.safest.name}, the cheapest whose squared error is near the smallest."
-        return "\n".join(filter(None, [said, self._about_pilot()]))
+        return "\n".join(filter(None, [said, self._about_pilot(), self._about_rates()]))
+
+    def _about_rates(self) -> str:
+        """Returns that the rates are not the recommended ones; "" if they are."""
+        if self.rate_factor == 1 or not self._rates_known:
+            return ""
+        return (
+            f"The rates are {self.rate_factor:g} times the recommended ones, because a short run gained far more at "
+            f"them: give rate_factor={self.rate_factor:g} to create_plasticity_optimizer."
+        )
 
     def _about_pilot(self) -> str:
         """Returns what a short run adds to the forecast; "" if that is nothing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 from dataclasses import replace
 from typing import Any
@@ -17,7 +18,7 @@ from plasticity_peft.components.component import KINDS
 from plasticity_peft.measuring import forecast as forecasts
 from plasticity_peft.measuring.head import labeled_images, targets_of
 from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot
-from plasticity_peft.report.forecast import PilotRun
+from plasticity_peft.report.forecast import Forecast, PilotRun
 from tests.measuring.test_head import labeled
 from tests.support.models import tiny_model
 
@@ -74,18 +75,47 @@ def test_it_raises_gains_by_what_it_gains_more_than_kernels_promise_unless_that_
     assert (alone.pilot, alone.raised) == (None, 0.0)
     assert "without a short run" in str(alone)
     short = PilotRun(steps=16, gain=alone.sets[-1].gain + more, gain_error=0.1)
-    pretended = _Pretended(short, replace(short, steps=64, gain=short.gain + longer))
+    pretended = _Pretended(short, short, replace(short, steps=64, gain=short.gain + longer))
     monkeypatch.setattr(forecasts, "Pilot", pretended)
     found = forecast_finetuning(model, ITEMS, sets=sets)
-    assert pretended.steps == ([16, 64] if raised else [16])
+    assert pretended.steps == ([16, 16, 64] if raised else [16, 16])
     expected = more + max(0, longer) if raised else 0.0
-    assert found.pilot == pretended.results[int(raised and longer > 0)]
+    assert found.pilot == pretended.results[2 if raised and longer > 0 else 0]
     assert found.raised == pytest.approx(expected)
     for one, before, depth in zip(found.sets, alone.sets, (1, 0.5, 1, 1), strict=True):
         assert one.raised == pytest.approx(depth * expected)
         assert one.gain == pytest.approx(before.gain + depth * expected)
         assert (one.gain_error > before.gain_error + depth * 0.01) == raised
     assert (f"Gains are raised by {100 * expected:.1f}, and by less" in str(found)) == raised
+
+
+@pytest.mark.parametrize(("more", "smaller"), [(0.25, True), (0.15, False), (-0.5, False), (None, True)])
+def test_if_a_run_at_smaller_rates_gains_clearly_more_it_counts_and_rates_are_smaller(
+    more: float | None, smaller: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clearly: by two standard errors of the difference, 0.1 here; or because the run at the rates diverged."""
+    model = tiny_model()
+    alone = forecast_finetuning(model, ITEMS, sets=["MHA", KINDS], pilot=False)
+    promised = alone.sets[-1].gain
+    whole = None if more is None else PilotRun(steps=16, gain=promised + 0.2, gain_error=0.08)
+    gentle = PilotRun(steps=16, gain=promised + 0.2 + (more or 0), gain_error=0.06)
+    pretended = _Pretended(whole, gentle, PilotRun(steps=64, gain=promised + 0.5, gain_error=0.1))
+    monkeypatch.setattr(forecasts, "Pilot", pretended)
+    found = forecast_finetuning(model, ITEMS, sets=["MHA", KINDS])
+    factor = 0.25 if smaller else 1.0
+    assert pretended.steps == [16, 16, 64]
+    assert found.pilot == PilotRun(steps=64, gain=promised + 0.5, gain_error=0.1, rate_factor=factor)
+    assert found.rate_factor == factor
+    assert found.raised == pytest.approx(0.5)
+    for one, usual in zip(found.sets, alone.sets, strict=True):
+        assert one.rates == pytest.approx(
+            {name: rate * (1 if name == "head" else factor) for name, rate in usual.rates.items()}
+        )
+    first, second, third = pretended.rates
+    assert second == pytest.approx({name: rate * (1 if name == "head" else 0.25) for name, rate in first.items()})
+    assert third == pytest.approx(second if smaller else first)
+    assert ("rate_factor=0.25" in str(found)) == smaller
+    assert Forecast.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize(("budget", "begins"), [("0.7 time", "0"), ("0.6 time", "1"), ("0.5 memory", "1")])
@@ -97,7 +127,7 @@ def test_if_it_raises_gains_a_set_within_a_budget_is_the_one_that_gains_most(
     alone = forecast_finetuning(model, ITEMS, sets=[KINDS], budget=budget, pilot=False)
     everything, by_kernels = alone.sets
     short = PilotRun(steps=16, gain=everything.gain + 0.5, gain_error=0.1)
-    monkeypatch.setattr(forecasts, "Pilot", _Pretended(short, short))
+    monkeypatch.setattr(forecasts, "Pilot", _Pretended(short, short, short))
     found = forecast_finetuning(model, ITEMS, sets=[by_kernels.components], budget=budget)
     before, after = found.sets
     assert min(part.split(".")[0] for part in after.components) == begins
@@ -107,13 +137,16 @@ def test_if_it_raises_gains_a_set_within_a_budget_is_the_one_that_gains_most(
 class _Pretended:
     """In the place of `Pilot`: runs whose results are known."""
 
-    def __init__(self, *results: PilotRun) -> None:
+    def __init__(self, *results: PilotRun | None) -> None:
         self.results = results
         self.steps: list[int] = []
+        self.rates: list[dict[str, float]] = []
 
     def __call__(self, *arguments: Any) -> _Pretended:
-        self.steps.append(arguments[-1])
+        *_, rates, steps = arguments
+        self.rates.append(rates)
+        self.steps.append(steps)
         return self
 
-    def run(self, *_: Any) -> PilotRun:
+    def run(self, *_: Any) -> PilotRun | None:
         return self.results[len(self.steps) - 1]
