@@ -70,8 +70,8 @@ def forecast(
         bool,
         typer.Option(
             "--pilot/--no-pilot",
-            help="Train a copy of the model for 16 steps, and one for 64 if that gains more than expected. Then the "
-            "forecast is raised.",
+            help="Train copies of the model for 16 steps, at the recommended rates and at a quarter of them, and one "
+            "for 64 if that gains more than expected. Then the forecast is raised.",
         ),
     ] = True,
     output: Annotated[Path | None, typer.Option("--output", help="Write the forecast to this JSON file.")] = None,
