@@ -86,10 +86,10 @@ for shift in inverted noise; do
 done
 # The sets "by kernels" are those that `forecast_finetuning(budget=..., pilot=False)` finds.
 
-# Larger images, in larger/: 12 methods, on the H100 beside the runs above.
+# Larger images, in larger/: 12 methods, on the H100 beside the runs above; the forecast on a CPU (medium).
 python examples/compare_components.py --steps 300 --evaluations 4 --model_name_or_path "$VIT" --image_size 224 \
     --dataset_name "$CIFAR10" --test_fraction 0.5 --max_train_samples 1000 --stacked 3 --criteria parameter_plasticity \
-    --groups kinds depth stock --stages train --output_dir outputs/larger/vit-cifar10 \
+    --groups kinds depth stock --stages train forecast --output_dir outputs/larger/vit-cifar10 \
     --methods everything MHA "LoRA on all linear layers, r=8" "MHA + FC1" "LN1 + LN2" "attention output" "last 3 blocks" \
     "MHA + FC1 of the first half" FC1 FC2 "last 6 blocks" "LoRA on query and value, r=8"
 
