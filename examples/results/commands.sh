@@ -86,7 +86,7 @@ for shift in inverted noise; do
 done
 # The sets "by kernels" are those that `forecast_finetuning(budget=..., pilot=False)` finds.
 
-# Larger images, in larger/: 12 methods, on the H100 beside the runs above; the forecast on a CPU (medium).
+# Larger images, in larger/: 12 methods, on the H100 beside the runs above; the forecast on a CPU.
 python examples/compare_components.py --steps 300 --evaluations 4 --model_name_or_path "$VIT" --image_size 224 \
     --dataset_name "$CIFAR10" --test_fraction 0.5 --max_train_samples 1000 --stacked 3 --criteria parameter_plasticity \
     --groups kinds depth stock --stages train forecast --output_dir outputs/larger/vit-cifar10 \
