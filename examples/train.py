@@ -209,8 +209,12 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    rate_factor: float = field(
-        default=1.0, metadata={"help": "What the recommended rates are multiplied by, but for that of the head."}
+    rate_factor: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the recommended rates are multiplied by, but for that of the head (default: what the "
+            "forecast in --report says; 1 without one)."
+        },
     )
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 1.5)."})
     per_device_train_batch_size: int = field(default=32, metadata={"help": "Images per step and device."})
@@ -450,6 +454,18 @@ def keeping_the_report(arguments: FinetuningArguments) -> Iterator[None]:
         raise SystemExit(f"{error.__cause__ or error} --report {path} selects from what was measured.") from None
 
 
+def rate_factor(arguments: FinetuningArguments, report: PlasticityReport) -> float:
+    """Returns what the recommended rates are multiplied by: what is given, or what the forecast of the report says."""
+    if arguments.rate_factor is not None:
+        return arguments.rate_factor
+    if report.forecast is None or arguments.learning_rate is not None:
+        return 1.0
+    factor = report.forecast.rate_factor
+    if factor != 1:
+        logger.info("Rates: %g times the recommended ones, as the forecast says", factor)
+    return factor
+
+
 def log_size(model: PeftModel, splits: dict[str, Dataset], arguments: FinetuningArguments) -> None:
     """Logs how large the images are, how many tokens the model makes of one, and how many steps are trained."""
     image = next(iter(splits["target"]))["pixel_values"]
@@ -585,6 +601,7 @@ def main() -> None:
     logger.info("\n%s\n\nSelected: %s (%s)", config.report, ", ".join(units), config.training)
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
+    arguments.rate_factor = rate_factor(arguments, config.report)
     log_size(model, splits, arguments)
     steps = number_of_steps(arguments, splits["train"])
     cost = config.selection.cost

@@ -22,7 +22,7 @@ from pyarrow import parquet
 from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
-from plasticity_peft import PlasticityReport
+from plasticity_peft import PlasticityReport, measure_plasticity
 from plasticity_peft.errors import DataError, SelectionError
 from tests.support.forking import run_script
 from tests.support.models import REPOSITORY, tiny_model
@@ -523,6 +523,25 @@ def test_the_rate_factor_of_the_example_multiplies_recommended_rates(
     assert {name: found[1][name] / found[0][name] for name in found[0]} == pytest.approx(
         {"head": 1, "vector": 0.4, "matrix": 0.4}
     )
+
+
+@pytest.mark.parametrize(
+    ("given", "forecast", "expected"),
+    [({}, None, 1.0), ({}, 0.25, 0.25), ({"rate_factor": 0.4}, 0.25, 0.4), ({"learning_rate": 1e-3}, 0.25, 1.0)],
+)
+def test_the_example_takes_the_rate_factor_of_the_forecast_in_its_report(
+    given: dict[str, float], forecast: float | None, expected: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    train = load_example("train")
+    images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
+    report = measure_plasticity(tiny_model(), images, forecast=forecast is not None)
+    if forecast is not None:
+        pilot = replace(report.forecast.pilot, rate_factor=forecast)
+        report = replace(report, forecast=replace(report.forecast, pilot=pilot))
+    report.save(tmp_path / "report.json")
+    arguments = train.FinetuningArguments(str(tmp_path), report_to="none", **given)
+    assert train.rate_factor(arguments, PlasticityReport.load(tmp_path / "report.json")) == expected
 
 
 def test_labels_are_numbered_alike_in_all_splits(monkeypatch: pytest.MonkeyPatch) -> None:
