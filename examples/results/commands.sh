@@ -62,7 +62,7 @@ on_all_pairs() { # one of these
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
-# A sixth and a half of the weights: by all of them, and by three.
+# A sixth and a half of the weights: by all of them, and by three (with a half, by all on the digits and inverted images).
 with_vit sixths_and_halves
 with_dinov2 sixths_and_halves
 with_the_model_of_the_demo three_sixths_and_halves
