@@ -13,7 +13,7 @@ from plasticity_peft.arguments import parse_budget
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import MATRIX_KINDS, Component, block_ids
 from plasticity_peft.measuring.pilot import CLEARLY, MORE_STEPS, SMALLER, STEPS
-from plasticity_peft.measuring.predictions import LeftOut, Predictions
+from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import failing_together, gathered, this_process
 from plasticity_peft.measuring.rates import times
 from plasticity_peft.report.cost import Costs, Trained
@@ -103,10 +103,9 @@ class Forecaster:
 
     def forecast(self, wanted: Mapping[str, tuple[Component, ...]]) -> Forecast:
         """Returns the forecast of some sets, by their names."""
-        found = {name: self.predictions.of(parts) for name, parts in wanted.items()}
-        smallest = min(found.values(), key=lambda one: float(one.squared.mean())).squared
-        alone = self.predictions.alone
-        sets = tuple(self._of_set(name, parts, found[name], smallest) for name, parts in wanted.items())
+        alone, found = self.predictions.alone, map(self.predictions.of, wanted.values())
+        smallest = min(found, key=lambda one: float(one.squared.mean())).squared
+        sets = tuple(self._of_set(name, parts, smallest) for name, parts in wanted.items())
         return Forecast(
             model_type=self.architecture.model_type,
             seed=self.seed,
@@ -140,16 +139,16 @@ class Forecaster:
         """Returns the share of the blocks from the first one in which a set trains. Earlier features do not move."""
         return 1 - min(self._blocks.index(part.block_id) for part in parts) / len(self._blocks)
 
-    def _of_set(self, name: str, parts: Sequence[Component], found: LeftOut, smallest: np.ndarray) -> SetForecast:
+    def _of_set(self, name: str, parts: Sequence[Component], smallest: np.ndarray) -> SetForecast:
         """Returns the forecast of a set.
 
         Args:
             name: its name.
             parts: its components.
-            found: how images are predicted from the others.
             smallest: squared error of each image with the set of which it is smallest in the mean.
         """
-        fit, gain, share = self.predictions.fit, self._gain(parts), self._depth(parts)
+        fit, alone, found = self.predictions.fit, self.predictions.alone, self.predictions.of(parts)
+        gain, share = self._gain(parts), self._depth(parts)
         raised = share * self._raised(self.pilot)
         by_run = share * self.pilot.gain_error if raised and self.pilot is not None else 0.0
         own = float(np.hypot(MODEL_ERROR, by_run))
@@ -162,7 +161,7 @@ class Forecaster:
             accuracy=min(1.0, max(0.0, fit.score + gain)),
             error=float(np.hypot(_standard_error(found.right), own)),
             gain=gain,
-            gain_error=float(np.hypot(_standard_error(found.right - self.predictions.alone.right), own)),
+            gain_error=float(np.hypot(_standard_error(found.right - alone.right), own)),
             raised=raised,
             squared_error=float(found.squared.mean()),
             excess_error=_standard_error(found.squared - smallest),
