@@ -34,6 +34,9 @@ thirds() { # name, then arguments
 sixths_and_halves() { # name, then arguments
     compare "$@" --groups components --shares 0.16666666666666666 0.5 --max_rates 1 --stages train
 }
+halves() { # name, then arguments
+    compare "$@" --groups components --shares 0.5 --max_rates 1 --stages train
+}
 three_sixths_and_halves() { # name, then arguments
     sixths_and_halves "$@" \
         --methods "parameter_plasticity, 0.17" "inverse-activation, 0.17" "random 0, 0.17" \
@@ -62,10 +65,13 @@ on_all_pairs() { # one of these
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
-# A sixth and a half of the weights: by all of them, and by three (with a half, by all on the digits and inverted images).
+# A sixth and a half of the weights: by all of them on ViT-Ti and DINOv2-S, and by three on the demo's model. A half by all
+# of them on two pairs of it.
 with_vit sixths_and_halves
 with_dinov2 sixths_and_halves
 with_the_model_of_the_demo three_sixths_and_halves
+halves demo-digits --test_fraction 0.5 --seeds 5
+halves demo-inverted --dataset_name outputs/data/fashion_inverted.parquet --test_fraction 0.5 --max_train_samples 640 --seeds 5
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments
@@ -104,3 +110,10 @@ short demo-digits
 for shift in inverted noise low_contrast; do
     short demo-$shift --dataset_name outputs/data/fashion_$shift.parquet --max_train_samples 640
 done
+
+# smaller_rates.jsonl: short runs at the recommended rates and at a quarter of them, on a CPU. So for the other pairs too.
+smaller() { # name, then arguments
+    python examples/benchmarks/smaller_rates.py --pair "$1" --test_fraction 0.5 --output outputs/smaller_rates.jsonl "${@:2}"
+}
+smaller demo-digits
+smaller vit-cifar10-224px --model_name_or_path "$VIT" --image_size 224 --dataset_name "$CIFAR10" --max_train_samples 1000
