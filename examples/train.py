@@ -71,6 +71,9 @@ from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.deprecation import warn_renamed
 from plasticity_peft.errors import DataError, SelectionError
 from plasticity_peft.images.datasets import choose_split, load_image_dataset
+from plasticity_peft.measuring.rates import LONG
+from plasticity_peft.measuring.short_runs import find_rate_factor
+from plasticity_peft.optimizers import AUTO
 
 HERE = Path(__file__).resolve().parent
 DEMO_MODEL = HERE / "fashion-mnist-vit"
@@ -209,11 +212,11 @@ class FinetuningArguments(TrainingArguments):
         default=None,
         metadata={"help": "Peak learning rate of all that trains (default: one for each group, recommended)."},
     )
-    rate_factor: float | None = field(
-        default=None,
+    rate_factor: str = field(
+        default="auto",
         metadata={
-            "help": "What the recommended rates are multiplied by, but for that of the head (default: what the "
-            "forecast in --report says; 1 without one)."
+            "help": "What the recommended rates are multiplied by, but for that of the head. 'auto' is what the "
+            "forecast in --report says; without one, what short runs say if at least 100 steps are trained, else 1."
         },
     )
     num_train_epochs: float = field(default=12, metadata={"help": "Passes over the training images (demo: 1.5)."})
@@ -454,15 +457,28 @@ def keeping_the_report(arguments: FinetuningArguments) -> Iterator[None]:
         raise SystemExit(f"{error.__cause__ or error} --report {path} selects from what was measured.") from None
 
 
-def rate_factor(arguments: FinetuningArguments, report: PlasticityReport) -> float:
-    """Returns what the recommended rates are multiplied by: what is given, or what the forecast of the report says."""
-    if arguments.rate_factor is not None:
+def rate_factor(
+    arguments: FinetuningArguments, report: PlasticityReport, model: PeftModel, images: Dataset, steps: int
+) -> float:
+    """Returns what the recommended rates are multiplied by: what is given, or what a forecast or short runs say."""
+    if arguments.rate_factor != AUTO:
         return arguments.rate_factor
-    if report.forecast is None or arguments.learning_rate is not None:
+    if arguments.learning_rate is not None:
         return 1.0
-    factor = report.forecast.rate_factor
-    if factor != 1:
-        logger.info("Rates: %g times the recommended ones, as the forecast says", factor)
+    if report.forecast is not None and report.forecast.pilot is not None:
+        factor, source = report.forecast.rate_factor, "the forecast says"
+    elif steps < LONG or is_sharded(arguments):
+        return 1.0
+    else:
+        try:
+            factor, source = find_rate_factor(model, images, seed=arguments.seed), "short runs say"
+        except (PlasticityError, torch.OutOfMemoryError) as error:
+            logger.warning(
+                "The rates are the recommended ones. Short runs, which tell whether they are too large, failed: %s",
+                str(error).splitlines()[0],
+            )
+            return 1.0
+    logger.info("Rates: %g times the recommended ones, as %s", factor, source)
     return factor
 
 
@@ -541,6 +557,7 @@ def parse_arguments() -> tuple[ModelArguments, DataArguments, PlasticityArgument
         if given:
             raise SystemExit(f"--{given[0]} is an option of LoRA. Give --training lora as well.")
     check_sharded(plasticity, arguments)
+    arguments.rate_factor = checked_rate_factor(arguments.rate_factor)
     if data.streaming:
         set_steps(data, arguments)
     return parsed
@@ -556,6 +573,17 @@ def set_steps(data: DataArguments, arguments: FinetuningArguments) -> None:
         arguments.eval_strategy, arguments.eval_steps = IntervalStrategy.STEPS, -(-arguments.max_steps // 10)
     if arguments.save_strategy == "epoch":
         arguments.save_strategy, arguments.save_steps = SaveStrategy.STEPS, -(-arguments.max_steps // 10)
+
+
+def checked_rate_factor(given: object) -> float | str:
+    """Returns a factor as a number, or "auto". Raises SystemExit if it is neither."""
+    try:
+        found = AUTO if given == AUTO else float(given)
+    except (TypeError, ValueError):
+        found = 0.0
+    if found != AUTO and not 0 < found < float("inf"):
+        raise SystemExit(f"--rate_factor must be a number above 0, or {AUTO}. Got {given}.")
+    return found
 
 
 def check_sharded(plasticity: PlasticityArguments, arguments: FinetuningArguments) -> None:
@@ -601,9 +629,9 @@ def main() -> None:
     logger.info("\n%s\n\nSelected: %s (%s)", config.report, ", ".join(units), config.training)
     if config.head_fit is not None:
         logger.info("%s", str(config.head_fit).capitalize())
-    arguments.rate_factor = rate_factor(arguments, config.report)
     log_size(model, splits, arguments)
     steps = number_of_steps(arguments, splits["train"])
+    arguments.rate_factor = rate_factor(arguments, config.report, model, splits["target"], steps)
     cost = config.selection.cost
     warn_of_plan(model, arguments, splits, image_column=data.image_column, cost=cost, steps=steps)
     arguments.warmup_steps = arguments.warmup_steps or round(0.1 * steps)

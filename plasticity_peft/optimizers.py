@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -12,10 +12,14 @@ from transformers.utils import logging
 from plasticity_peft.checks import check_count, check_number, shown
 from plasticity_peft.components.sharding import shape_of
 from plasticity_peft.errors import ConfigError
-from plasticity_peft.measuring.rates import Group, recommended_rates, times, trained_groups
+from plasticity_peft.measuring.rates import LONG, Group, recommended_rates, trained_groups
+from plasticity_peft.measuring.short_runs import find_rate_factor
 
 # Below the logger of transformers, so that its verbosity holds here too.
 logger = logging.get_logger(f"transformers.{__name__}")
+
+AUTO: Literal["auto"] = "auto"
+"""Value of `rate_factor` with which short runs find it."""
 
 
 def create_plasticity_optimizer(
@@ -24,7 +28,7 @@ def create_plasticity_optimizer(
     *,
     train_dataset: Any = None,
     num_training_steps: int | None = None,
-    rate_factor: float = 1.0,
+    rate_factor: float | Literal["auto"] = 1.0,
     lr: float | None = None,
     head_lr: float | None = None,
     vector_lr: float | None = None,
@@ -61,7 +65,11 @@ def create_plasticity_optimizer(
         num_training_steps: number of steps that will be trained. In a run of fewer than 100, what trains in full gets
             a quarter of the rates, and less below 50. By default, the rates are for longer runs.
         rate_factor: what the recommended rates are multiplied by, but for that of the head. The recommended rates are
-            too large if pretrained features fit the images as they are. `Forecast.rate_factor` is what short runs say.
+            too large if pretrained features fit the images as they are. "auto" finds out: two copies of the model
+            train everything for 16 steps, at the recommended rates and at a quarter of them, which takes the memory of
+            finetuning everything. It is 0.25 if that gains clearly more, and otherwise 1, as `Forecast.rate_factor`
+            is. In a run of fewer than 100 steps, what trains in full gets the smaller one of a factor below 1 and its
+            share above, and "auto" is 1.
         lr: rate of every group whose own rate is not given. No rate is recommended then.
         head_lr: rate of the head.
         vector_lr: rate of what trains in full and is no matrix.
@@ -77,9 +85,11 @@ def create_plasticity_optimizer(
 
     Raises:
         ConfigError: nothing trains, a rate or `rate_factor` is not a number above 0, rates are to be recommended for
-            an optimizer that is no variant of Adam, or `rate_factor` is given beside all rates.
+            an optimizer that is no variant of Adam, `rate_factor` is given beside all rates, or it is "auto" without
+            `train_dataset`.
         DataError: there are too few images, or they have no labels.
-        ModelError: see `find_components`.
+        ModelError: see `find_components`; or `rate_factor` is "auto", and the model cannot train in full for a few
+            steps, because of its head, its labels, or weights that are quantized or spread over processes.
 
     Examples:
         >>> import torch
@@ -95,7 +105,7 @@ def create_plasticity_optimizer(
     """
     if num_training_steps is not None:
         check_count("num_training_steps", num_training_steps, 1)
-    check_number("rate_factor", rate_factor)
+    _check_factor(rate_factor, train_dataset)
     groups = trained_groups(model)
     own = {"head": head_lr, "vector": vector_lr, "matrix": matrix_lr, "lora_A": lora_A_lr, "lora_B": lora_B_lr}
     or_lr = {name: lr if rate is None else rate for name, rate in own.items()}
@@ -103,9 +113,9 @@ def create_plasticity_optimizer(
     for name, rate in given.items():
         check_number("lr" if own[name] is None else f"{name}_lr", rate)
     open_groups = [group for group in groups if group.name not in given]
-    if rate_factor != 1 and all(group.name == "head" for group in open_groups):
+    if rate_factor not in (1, AUTO) and all(group.name == "head" for group in open_groups):
         raise ConfigError(
-            f"rate_factor={rate_factor:g} multiplies the recommended rates of all groups but the head, and there are "
+            f"rate_factor={rate_factor} multiplies the recommended rates of all groups but the head, and there are "
             f"none: what trains is {', '.join(group.name for group in groups)}, and rates are given for "
             f"{', '.join(group.name for group in groups if group.name in given) or 'nothing'}. Leave out rate_factor, "
             "or some of the rates."
@@ -113,20 +123,25 @@ def create_plasticity_optimizer(
     rates = dict(given)
     if open_groups:
         _check_recommended_for(optimizer_cls, open_groups)
-        recommended = recommended_rates(
-            model,
-            open_groups,
-            train_dataset,
-            num_training_steps=num_training_steps,
-            batch_size=batch_size,
-            seed=seed,
-            backbone=backbone,
-            forward_kwargs=forward_kwargs,
-        )
-        rates |= times(recommended, rate_factor)
+        passes: dict[str, Any] = {"batch_size": batch_size, "seed": seed, "backbone": backbone}
+        passes |= {"forward_kwargs": forward_kwargs}
+        if rate_factor == AUTO:
+            matters = any(group.name != "head" for group in open_groups) and (num_training_steps or LONG) >= LONG
+            rate_factor = find_rate_factor(model, train_dataset, **passes) if matters else 1.0
+        options = {"num_training_steps": num_training_steps, "rate_factor": rate_factor, **passes}
+        rates |= recommended_rates(model, open_groups, train_dataset, **options)
     logger.info("Learning rates: %s", _shown(groups, rates, given))
     parameters = [row for group in groups for row in _rows(group, rates[group.name], weight_decay)]
     return optimizer_cls(parameters, **kwargs)
+
+
+def _check_factor(rate_factor: Any, train_dataset: Any) -> None:
+    if rate_factor != AUTO:
+        if isinstance(rate_factor, str):
+            raise ConfigError(f'rate_factor must be a number above 0, or "auto". Got {shown(rate_factor)}.')
+        check_number("rate_factor", rate_factor)
+    elif train_dataset is None:
+        raise ConfigError('rate_factor="auto" needs train_dataset, labeled images for short runs. Got None.')
 
 
 def _check_recommended_for(optimizer_cls: type[torch.optim.Optimizer], groups: list[Group]) -> None:

@@ -127,13 +127,13 @@ def weights_of(model: nn.Module, component: Component) -> list[nn.Module]:
 
 
 def matrices(model: nn.Module, component: Component) -> list[tuple[str, torch.Tensor]]:
-    """Returns (path, weight) for each matrix of a component, or for the gains of a norm.
+    """Returns (path, weight) for each matrix of a component, or for the gains of a norm, as the model computes now.
 
     The input layers of a gated MLP count as one matrix with the outputs of all of them. Some releases of transformers
     have them in one layer, and a score must not depend on that. The path is that of the first layer.
     """
-    modules = weights_of(model, component)
-    with onloaded(*modules):
+    modules = [model.get_submodule(path) for path in component.modules]
+    with onloaded(*weights_of(model, component)):
         weights = [matrix_of(module) for module in modules]
     if component.kind == "FC1" and len(weights) > 1:
         return [(component.modules[0], torch.cat([*weights]))]

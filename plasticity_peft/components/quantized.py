@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from plasticity_peft.components.sharding import shape_of
+from plasticity_peft.components.wrappers import is_adapted, unwrap
 from plasticity_peft.errors import ModelError
 
 
@@ -32,15 +33,19 @@ def holds_plain_weights(module: nn.Module) -> bool:
 def matrix_of(module: nn.Module) -> torch.Tensor:
     """Returns the weight of a layer as numbers: (outputs, inputs) of a linear layer, (features,) of a norm.
 
-    The weight of a quantized layer is its output for the identity, in float32: the matrix that it multiplies by.
+    The weight of a layer that is quantized, or that has an adapter such as LoRA, is its output for the identity: the
+    matrix that it multiplies by. It is in float32 if the layer is quantized.
     """
-    if holds_plain_weights(module) or not isinstance(module, nn.Linear):
-        return module.get_parameter("weight")
-    parameter = next(module.parameters(recurse=False))
-    with torch.no_grad():
-        identity = torch.eye(module.in_features, device=parameter.device)
-        columns: torch.Tensor = module(identity).float()
-        return (columns if module.bias is None else columns - module.bias.float()).T
+    layer = unwrap(module)
+    plain = holds_plain_weights(layer)
+    if not isinstance(layer, nn.Linear) or (plain and not is_adapted(module)):
+        return layer.get_parameter("weight")
+    parameter = next(layer.parameters(recurse=False))
+    dtype, device = parameter.dtype if plain else torch.float32, parameter.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        columns: torch.Tensor = module(torch.eye(layer.in_features, dtype=dtype, device=device))
+        nothing: torch.Tensor = module(torch.zeros(1, layer.in_features, dtype=dtype, device=device))
+        return (columns.to(dtype) - nothing.to(dtype)).T
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
@@ -58,6 +59,19 @@ def original_of(module: nn.Module) -> nn.Module | None:
     return waiting if isinstance(waiting, nn.Module) else module._modules.get(ORIGINAL)
 
 
+def in_use(module: nn.Module) -> nn.Module:
+    """Returns what PEFT calls in the place of a module that trains in full: the copy of the active adapter, or the
+    original if none is active. Any other module is returned as it is.
+    """
+    original = original_of(module)
+    if original is None:
+        return module
+    wrapper: Any = module
+    copies = getattr(wrapper, "modules_to_save", {})
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    return next((copies[name] for name in active if name in copies), original)
+
+
 @contextmanager
 def originals_in_place(model: nn.Module) -> Iterator[None]:
     """Inside, originals that wait in CPU memory are on the device of the model, and children of their wrappers."""
@@ -70,13 +84,25 @@ def originals_in_place(model: nn.Module) -> Iterator[None]:
 
 
 def unwrap(module: nn.Module) -> nn.Module:
-    """Returns the module of the base model behind `module`, which PEFT or torch.compile may have wrapped."""
+    """Returns the module of the base model behind `module`, which PEFT or torch.compile may have wrapped.
+
+    Of a module that trains in full, this is what computes in its place.
+    """
     while True:
-        children = dict(module.named_children())
-        inner = children.get("base_layer", original_of(module) or children.get(COMPILED))
-        if inner is None:
+        inner = in_use(module)
+        if inner is module:
+            children = dict(module.named_children())
+            inner = children.get("base_layer", children.get(COMPILED, module))
+        if inner is module:
             return module
         module = inner
+
+
+def is_adapted(module: nn.Module) -> bool:
+    """Returns whether PEFT adds something to what a layer computes, as LoRA does, so its weights are not all of it."""
+    layer: Any = in_use(module)
+    adapts = "base_layer" in layer._modules and bool(getattr(layer, "active_adapters", ()))
+    return adapts and not (getattr(layer, "disable_adapters", False) or getattr(layer, "merged", False))
 
 
 def walk(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:

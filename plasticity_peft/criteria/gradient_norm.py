@@ -39,6 +39,7 @@ class GradientNorm(Criterion):
                 f"{type(model).__name__} has no head, and criterion={self.name!r} needs one for its loss."
             )
         check_records_gradients(model)
+        divisors = self.divisors(model, architecture)
 
         def observe(batch: ImageBatch) -> Observations:
             with differentiable(model, architecture) as parameters:
@@ -49,10 +50,10 @@ class GradientNorm(Criterion):
                     if should_reduce_batch_size(error):
                         raise
                     raise refused(model, {}, error) from error
-                return Observations(self.scale(norms.detach(), parameters)[None])
+                return Observations((norms.detach() / divisors.to(norms))[None])
 
         return observe
 
-    def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
-        """Returns the observed values, given the norm of the gradient of each component: shape (components,)."""
-        return norms
+    def divisors(self, model: nn.Module, architecture: Architecture) -> torch.Tensor:
+        """Returns what the norm of the gradient of each component is divided by: float64 of shape (components,)."""
+        return torch.ones(len(architecture.components), dtype=torch.float64)

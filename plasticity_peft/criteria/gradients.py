@@ -19,7 +19,7 @@ from plasticity_peft.components.calls import Call, Inputs, first_tensor, hooked,
 from plasticity_peft.components.component import Component
 from plasticity_peft.components.hooks import ReplacedForward, before_calls, put_back_forward, working_for
 from plasticity_peft.components.quantized import holds_plain_weights
-from plasticity_peft.components.wrappers import unwrap
+from plasticity_peft.components.wrappers import in_use, is_adapted, unwrap
 from plasticity_peft.criteria.precision import full_precision, precise
 from plasticity_peft.errors import ModelError
 
@@ -86,7 +86,25 @@ def _own_parameters(model: nn.Module, part: Component) -> list[nn.Parameter]:
             f"{part.id}: its weights are offloaded, and have no gradient there. Use another criterion, such as "
             "'parameter_plasticity', or keep the model on one device."
         )
+    for path in part.modules:
+        _check_gradient_of_merged(path, model.get_submodule(path))
     return own
+
+
+def _check_gradient_of_merged(path: str, module: nn.Module) -> None:
+    """Raises ModelError if the gradient by a layer's weight is not that of the merged one: LoRA adds to it."""
+    if not is_adapted(module):
+        return
+    layer: Any = in_use(module)
+    variants = getattr(layer, "lora_variant", {})
+    kinds = [type(variants[name]).__name__ for name in layer.active_adapters if name in variants]
+    if kinds or "lora_A" not in layer._modules:
+        kind = kinds[0] if kinds else type(layer).__name__
+        raise ModelError(
+            f"{path}: its adapter ({kind}) changes the gradient of the weights, so it is not that of the merged "
+            "layer. Measure copy.deepcopy(model).merge_and_unload(), or use another criterion, such as "
+            "'parameter_plasticity'."
+        )
 
 
 def check_records_gradients(model: nn.Module) -> None:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from plasticity_peft.components.architecture import Architecture, matrices, weights_of
+from plasticity_peft.components.component import Component
 from plasticity_peft.criteria.gradient_norm import GradientNorm
 
 
@@ -20,7 +22,16 @@ class RelativeGradientNorm(GradientNorm):
     name = "relative_gradient_norm"
     title = "relative gradient norm"
 
-    def scale(self, norms: torch.Tensor, parameters: list[list[nn.Parameter]]) -> torch.Tensor:
-        """Returns the norms of the gradients divided by those of the weights."""
-        weights = [torch.cat([p.detach().flatten().double() for p in group]).norm() for group in parameters]
-        return norms / torch.stack(weights)
+    def divisors(self, model: nn.Module, architecture: Architecture) -> torch.Tensor:
+        """Returns the norm of the weights of each component."""
+        return torch.stack([_norm(model, part) for part in architecture.components])
+
+
+def _norm(model: nn.Module, part: Component) -> torch.Tensor:
+    """Returns the norm of all weights and biases of a component: float64."""
+    weights = [weight for _, weight in matrices(model, part)]
+    modules = weights_of(model, part)
+    biases = [p for module in modules for name, p in module.named_parameters(recurse=False) if name != "weight"]
+    values = torch.cat([each.detach().flatten().double() for each in (*weights, *biases)])
+    norm: torch.Tensor = torch.linalg.vector_norm(values)
+    return norm.cpu()

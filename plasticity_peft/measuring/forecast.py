@@ -18,7 +18,7 @@ with trained models.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -27,10 +27,9 @@ from torch import nn
 
 from plasticity_peft.arguments import check_arguments, check_candidates
 from plasticity_peft.checks import check_count, check_flag, shown
-from plasticity_peft.components.architecture import Architecture, find_architecture, weights_of
+from plasticity_peft.components.architecture import Architecture, find_architecture
 from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwargs
 from plasticity_peft.components.component import KINDS, Component, block_ids
-from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.criteria.gradients import GradientsByImage
 from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
@@ -46,15 +45,16 @@ from plasticity_peft.measuring.head import (
     targets_of,
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.pilot import CLASSES, Pilot
+from plasticity_peft.measuring.pilot import CLASSES
 from plasticity_peft.measuring.predictions import Predictions
-from plasticity_peft.measuring.processes import Share, failing_together, gathered, same, this_process
-from plasticity_peft.measuring.rates import Gradient, groups_in_full, rate_of_fitted_head, rates_in_full, times
+from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
+from plasticity_peft.measuring.rates import Gradient, RatesOfSets
 from plasticity_peft.measuring.rounds import Progress
 from plasticity_peft.measuring.seen import Seen
+from plasticity_peft.measuring.short_runs import ShortRuns
 from plasticity_peft.measuring.tangents import Sketcher
 from plasticity_peft.report.cost import Costs
-from plasticity_peft.report.forecast import Forecast, PilotRun
+from plasticity_peft.report.forecast import Forecast
 from plasticity_peft.report.selection import SelectionRule, among
 
 DIRECTIONS = 2
@@ -151,19 +151,25 @@ def forecast_finetuning(
             rule.check_possible(architecture.components, architecture.parameters)
         observer = _Observer(inner, architecture, dataset, max_samples, batch_size, seed, budgets)
         seen, costs = run_left_as_found(observer.observed, inner, seed, options["dtype"], dataset)
-        rates = _Rates.of(inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs))
+        rates = RatesOfSets.of(
+            inner, architecture, Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs)
+        )
         everything = rates.of_set(architecture.components, seen.features.shape[1])
         forecaster = Forecaster(architecture, Predictions(architecture, seen), costs, rates.of_set, None, seed)
         if pilot and everything is not None and not sharded:
-
-            def run_for(steps: int, factor: float) -> PilotRun | None:
-                def run() -> PilotRun | None:
-                    found = observer.pilot(seen, times(everything, factor), steps)
-                    return None if found is None else replace(found, rate_factor=factor)
-
-                return run_left_as_found(run, inner, seed, options["dtype"], dataset)
-
-            forecaster = forecaster.with_runs(run_for)
+            runs = ShortRuns(
+                inner,
+                architecture,
+                dataset,
+                max_samples,
+                batch_size,
+                seed,
+                options["dtype"],
+                everything,
+                seen.features,
+                seen.targets,
+            )
+            forecaster = forecaster.with_runs(runs.run)
     return forecaster.forecast(wanted | forecaster.grown(budgets))
 
 
@@ -261,18 +267,6 @@ class _Observer:
             seen = self._seen(passes, sampler, share.of(range(count)), share)
         return Seen.of_all(share, seen, architecture), costs
 
-    def pilot(self, seen: Seen, rates: Mapping[str, float], steps: int) -> PilotRun | None:
-        """Returns what a short run gains. Each process makes the same one; the numbers are those of the first."""
-        share = this_process()
-        with failing_together(share):
-            sampler = labeled_images(
-                self.model, self.architecture, self.dataset, self.max_samples, self.batch_size, self.seed
-            )
-            path = final_layer(self.model, self.architecture, sampler.example())
-            run = Pilot(self.model, self.architecture, sampler, path, rates, steps)
-            found = run.run(seen.features, seen.targets)
-        return gathered(share, found)[0]
-
     def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[Seen]:
         """Returns what this process knows of the images with these numbers: none if there are fewer than processes."""
         found = []
@@ -362,36 +356,3 @@ def _check_classes(model: nn.Module, problem: str) -> None:
             f"{type(model).__name__}: finetuning can be forecast for one class per image. Its problem type is "
             f"{problem!r}. Use measure_plasticity to rank its components."
         )
-
-
-@dataclass(frozen=True, eq=False)
-class _Rates:
-    """What the recommended learning rates of a set follow from; empty for a model that cannot train in full."""
-
-    counts: Mapping[str, Mapping[str, int]]
-    """Number of parameters by component, and by group of parameters."""
-    sums: Mapping[str, float]
-    """Sums of the absolute values of their gradient, by component and group: "0.MHA matrix"."""
-
-    @classmethod
-    def of(cls, model: nn.Module, architecture: Architecture, gradient: Gradient) -> _Rates:
-        """Computes the gradient once, for all sets."""
-        modules = [module for part in architecture.components for module in weights_of(model, part)]
-        if not all(map(holds_plain_weights, modules)):
-            return cls({}, {})
-        groups = groups_in_full(model, architecture.components)
-        named = [replace(group, name=f"{part} {name}") for part, own in groups.items() for name, group in own.items()]
-        counts = {part: {name: group.count for name, group in own.items()} for part, own in groups.items()}
-        return cls(counts, gradient.sums_of_magnitudes(named)[0])
-
-    def of_set(self, parts: Sequence[Component], features: int) -> dict[str, float] | None:
-        """Returns the rates of a set, and of a fitted head that trains along; None if they are unknown."""
-        if not self.counts:
-            return None
-        counts: dict[str, int] = {}
-        sums: dict[str, float] = {}
-        for part in parts:
-            for group, count in self.counts[part.id].items():
-                counts[group] = counts.get(group, 0) + count
-                sums[group] = sums.get(group, 0.0) + self.sums[f"{part.id} {group}"]
-        return {"head": rate_of_fitted_head(features), **rates_in_full(counts, sums)}

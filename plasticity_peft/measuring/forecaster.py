@@ -12,16 +12,18 @@ import numpy as np
 from plasticity_peft.arguments import parse_budget
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import MATRIX_KINDS, Component, block_ids
-from plasticity_peft.measuring.pilot import CLEARLY, MORE_STEPS, SMALLER, STEPS
 from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import failing_together, gathered, this_process
 from plasticity_peft.measuring.rates import times
+from plasticity_peft.measuring.short_runs import at_better_rates
 from plasticity_peft.report.cost import Costs, Trained
 from plasticity_peft.report.forecast import Forecast, PilotRun, SetForecast
 from plasticity_peft.report.selection import Limited, SelectionRule
 
 MOST_GROWN = 512
 """Largest number of images by which sets within a budget grow."""
+MORE_STEPS = 64
+"""Number of steps of another run if a short one gains more than kernels promise."""
 MODEL_ERROR = 0.015
 """Standard deviation of the gain of trained models around a forecast, beside the error of its images. It does not
 cover models whose features move far."""
@@ -45,9 +47,7 @@ class Forecaster:
         Args:
             run: trains a copy of the model for a number of steps, at a multiple of the recommended rates.
         """
-        short, smaller = run(STEPS, 1.0), run(STEPS, SMALLER)
-        if _clearly_better(smaller, short):
-            short = smaller
+        short = at_better_rates(run)
         if short is not None and self._raised(short) > 0:
             longer = run(MORE_STEPS, short.rate_factor)
             if longer is not None and longer.gain > short.gain:
@@ -179,13 +179,6 @@ def limited_by(rule: SelectionRule, architecture: Architecture, costs: Costs | N
     choice = rule.choice(architecture.components, architecture.parameters, lambda: costs)
     assert isinstance(choice, Limited)
     return choice
-
-
-def _clearly_better(run: PilotRun | None, other: PilotRun | None) -> bool:
-    """Returns whether a run gains more than another one by more than chance, or the other one diverged."""
-    if run is None or other is None:
-        return run is not None
-    return run.gain - other.gain > CLEARLY * float(np.hypot(run.gain_error, other.gain_error))
 
 
 def _has_matrices(parts: Sequence[Component]) -> bool:

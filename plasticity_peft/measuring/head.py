@@ -25,7 +25,7 @@ from plasticity_peft.components.calls import Call, Inputs, hooked, input_names, 
 from plasticity_peft.components.offloading import execution_device
 from plasticity_peft.components.quantized import holds_plain_weights
 from plasticity_peft.components.sharding import whole
-from plasticity_peft.components.wrappers import original_of, walk
+from plasticity_peft.components.wrappers import in_use, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
 from plasticity_peft.images.sampler import Sampler, SingleImages
@@ -271,21 +271,10 @@ def linear_at(model: nn.Module, path: str) -> nn.Linear:
     """Returns the linear layer at a path of the base model, or the copy that an enabled adapter trains."""
     current: nn.Module = model
     for name in path.split("."):
-        current = _active(current).get_submodule(name)
-    layer = _active(current)
+        current = in_use(current).get_submodule(name)
+    layer = in_use(current)
     assert isinstance(layer, nn.Linear)
     return layer
-
-
-def _active(module: nn.Module) -> nn.Module:
-    """Returns the module itself, or what PEFT calls in its place: the copy of the active adapter, or the original."""
-    original = original_of(module)
-    if original is None:
-        return module
-    wrapper: Any = module
-    active = [] if wrapper.disable_adapters else wrapper.active_adapters
-    trained: list[nn.Module] = [wrapper.modules_to_save[name] for name in active if name in wrapper.modules_to_save]
-    return trained[0] if trained else original
 
 
 def labeled_images(

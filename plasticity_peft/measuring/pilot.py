@@ -4,16 +4,13 @@ A copy of the model trains for a few steps on one half of the images. On the oth
 form to the features before and after. The difference of their leave-one-out accuracies is a gain that finetuning
 reaches almost at once, so it is a lower bound of the gain of everything. If it is larger than gradients promise, a
 longer run shows more of it.
-
-If pretrained features fit the images as they are, the recommended rates are too large: what is lost first does not
-come back. A run at smaller rates gains more then, so there is one of each.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -25,19 +22,15 @@ from torch.nn import functional as F
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import Call, hooked, run
-from plasticity_peft.images.sampler import SingleImages
+from plasticity_peft.images.sampler import ImageBatch, SingleImages
 from plasticity_peft.measuring.head import FittedHead, linear_at, solve
 from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.rates import groups_in_full
 from plasticity_peft.measuring.ridge import Ridge, Sums
 from plasticity_peft.report.forecast import PilotRun
 
-STEPS, MORE_STEPS = 16, 64
-"""Number of steps, and of another run if the first one gains more than expected."""
-SMALLER = 0.25
-"""What the recommended rates are multiplied by in the run at smaller rates, but for that of the head."""
-CLEARLY = 2.0
-"""Smallest difference of two runs that is not taken for chance, in standard errors."""
+STEPS = 16
+"""Number of steps of a short run."""
 BATCH_SIZE = 32
 WARM_UP = 0.1
 """Share of the steps in which the rates rise, as in a training run. They fall as half a cosine after that."""
@@ -86,7 +79,8 @@ class Pilot:
         self._set_head(model, features[:half], targets[:half])
         with torch.enable_grad():
             self._train(model, half)
-        after = self._features(model, range(half, len(features)))
+        rest = range(half, len(features))
+        after = np.concatenate([x for _, x in received(self.path, model, self.architecture, self.sampler, rest)])
         if not np.isfinite(after).all():
             return None
         differences = _right(after, targets[half:]) - _right(features[half:], targets[half:])
@@ -125,17 +119,24 @@ class Pilot:
             optimizer.step()
             schedule.step()
 
-    def _features(self, model: nn.Module, numbers: range) -> np.ndarray:
-        """Returns what the head of the copy receives for the images with these numbers."""
-        found: list[np.ndarray] = []
 
-        def keep(_: str, call: Call, output: object) -> None:
-            found.append(call.tokens.detach().float().cpu().numpy())
+def received(
+    path: str, model: nn.Module, architecture: Architecture, sampler: SingleImages, numbers: range
+) -> Iterator[tuple[ImageBatch, np.ndarray]]:
+    """Yields batches of images, and what the head's linear layer at `path` receives for them.
 
-        for batch in _batches(numbers, self.sampler.batch_size):
-            with hooked({self.path: linear_at(model, self.path)}, keep):
-                run(model, self.architecture, self.sampler.load(batch).images)
-        return np.concatenate(found)
+    The second value is float32 of shape (images, features).
+    """
+    found: list[np.ndarray] = []
+
+    def keep(_: str, call: Call, output: object) -> None:
+        found.append(call.tokens.detach().float().cpu().numpy())
+
+    for each in _batches(numbers, sampler.batch_size):
+        batch = sampler.load(each)
+        with hooked({path: linear_at(model, path)}, keep):
+            run(model, architecture, batch.images)
+        yield batch, found.pop()
 
 
 def _batches(numbers: range, size: int = BATCH_SIZE) -> list[range]:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from plasticity_peft import find_components, fit_head, forecast_finetuning
 from plasticity_peft.components.architecture import find_architecture
 from plasticity_peft.components.component import KINDS
-from plasticity_peft.measuring import forecast as forecasts
+from plasticity_peft.measuring import short_runs
 from plasticity_peft.measuring.head import labeled_images, targets_of
 from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot
 from plasticity_peft.report.forecast import Forecast, PilotRun
@@ -76,7 +76,7 @@ def test_it_raises_gains_by_what_it_gains_more_than_kernels_promise_unless_that_
     assert "without a short run" in str(alone)
     short = PilotRun(steps=16, gain=alone.sets[-1].gain + more, gain_error=0.1)
     pretended = _Pretended(short, short, replace(short, steps=64, gain=short.gain + longer))
-    monkeypatch.setattr(forecasts, "Pilot", pretended)
+    monkeypatch.setattr(short_runs, "Pilot", pretended)
     found = forecast_finetuning(model, ITEMS, sets=sets)
     assert pretended.steps == ([16, 16, 64] if raised else [16, 16])
     expected = more + max(0, longer) if raised else 0.0
@@ -100,7 +100,7 @@ def test_if_a_run_at_smaller_rates_gains_clearly_more_it_counts_and_rates_are_sm
     whole = None if more is None else PilotRun(steps=16, gain=promised + 0.2, gain_error=0.08)
     gentle = PilotRun(steps=16, gain=promised + 0.2 + (more or 0), gain_error=0.06)
     pretended = _Pretended(whole, gentle, PilotRun(steps=64, gain=promised + 0.5, gain_error=0.1))
-    monkeypatch.setattr(forecasts, "Pilot", pretended)
+    monkeypatch.setattr(short_runs, "Pilot", pretended)
     found = forecast_finetuning(model, ITEMS, sets=["MHA", KINDS])
     factor = 0.25 if smaller else 1.0
     assert pretended.steps == [16, 16, 64]
@@ -127,7 +127,7 @@ def test_if_it_raises_gains_a_set_within_a_budget_is_the_one_that_gains_most(
     alone = forecast_finetuning(model, ITEMS, sets=[KINDS], budget=budget, pilot=False)
     everything, by_kernels = alone.sets
     short = PilotRun(steps=16, gain=everything.gain + 0.5, gain_error=0.1)
-    monkeypatch.setattr(forecasts, "Pilot", _Pretended(short, short, short))
+    monkeypatch.setattr(short_runs, "Pilot", _Pretended(short, short, short))
     found = forecast_finetuning(model, ITEMS, sets=[by_kernels.components], budget=budget)
     before, after = found.sets
     assert min(part.split(".")[0] for part in after.components) == begins

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from transformers import AutoImageProcessor, AutoModelForImageClassification, pipeline
 
 from plasticity_peft import PlasticityReport, measure_plasticity
-from plasticity_peft.errors import DataError, SelectionError
+from plasticity_peft.errors import DataError, ModelError, SelectionError
 from tests.support.forking import run_script
 from tests.support.models import REPOSITORY, tiny_model
 from tests.support.processes import launch
@@ -513,7 +513,7 @@ def test_the_rate_factor_of_the_example_multiplies_recommended_rates(
     model = tiny_model()
     images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
     found = []
-    for options in ({}, {"rate_factor": 0.4}):
+    for options in ({"rate_factor": 1.0}, {"rate_factor": 0.4}):
         arguments = train.FinetuningArguments(str(tmp_path), report_to="none", **options)
         optimizer = baselines.recommended_optimizer(model, arguments, images, steps=100)
         found.append({group["name"]: group["lr"] for group in optimizer.param_groups})
@@ -526,22 +526,63 @@ def test_the_rate_factor_of_the_example_multiplies_recommended_rates(
 
 
 @pytest.mark.parametrize(
-    ("given", "forecast", "expected"),
-    [({}, None, 1.0), ({}, 0.25, 0.25), ({"rate_factor": 0.4}, 0.25, 0.4), ({"learning_rate": 1e-3}, 0.25, 1.0)],
+    ("given", "forecast", "steps", "expected"),
+    [
+        ({}, None, 99, 1.0),
+        ({}, None, 100, 0.7),  # by short runs
+        ({}, 0.25, 100, 0.25),
+        ({"rate_factor": 0.4}, 0.25, 100, 0.4),
+        ({"learning_rate": 1e-3}, 0.25, 100, 1.0),
+        ({"learning_rate": 1e-3}, None, 100, 1.0),
+    ],
 )
-def test_the_example_takes_the_rate_factor_of_the_forecast_in_its_report(
-    given: dict[str, float], forecast: float | None, expected: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_the_rate_factor_of_the_example_is_given_or_that_of_the_forecast_or_of_short_runs(
+    given: dict[str, float],
+    forecast: float | None,
+    steps: int,
+    expected: float,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "examples")
     train = load_example("train")
+    model = tiny_model()
     images = [{"pixel_values": torch.rand(3, 8, 8) + label, "labels": label} for label in (0, 1) * 8]
-    report = measure_plasticity(tiny_model(), images, forecast=forecast is not None)
+    report = measure_plasticity(model, images, forecast=forecast is not None)
     if forecast is not None:
         pilot = replace(report.forecast.pilot, rate_factor=forecast)
         report = replace(report, forecast=replace(report.forecast, pilot=pilot))
-    report.save(tmp_path / "report.json")
     arguments = train.FinetuningArguments(str(tmp_path), report_to="none", **given)
-    assert train.rate_factor(arguments, PlasticityReport.load(tmp_path / "report.json")) == expected
+    monkeypatch.setattr(train, "find_rate_factor", lambda *_, **__: 0.7)
+    assert train.rate_factor(arguments, report, model, images, steps) == expected
+
+
+@pytest.mark.parametrize("error", [ModelError("no linear layer"), torch.OutOfMemoryError("out of memory\nmore")])
+def test_the_example_trains_at_the_recommended_rates_if_short_runs_fail_and_says_so(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    train = load_example("train")
+    report = measure_plasticity(tiny_model(), torch.rand(8, 3, 8, 8))
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(train, "find_rate_factor", fails)
+    arguments = train.FinetuningArguments(str(tmp_path), report_to="none")
+    assert train.rate_factor(arguments, report, tiny_model(), [], 100) == 1.0
+    assert caplog.messages[-1].endswith(f"failed: {str(error).splitlines()[0]}")
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "often", None])
+def test_a_rate_factor_that_is_no_number_is_refused_before_anything_is_read(
+    given: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(REPOSITORY / "examples")
+    train = load_example("train")
+    assert (train.checked_rate_factor("auto"), train.checked_rate_factor("0.4")) == ("auto", 0.4)
+    with pytest.raises(SystemExit, match=rf"--rate_factor must be a number above 0, or auto\. Got {given}\."):
+        train.checked_rate_factor(given)
 
 
 def test_labels_are_numbered_alike_in_all_splits(monkeypatch: pytest.MonkeyPatch) -> None:
