@@ -478,7 +478,7 @@ def rate_factor(
                 str(error).splitlines()[0],
             )
             return 1.0
-    logger.info("Rates: %g times the recommended ones, as %s", factor, source)
+    logger.info("Rates: %s recommended ones, as %s", "the" if factor == 1 else f"{factor:g} times the", source)
     return factor
 
 

@@ -61,7 +61,7 @@ def original_of(module: nn.Module) -> nn.Module | None:
 
 def in_use(module: nn.Module) -> nn.Module:
     """Returns what PEFT calls in the place of a module that trains in full: the copy of the active adapter, or the
-    original if none is active. Any other module is returned as it is.
+    original if adapters are disabled or one that is active has no copy. Any other module is returned as it is.
     """
     original = original_of(module)
     if original is None:
@@ -69,7 +69,8 @@ def in_use(module: nn.Module) -> nn.Module:
     wrapper: Any = module
     copies = getattr(wrapper, "modules_to_save", {})
     active = [] if wrapper.disable_adapters else wrapper.active_adapters
-    return next((copies[name] for name in active if name in copies), original)
+    copied: bool = bool(active) and all(name in copies for name in active)
+    return copies[active[0]] if copied else original
 
 
 @contextmanager

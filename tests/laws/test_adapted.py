@@ -79,6 +79,21 @@ def test_forecasts_are_those_of_the_merged_model(adapter: str) -> None:
         assert one.rates == pytest.approx(other.rates, rel=1e-4)
 
 
+def test_of_two_adapters_the_active_one_counts() -> None:
+    model = trained(training="full", candidates=["MHA"])
+    model.add_adapter("other", PlasticityConfig(target_data=ITEMS, training="full", candidates=["FC1"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".other." in name:
+                parameter.mul_(1.5)
+    scores = {}
+    for name in ("default", "other"):
+        model.set_adapter(name)
+        scores[name] = means(measure_plasticity(model, ITEMS, criterion="bound"))
+        assert scores[name] == pytest.approx(means(measure_plasticity(merged(model), ITEMS, criterion="bound")))
+    assert scores["default"] != scores["other"]
+
+
 def test_a_disabled_adapter_takes_no_part() -> None:
     model = trained(training="full", candidates=["MHA"])
     arguments = {"criterion": "bound", "settle": None}
