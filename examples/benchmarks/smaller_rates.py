@@ -1,4 +1,5 @@
-"""Compare short runs of everything at the recommended learning rates and at smaller ones, as a forecast makes them.
+"""Compare short runs at the recommended learning rates and at smaller ones: of everything, as a forecast makes them, or
+of some kinds.
 
     python examples/benchmarks/smaller_rates.py --pair demo-digits --output outputs/smaller_rates.jsonl
 
@@ -15,15 +16,14 @@ import warnings
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import HfArgumentParser
 
 from plasticity_peft import create_plasticity_optimizer, fit_head
 from plasticity_peft.components.architecture import find_architecture
-from plasticity_peft.measuring.head import final_layer, labeled_images, linear_at, targets_of
-from plasticity_peft.measuring.pilot import CLASSES, SMALLER, STEPS, Pilot
-from plasticity_peft.measuring.rates import times
+from plasticity_peft.components.component import KINDS
+from plasticity_peft.measuring.pilot import STEPS
+from plasticity_peft.measuring.short_runs import SMALLER, ShortRuns, features_and_targets
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from train import DataArguments, ModelArguments, Transform, load_images, load_model, load_processor, split
@@ -37,6 +37,7 @@ class Arguments:
     pair: str = field(default="demo-digits", metadata={"help": "Name of the pair in the results."})
     factors: list[float] = field(default_factory=lambda: [1.0, SMALLER], metadata={"help": "Multiples of the rates."})
     steps: list[int] = field(default_factory=lambda: [STEPS], metadata={"help": "Numbers of steps."})
+    kinds: list[str] = field(default_factory=lambda: list(KINDS), metadata={"help": "What trains, in full."})
 
 
 def main() -> None:
@@ -48,25 +49,20 @@ def main() -> None:
     model = load_model(model_arguments, images.features[data.label_column].names).eval()
     images = images.with_transform(Transform(load_processor(model_arguments), data, augment=False))
     fit_head(model, images)
+    architecture = find_architecture(model)
+    parts = tuple(part for part in architecture.components if part.kind in arguments.kinds)
+    model.requires_grad_(set(arguments.kinds) == set(KINDS))
+    for path in (*architecture.heads, *(module for part in parts for module in part.modules)):
+        model.get_submodule(path).requires_grad_(True)
     optimizer = create_plasticity_optimizer(model, torch.optim.AdamW, train_dataset=images)
     rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
-    architecture = find_architecture(model)
-    sampler = labeled_images(model, architecture, images, len(images), 32, 0)
-    path = final_layer(model, architecture, sampler.example())
-    features, targets = [], []
-    hook = linear_at(model, path).register_forward_pre_hook(lambda _, inputs: features.append(inputs[0].numpy()))
-    for start in range(0, len(images), 32):
-        batch = sampler.load(range(start, min(start + 32, len(images))))
-        with torch.no_grad():
-            model(**batch.images)
-        targets.append(targets_of(sampler.labels(batch), linear_at(model, path).out_features, CLASSES))
-    hook.remove()
-    pilot = Pilot(model, architecture, sampler, path, rates)
+    architecture = replace(architecture, components=parts)
+    features, targets = features_and_targets(model, architecture, images, len(images), 32, 0)
+    runs = ShortRuns(model, architecture, images, len(images), 32, 0, None, rates, features, targets)
     Path(arguments.output).parent.mkdir(parents=True, exist_ok=True)
     for steps, factor in itertools.product(arguments.steps, arguments.factors):
-        run = replace(pilot, rates=times(rates, factor), steps=steps)
-        found = run.run(np.concatenate(features), np.concatenate(targets))
-        row = {"pair": arguments.pair, **(asdict(replace(found, rate_factor=factor)) if found else {})}
+        found = runs.run(steps, factor)
+        row = {"pair": arguments.pair, "kinds": arguments.kinds, **(asdict(found) if found else {})}
         with Path(arguments.output).open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(row, flush=True)

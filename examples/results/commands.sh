@@ -116,4 +116,5 @@ smaller() { # name, then arguments
     python examples/benchmarks/smaller_rates.py --pair "$1" --test_fraction 0.5 --output outputs/smaller_rates.jsonl "${@:2}"
 }
 smaller demo-digits
+smaller demo-digits --kinds MHA
 smaller vit-cifar10-224px --model_name_or_path "$VIT" --image_size 224 --dataset_name "$CIFAR10" --max_train_samples 1000

@@ -137,7 +137,7 @@ def find_rate_factor(
         )
     with whole(model) as inner:
         architecture = with_forward_kwargs(inner, find_architecture(inner, backbone), options["forward_kwargs"])
-        features, targets = _seen(inner, architecture, dataset, batch_size, seed)
+        features, targets = features_and_targets(inner, architecture, dataset, TO_FIT, batch_size, seed)
         gradient = Gradient(inner, dataset, batch_size, seed, backbone, forward_kwargs)
         rates = RatesOfSets.of(inner, architecture, gradient).of_set(architecture.components, features.shape[1])
         if rates is None:
@@ -153,15 +153,15 @@ def find_rate_factor(
 _ELSE = "Give rate_factor as a number, or leave it out."
 
 
-def _seen(
-    model: nn.Module, architecture: Architecture, dataset: Any, batch_size: int, seed: int
+def features_and_targets(
+    model: nn.Module, architecture: Architecture, dataset: Any, max_samples: int, batch_size: int, seed: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the features and the targets of the images, as `ShortRuns` takes them."""
+    """Returns the features and the targets of labeled images, as `ShortRuns` takes them."""
     share = this_process()
 
     def seen() -> tuple[np.ndarray, np.ndarray]:
         with failing_together(share):
-            sampler = labeled_images(model, architecture, dataset, TO_FIT, batch_size, seed)
+            sampler = labeled_images(model, architecture, dataset, max_samples, batch_size, seed)
             path = final_layer(model, architecture, sampler.example())
             problem = problem_type(model, sampler)
             if problem != CLASSES:
@@ -169,7 +169,7 @@ def _seen(
                     f"{type(model).__name__}: short runs need one class per image. Its problem type is {problem!r}. "
                     f"{_ELSE}"
                 )
-            count = sampler.available(TO_FIT)
+            count = sampler.available(max_samples)
             outputs = linear_at(model, path).out_features
             features, targets = [], []
             for batch, found in received(path, model, architecture, sampler, range(count)):
