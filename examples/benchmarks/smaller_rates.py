@@ -1,5 +1,5 @@
-"""Compare short runs at the recommended learning rates and at smaller ones: of everything, as a forecast makes them, or
-of some kinds.
+"""Compare short runs at the recommended learning rates and at smaller ones. They train everything, as those of a forecast
+do, or some kinds.
 
     python examples/benchmarks/smaller_rates.py --pair demo-digits --output outputs/smaller_rates.jsonl
 
