@@ -1,5 +1,6 @@
-"""Compare short runs at the recommended learning rates and at smaller ones. They train everything, as those of a forecast
-do, or some kinds.
+"""Compare short runs at the recommended learning rates and at smaller ones, of everything or of some kinds.
+
+A forecast makes those of everything.
 
     python examples/benchmarks/smaller_rates.py --pair demo-digits --output outputs/smaller_rates.jsonl
 
