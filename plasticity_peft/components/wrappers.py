@@ -16,6 +16,8 @@ IMAGE_ARGUMENTS = ("x", "image", "images", "img", "imgs", "pixels", "video", "vi
 PARALLEL = (nn.parallel.DistributedDataParallel, nn.DataParallel)
 ORIGINAL = "original_module"
 """Name under which PEFT keeps the original of a module that trains in full."""
+OF_NORMS = "ln_tuning_layers"
+"""Name under which PEFT's LN tuning keeps the norms that train, beside their original."""
 COMPILED = "_orig_mod"
 """Name under which `torch.compile` keeps the module that it compiled."""
 
@@ -63,11 +65,12 @@ def in_use(module: nn.Module) -> nn.Module:
     """Returns what PEFT calls in the place of a module that trains in full: the copy of the active adapter, or the
     original if adapters are disabled or one that is active has no copy. Any other module is returned as it is.
     """
-    original = original_of(module)
+    wrapper: Any = module
+    original, copies = original_of(module), getattr(wrapper, "modules_to_save", {})
+    if original is None and OF_NORMS in module._modules:
+        original, copies = wrapper.base_layer, {} if wrapper.merged else module._modules[OF_NORMS]
     if original is None:
         return module
-    wrapper: Any = module
-    copies = getattr(wrapper, "modules_to_save", {})
     active = [] if wrapper.disable_adapters else wrapper.active_adapters
     copied: bool = bool(active) and all(name in copies for name in active)
     return copies[active[0]] if copied else original

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 
 from plasticity_peft import PlasticityConfig, PlasticityReport, forecast_finetuning, measure_plasticity
 from plasticity_peft.checks import PROTOCOLS
@@ -92,6 +92,22 @@ def test_of_two_adapters_the_active_one_counts() -> None:
         scores[name] = means(measure_plasticity(model, ITEMS, criterion="bound"))
         assert scores[name] == pytest.approx(means(measure_plasticity(merged(model), ITEMS, criterion="bound")))
     assert scores["default"] != scores["other"]
+
+
+@pytest.mark.filterwarnings("ignore:Unsupported layer type")
+@pytest.mark.parametrize("criterion", ["bound", "gradient_norm", "relative_gradient_norm", "parameter_plasticity"])
+def test_norms_of_ln_tuning_count(criterion: str) -> None:
+    model = get_peft_model(tiny_model(), LNTuningConfig(target_modules=["layernorm_before", "layernorm_after"]))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    expected = means(measure_plasticity(merged(model), ITEMS, criterion=criterion))
+    assert means(measure_plasticity(model, ITEMS, criterion=criterion)) == pytest.approx(expected, rel=1e-4)
+    base = means(measure_plasticity(tiny_model(), ITEMS, criterion=criterion))
+    with model.disable_adapter():
+        assert means(measure_plasticity(model, ITEMS, criterion=criterion)) == pytest.approx(base, rel=1e-4)
+    assert base != pytest.approx(expected, rel=1e-2)
 
 
 def test_a_disabled_adapter_takes_no_part() -> None:
