@@ -9,7 +9,13 @@ import pytest
 import torch
 from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 
-from plasticity_peft import PlasticityConfig, PlasticityReport, forecast_finetuning, measure_plasticity
+from plasticity_peft import (
+    PlasticityConfig,
+    PlasticityReport,
+    find_components,
+    forecast_finetuning,
+    measure_plasticity,
+)
 from plasticity_peft.checks import PROTOCOLS
 from plasticity_peft.criteria.registry import CRITERIA
 from plasticity_peft.errors import ModelError
@@ -121,8 +127,9 @@ def test_a_disabled_adapter_takes_no_part() -> None:
 
 def test_a_norm_of_the_gradient_that_is_not_that_of_the_merged_weights_is_refused() -> None:
     """Adapters of stock PEFT too: IA3 multiplies."""
-    model = get_peft_model(tiny_model(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(ModelError, match=r"q_proj: its adapter \(Linear\) changes the gradient"):
+    query = next(part.modules[0] for part in find_components(tiny_model()) if part.kind == "MHA")
+    model = get_peft_model(tiny_model(), IA3Config(target_modules=[query], feedforward_modules=[]))
+    with pytest.raises(ModelError, match=rf"{query}: its adapter \(Linear\) changes the gradient"):
         measure_plasticity(model, ITEMS, criterion="gradient_norm")
-    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=[query]))
     measure_plasticity(model, ITEMS, criterion="gradient_norm", max_samples=32)
