@@ -104,14 +104,13 @@ def recommended_optimizer(
     """
     optimizer_cls, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     learning_rate = options.pop("lr")
-    factor = getattr(arguments, "rate_factor", None)
     return create_plasticity_optimizer(
         model,
         optimizer_cls,
         train_dataset=images,
         num_training_steps=steps,
         # Rates that were recommended before have the factor in them.
-        rate_factor=1.0 if rates or factor is None else factor,
+        rate_factor=1.0 if rates else getattr(arguments, "rate_factor", 1.0),
         lr=learning_rate,
         weight_decay=arguments.weight_decay,
         batch_size=arguments.per_device_eval_batch_size,
