@@ -20,7 +20,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from plasticity_peft.components.wrappers import ORIGINAL
+from plasticity_peft.components.wrappers import ORIGINAL, in_use
 
 SAME_MEMORY = ("cpu", "meta")
 """Types of device on which an original stays where PEFT has it: CPU memory would be no other place."""
@@ -69,8 +69,7 @@ class TrainedInFull(ModulesToSaveWrapper):
         return ORIGINAL not in self._modules
 
     def _original_computes(self) -> bool:
-        active = self.active_adapters
-        return self.disable_adapters or not active or any(name not in self._adapters for name in active)
+        return in_use(self) is self.original_module
 
     def _send_original_away(self) -> None:
         here, copies = _device_of(self.original_module), self._device_of_copies()
