@@ -77,7 +77,7 @@ def create_plasticity_optimizer(
         lora_A_lr: rate of the first matrix of LoRA.
         lora_B_lr: rate of the second matrix of LoRA, and of DoRA's magnitudes.
         weight_decay: weight decay of matrices. Norms and biases have none.
-        batch_size: number of images in one pass.
+        batch_size: largest number of images in one pass. It is halved if memory runs out.
         seed: seed of the drawing of images.
         backbone: path of the vision transformer in a model that contains several.
         forward_kwargs: arguments of each forward pass, as in `measure_plasticity`.

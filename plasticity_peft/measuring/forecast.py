@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -45,6 +46,7 @@ from plasticity_peft.measuring.head import (
     targets_of,
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
+from plasticity_peft.measuring.passes import Passes
 from plasticity_peft.measuring.pilot import CLASSES
 from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
@@ -110,7 +112,8 @@ def forecast_finetuning(
         candidates: kinds, and canonical ids of components, of which a set within a budget may consist. `sets` do not
             depend on it.
         max_samples: largest number of images to use, from 2 to 4,096. Memory and time grow with its square.
-        batch_size: number of images in one pass on each process.
+        batch_size: largest number of images in one pass on each process, also if a copy trains. It is halved if memory
+            runs out.
         seed: seed of the drawing of images, of the directions and of the dataset's own transforms.
         dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
         backbone: path of the vision transformer in a model that contains several.
@@ -257,30 +260,30 @@ class _Observer:
         with failing_together(share):
             sampler = labeled_images(model, architecture, self.dataset, self.max_samples, self.batch_size, self.seed)
             example = sampler.example()
-            passes = _Passes.of(model, architecture, sampler, self.seed)
+            one = _Pass.of(model, architecture, sampler, self.seed)
             costs = costs_of(model, architecture, example)
             for rule in self.budgets:
                 limited_by(rule, architecture, costs).check_ever_possible()
             count = sampler.available(self.max_samples)
         same(share, "number of images", count)
         with failing_together(share):
-            seen = self._seen(passes, sampler, share.of(range(count)), share)
+            seen = self._seen(one, sampler, share.of(range(count)), share)
         return Seen.of_all(share, seen, architecture), costs
 
-    def _seen(self, passes: _Passes, sampler: SingleImages, numbers: range, share: Share) -> list[Seen]:
+    def _seen(self, one: _Pass, sampler: SingleImages, numbers: range, share: Share) -> list[Seen]:
         """Returns what this process knows of the images with these numbers: none if there are fewer than processes."""
-        found = []
+        found, passes = [], Passes(sampler, "the forecast", "to forecast")
         with Progress(sampler, share, "Forecasting") as progress:
-            for start in range(0, len(numbers), self.batch_size):
-                found.append(passes.seen(sampler, numbers[start : start + self.batch_size]))
-                progress.advance(len(found[-1].numbers))
+            for few, seen in passes.results(numbers, partial(one.seen, sampler)):
+                found.append(seen)
+                progress.advance(len(few))
             progress.end()
         return [Seen.together(found)] if found else []
 
 
 @dataclass(frozen=True, eq=False)
-class _Passes:
-    """Passes of batches through the model."""
+class _Pass:
+    """A pass of a batch through the model."""
 
     model: nn.Module
     architecture: Architecture
@@ -292,7 +295,7 @@ class _Passes:
     sketcher: Sketcher
 
     @classmethod
-    def of(cls, model: nn.Module, architecture: Architecture, sampler: SingleImages, seed: int) -> _Passes:
+    def of(cls, model: nn.Module, architecture: Architecture, sampler: SingleImages, seed: int) -> _Pass:
         """Prepares a model. Raises ModelError if it is not one of those that can be forecast."""
         example = sampler.example()
         path = final_layer(model, architecture, example)

@@ -28,8 +28,9 @@ from plasticity_peft.components.sharding import whole
 from plasticity_peft.components.wrappers import in_use, walk
 from plasticity_peft.errors import ConfigError, DataError, ModelError, NonFiniteError
 from plasticity_peft.images.indexed import Images
-from plasticity_peft.images.sampler import Sampler, SingleImages
+from plasticity_peft.images.sampler import ImageBatch, Sampler, SingleImages
 from plasticity_peft.measuring.left_as_found import run_left_as_found
+from plasticity_peft.measuring.passes import Passes
 from plasticity_peft.measuring.processes import Share, failing_together, same, summed, this_process
 from plasticity_peft.measuring.ridge import Ridge, Sums, default_penalties
 from plasticity_peft.measuring.rounds import Progress
@@ -67,7 +68,7 @@ def fit_head(
             of 0 and 1 (multi-label) or floating-point numbers (regression), as in the model's `config.problem_type`.
         penalties: positive numbers to choose the penalty from; 28 from 1e-6 to 1e3 times the number of images if None.
         max_samples: largest number of images to fit on, at least 2.
-        batch_size: number of images in one pass on each process.
+        batch_size: number of images in one pass on each process. It is halved if memory runs out.
         seed: seed of the drawing of images and of the dataset's own transforms.
         dtype: "bfloat16" or "float16" runs the model in that precision by autocast; None runs it in its own.
         backbone: path of the vision transformer in a model that contains several.
@@ -325,16 +326,8 @@ def _collect(
     sums, kept, count = Sums.of(np.empty((0, layer.in_features)), np.empty((0, layer.out_features))), [], 0
     numbers = share.of(range(sampler.available(sampler.max_samples)))
     with failing_together(share), Progress(sampler, share, "Fitting the head") as progress:
-        for start in range(0, len(numbers), sampler.batch_size):
-            batch = sampler.load(numbers[start : start + sampler.batch_size])
-            seen: list[torch.Tensor] = []
-
-            def keep(_: str, call: Call, output: Any, seen: list[torch.Tensor] = seen) -> None:
-                seen.append(call.tokens)
-
-            with hooked({path: layer}, keep):
-                run(model, architecture, batch.images)
-            features = seen[0].float().cpu().numpy()
+        passes = Passes(sampler, "fitting the head", "to fit the head")
+        for batch, features in received(path, model, architecture, passes, numbers):
             check_finite(features, path)
             targets = targets_of(sampler.labels(batch), layer.out_features, problem)
             sums = sums.merge(Sums.of(features, targets))
@@ -347,6 +340,29 @@ def _collect(
     if not kept:
         return sums, np.empty((0, layer.in_features), np.float32), np.empty((0, layer.out_features), np.float32)
     return sums, np.concatenate([x for x, _ in kept]), np.concatenate([y for _, y in kept])
+
+
+def received(
+    path: str, model: nn.Module, architecture: Architecture, passes: Passes[SingleImages], numbers: Sequence[int]
+) -> Iterator[tuple[ImageBatch, np.ndarray]]:
+    """Yields batches of images, and what the head's linear layer at `path` receives for them.
+
+    The second value is float32 of shape (images, features). Images that differ in shape do not come in the order of
+    `numbers`.
+    """
+
+    def features(few: Sequence[int]) -> tuple[ImageBatch, np.ndarray]:
+        batch, found = passes.sampler.load(few), []
+
+        def keep(_: str, call: Call, output: object) -> None:
+            found.append(call.tokens)
+
+        with hooked({path: linear_at(model, path)}, keep):
+            run(model, architecture, batch.images)
+        return batch, found[0].detach().float().cpu().numpy()
+
+    for _, seen in passes.results(numbers, features):
+        yield seen
 
 
 def check_finite(features: np.ndarray, path: str) -> None:

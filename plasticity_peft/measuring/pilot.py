@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, islice
@@ -21,9 +21,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from plasticity_peft.components.architecture import Architecture
-from plasticity_peft.components.calls import Call, hooked, run
-from plasticity_peft.images.sampler import ImageBatch, SingleImages
-from plasticity_peft.measuring.head import FittedHead, linear_at, solve
+from plasticity_peft.components.calls import run
+from plasticity_peft.images.sampler import SingleImages
+from plasticity_peft.measuring.head import FittedHead, linear_at, received, solve
+from plasticity_peft.measuring.passes import Passes
 from plasticity_peft.measuring.processes import Share
 from plasticity_peft.measuring.rates import groups_in_full
 from plasticity_peft.measuring.ridge import Ridge, Sums
@@ -77,10 +78,13 @@ class Pilot:
         half = len(features) // 2
         model = copy.deepcopy(self.model).requires_grad_(False)
         self._set_head(model, features[:half], targets[:half])
+        passes = Passes(self.sampler, "the short run", "to train everything for a few steps")
         with torch.enable_grad():
-            self._train(model, half)
-        rest = range(half, len(features))
-        after = np.concatenate([x for _, x in received(self.path, model, self.architecture, self.sampler, rest)])
+            self._train(model, half, passes)
+        after = np.empty_like(features)
+        for batch, found in received(self.path, model, self.architecture, passes, range(half, len(features))):
+            after[list(batch.numbers)] = found
+        after = after[half:]
         if not np.isfinite(after).all():
             return None
         differences = _right(after, targets[half:]) - _right(features[half:], targets[half:])
@@ -97,8 +101,11 @@ class Pilot:
         weights, biases = Ridge(sums).weights(fit.penalty)
         FittedHead(linear_at(model, self.path), weights * fit.temperature, biases * fit.temperature, fit).set()
 
-    def _train(self, model: nn.Module, count: int) -> None:
-        """Trains the components and the head of the copy on the first `count` images."""
+    def _train(self, model: nn.Module, count: int, passes: Passes[SingleImages]) -> None:
+        """Trains the components and the head of the copy on the first `count` images.
+
+        The images of a step go through the model in one pass or in several.
+        """
         groups: dict[str, list[nn.Parameter]] = {"head": list(linear_at(model, self.path).parameters())}
         for own in groups_in_full(model, self.architecture.components).values():
             for name, group in own.items():
@@ -108,40 +115,36 @@ class Pilot:
             [{"params": group, "lr": self.rates[name]} for name, group in groups.items()], weight_decay=0.0
         )
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(scheduled, steps=self.steps))
-        for numbers in islice(cycle(_batches(range(count))), self.steps):
-            batch = self.sampler.load(numbers)
-            output = run(model, self.architecture, batch.images)
-            logits = getattr(output, "logits", output)
-            loss = F.cross_entropy(logits.float(), self.sampler.labels(batch).to(logits.device))
+        for numbers in islice(cycle(_batches(count)), self.steps):
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            for few, gradient in passes.results(numbers, partial(self._gradient, model, trained)):
+                _add(trained, gradient, len(few) / len(numbers))
             torch.nn.utils.clip_grad_norm_(trained, LARGEST_NORM)
             optimizer.step()
             schedule.step()
 
-
-def received(
-    path: str, model: nn.Module, architecture: Architecture, sampler: SingleImages, numbers: range
-) -> Iterator[tuple[ImageBatch, np.ndarray]]:
-    """Yields batches of images, and what the head's linear layer at `path` receives for them.
-
-    The second value is float32 of shape (images, features).
-    """
-    found: list[np.ndarray] = []
-
-    def keep(_: str, call: Call, output: object) -> None:
-        found.append(call.tokens.detach().float().cpu().numpy())
-
-    for each in _batches(numbers, sampler.batch_size):
-        batch = sampler.load(each)
-        with hooked({path: linear_at(model, path)}, keep):
-            run(model, architecture, batch.images)
-        yield batch, found.pop()
+    def _gradient(
+        self, model: nn.Module, trained: Sequence[torch.Tensor], numbers: Sequence[int]
+    ) -> tuple[torch.Tensor | None, ...]:
+        """Returns the gradient of the mean loss of some images; None for what it does not depend on."""
+        batch = self.sampler.load(numbers)
+        output = run(model, self.architecture, batch.images)
+        logits = getattr(output, "logits", output)
+        loss = F.cross_entropy(logits.float(), self.sampler.labels(batch).to(logits.device))
+        return torch.autograd.grad(loss, trained, allow_unused=True)
 
 
-def _batches(numbers: range, size: int = BATCH_SIZE) -> list[range]:
-    """Returns the numbers in batches; what is left over is the last one."""
-    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+def _add(parameters: Sequence[torch.Tensor], gradient: Sequence[torch.Tensor | None], share: float) -> None:
+    """Adds a gradient, times a share, to that of the parameters."""
+    for parameter, found in zip(parameters, gradient, strict=True):
+        if found is not None:
+            more = found if share == 1 else found * share
+            parameter.grad = more if parameter.grad is None else parameter.grad + more
+
+
+def _batches(count: int) -> list[range]:
+    """Returns the numbers from 0 on in batches; what is left over is the last one."""
+    return [range(count)[start : start + BATCH_SIZE] for start in range(0, count, BATCH_SIZE)]
 
 
 def _right(features: np.ndarray, targets: np.ndarray) -> np.ndarray:

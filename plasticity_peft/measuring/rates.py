@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ from plasticity_peft.measuring.head import (
     sampler_of,
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
+from plasticity_peft.measuring.passes import say_smaller, tried
 from plasticity_peft.report.head import HeadFit
 
 # Below the logger of transformers, so that its verbosity holds here too.
@@ -346,8 +348,25 @@ class Gradient:
     def _mean(
         self, model: nn.Module, architecture: Architecture, parameters: Sequence[nn.Parameter]
     ) -> tuple[list[torch.Tensor], float]:
-        """Returns the mean gradient, as float64, and the mean loss."""
-        sampler = self._sampler(model, architecture)
+        """Returns the mean gradient, as float64, and the mean loss. Batches are halved if memory runs out."""
+        size = self.batch_size
+        while True:
+            sampler = self._sampler(model, architecture, size)
+            found = tried(partial(self._mean_over, sampler, model, architecture, parameters))
+            if found:
+                return found[0]
+            if sampler.images_per_batch == 1 or sampler.target.collated:
+                raise ModelError(
+                    f"Out of memory for the gradient of {sampler.images_per_batch} images by all that trains. Use "
+                    "smaller batches or images, or leave train_dataset out: the rates then follow from the sizes of "
+                    "what trains."
+                )
+            size = sampler.images_per_batch // 2
+            say_smaller("the gradient", f"{size} images")
+
+    def _mean_over(
+        self, sampler: Batches, model: nn.Module, architecture: Architecture, parameters: Sequence[nn.Parameter]
+    ) -> tuple[list[torch.Tensor], float]:
         batches = range(sampler.available(IMAGES))
         total: list[torch.Tensor] = []
         losses = []
@@ -358,7 +377,7 @@ class Gradient:
             total = list(found) if not total else [a.add_(b) for a, b in zip(total, found, strict=True)]
         return [gradient.double() / len(batches) for gradient in total], sum(losses) / len(losses)
 
-    def _sampler(self, model: nn.Module, architecture: Architecture) -> Batches:
+    def _sampler(self, model: nn.Module, architecture: Architecture, batch_size: int) -> Batches:
         images = Images(
             self.dataset,
             "train_dataset",
@@ -368,7 +387,7 @@ class Gradient:
             label_names=label_names(model, architecture) or LABELS,
             whole_batches=True,
         )
-        return sampler_of(Batches, images, model, IMAGES, self.batch_size, self.seed)
+        return sampler_of(Batches, images, model, IMAGES, batch_size, self.seed)
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,23 +14,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 from transformers.utils import logging
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.component import KINDS
 from plasticity_peft.criteria.criterion import AnyCriterion, Observations, WeightCriterion
-from plasticity_peft.errors import ModelError, NonFiniteError
-from plasticity_peft.images.sampler import Batches, Sampler
+from plasticity_peft.errors import NonFiniteError
+from plasticity_peft.images.sampler import Sampler
+from plasticity_peft.measuring.passes import Passes
 from plasticity_peft.measuring.processes import Share, failing_together, same, summed
 from plasticity_peft.measuring.settling import Settling, distances, looks
 from plasticity_peft.measuring.sharing import Observed, Spread
 from plasticity_peft.report.confidence import MOST_COMPONENTS, Separation
 from plasticity_peft.report.selection import Choice
-
-# A child of the logger of transformers, so that its verbosity applies here too.
-logger = logging.get_logger(f"transformers.{__name__}")
 
 Observe = Callable[[Any], Observations]
 """The return type of `Criterion.prepare`."""
@@ -162,32 +159,17 @@ def observe_until_settled(
 
 
 class _Worker:
-    """Observes in this process. The size of a pass is halved if memory runs out."""
+    """Observes in this process."""
 
     def __init__(self, observe: Observe, columns: Columns, sampler: Sampler) -> None:
         self._observe, self._columns, self._sampler = observe, columns, sampler
-        self._per_pass = sampler.per_pass
+        self._passes = Passes(sampler, "measuring", f"by criterion={columns.criterion.name!r}")
 
     def look_at(self, numbers: Sequence[int], progress: Progress) -> tuple[Observed, int]:
         """Returns what is observed of the samples with these numbers, and how many samples were skipped."""
-        numbers = self._sampler.arranged(numbers)
-        observed, skipped, done = self._columns.nothing(), 0, 0
-        while done < len(numbers):
-            batch = self._sampler.alike(numbers[done : done + self._per_pass])
-            # Accelerate's find_executable_batch_size is not used, as it collects garbage at its start, here in every
-            # round, which takes longer than a round of a small model.
-            try:
-                found = self._observed(batch)
-            except Exception as error:
-                if not should_reduce_batch_size(error):
-                    raise
-                found = None
-            if found is None:  # the error, which keeps tensors alive, is gone here
-                clear_device_cache(garbage_collection=True)
-                self._halve()
-                continue
-            observed, skipped = observed.merge(found[0]), skipped + found[1]
-            done += len(batch)
+        observed, skipped = self._columns.nothing(), 0
+        for batch, (more, left_out) in self._passes.results(numbers, self._observed):
+            observed, skipped = observed.merge(more), skipped + left_out
             progress.advance(len(batch))
         return observed, skipped
 
@@ -209,18 +191,6 @@ class _Worker:
             keys = self._sampler.image_keys([number])[: len(values)]
             observed, skipped = observed.merge(self._columns.observed(values, keys)), skipped + left_out
         return observed, skipped
-
-    def _halve(self) -> None:
-        smaller, sampler = self._per_pass // 2, self._sampler
-        if smaller == 0:
-            whole = isinstance(sampler, Batches)  # the value of a batch is that of the batch as a whole
-            what = f"a batch of {sampler.batch_size} images" if whole else f"one {sampler.singular}"
-            raise ModelError(
-                f"Out of memory for {what}, by criterion={self._columns.criterion.name!r}. Use "
-                f'{"a smaller batch_size, " if whole else ""}smaller images, or dtype="bfloat16".'
-            )
-        self._per_pass = smaller
-        logger.warning("Out of memory: measuring continues with %s %s per pass.", smaller, sampler.plural)
 
 
 class Progress:

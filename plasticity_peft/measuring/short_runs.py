@@ -27,10 +27,12 @@ from plasticity_peft.measuring.head import (
     labeled_images,
     linear_at,
     problem_type,
+    received,
     targets_of,
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot, received
+from plasticity_peft.measuring.passes import Passes
+from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot
 from plasticity_peft.measuring.processes import failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import TO_FIT, Gradient, RatesOfSets, times
 from plasticity_peft.report.forecast import PilotRun
@@ -118,7 +120,7 @@ def find_rate_factor(
     Args:
         model: a vision transformer with a head that ends in one linear layer, adapted or not.
         dataset: labeled images in the forms of `fit_head`, with one class per image. At most 1,024 are used.
-        batch_size: number of images in one pass without training.
+        batch_size: largest number of images in one pass, also in a step of training. It is halved if memory runs out.
         seed: seed of the drawing of images.
         backbone: path of the vision transformer in a model that contains several.
         forward_kwargs: arguments of each forward pass, as in `measure_plasticity`.
@@ -171,12 +173,15 @@ def features_and_targets(
                 )
             count = sampler.available(max_samples)
             outputs = linear_at(model, path).out_features
-            features, targets = [], []
-            for batch, found in received(path, model, architecture, sampler, range(count)):
+            features, targets, order = [], [], list[int]()
+            passes = Passes(sampler, "the short run", "to train everything for a few steps")
+            for batch, found in received(path, model, architecture, passes, range(count)):
                 check_finite(found, path)
+                order.extend(batch.numbers)
                 features.append(found)
                 targets.append(targets_of(sampler.labels(batch), outputs, CLASSES))
         same(share, "number of images", count)
-        return np.concatenate(features), np.concatenate(targets)
+        rows = np.argsort(order)
+        return np.concatenate(features)[rows], np.concatenate(targets)[rows]
 
     return run_left_as_found(seen, model, seed, None, dataset)

@@ -562,7 +562,7 @@ def test_hooks_of_offloaded_weights() -> None:
 def test_only_a_lack_of_memory_halves_a_batch() -> None:
     with reliance(
         "accelerate.utils.memory.should_reduce_batch_size tells errors of memory from others",
-        "components/calls.py: run; measuring/rounds.py: look_at",
+        "components/calls.py: run; measuring/passes.py: tried",
         "which pass the first on, and halve the batch",
     ):
         assert should_reduce_batch_size(torch.OutOfMemoryError("CUDA out of memory."))
