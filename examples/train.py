@@ -471,7 +471,9 @@ def rate_factor(
         return 1.0
     else:
         try:
-            factor, source = find_rate_factor(model, images, seed=arguments.seed), "short runs say"
+            size = arguments.per_device_train_batch_size
+            factor = find_rate_factor(model, images, batch_size=size, seed=arguments.seed)
+            source = "short runs say"
         except (PlasticityError, torch.OutOfMemoryError) as error:
             logger.warning(
                 "The rates are the recommended ones. Short runs, which tell whether they are too large, failed: %s",

@@ -126,7 +126,7 @@ def forecast_finetuning(
         SelectionError: no component fits into a budget.
         DataError: there are too few images, or labels are missing or do not fit the head.
         ModelError: the model has no head that ends in one linear layer, or not one class per image, or a component
-            without gradients.
+            without gradients, or memory does not suffice.
         NonFiniteError: a feature or a gradient is NaN or infinite.
 
     Examples:

@@ -16,21 +16,23 @@ from plasticity_peft.images.sampler import Batches, Sampler
 logger = logging.get_logger(f"transformers.{__name__}")
 
 T = TypeVar("T")
+INSTEAD = 'smaller images, or dtype="bfloat16"'
 AnySampler = TypeVar("AnySampler", bound=Sampler)
 
 
 class Passes(Generic[AnySampler]):
     """Passes of the samples of a sampler. Their size is halved if memory runs out, and stays so."""
 
-    def __init__(self, sampler: AnySampler, doing: str, purpose: str) -> None:
+    def __init__(self, sampler: AnySampler, doing: str, purpose: str, instead: str = INSTEAD) -> None:
         """Starts with as many samples in a pass as the sampler has.
 
         Args:
             sampler: the samples.
             doing: what goes on with smaller passes, as in "measuring".
             purpose: what memory does not suffice for if even one sample is too much, as in "to fit the head".
+            instead: what helps then.
         """
-        self.sampler, self._doing, self._purpose = sampler, doing, purpose
+        self.sampler, self._doing, self._purpose, self._instead = sampler, doing, purpose, instead
         self._size = sampler.per_pass
 
     def results(self, numbers: Sequence[int], work: Callable[[Sequence[int]], T]) -> Iterator[tuple[Sequence[int], T]]:
@@ -63,7 +65,7 @@ class Passes(Generic[AnySampler]):
             what = f"a batch of {sampler.batch_size} images" if whole else f"one {sampler.singular}"
             raise ModelError(
                 f"Out of memory for {what}, {self._purpose}. Use "
-                f'{"a smaller batch_size, " if whole else ""}smaller images, or dtype="bfloat16".'
+                f"{'a smaller batch_size, ' if whole else ''}{self._instead}."
             )
         self._size = smaller
         say_smaller(self._doing, f"{smaller} {sampler.plural}")

@@ -38,6 +38,12 @@ WARM_UP = 0.1
 LARGEST_NORM = 1.0
 """The norm to which larger gradients are scaled."""
 CLASSES = "single_label_classification"
+WITHOUT_RUNS = "pilot=False for a forecast, or a number as rate_factor, which leave short runs out"
+
+
+def passes_of_short_run(sampler: SingleImages) -> Passes[SingleImages]:
+    """Returns passes that say how to do without short runs, if memory does not suffice for one image."""
+    return Passes(sampler, "the short run", "to train everything for a few steps", WITHOUT_RUNS)
 
 
 def scheduled(number: int, steps: int) -> float:
@@ -78,7 +84,7 @@ class Pilot:
         half = len(features) // 2
         model = copy.deepcopy(self.model).requires_grad_(False)
         self._set_head(model, features[:half], targets[:half])
-        passes = Passes(self.sampler, "the short run", "to train everything for a few steps")
+        passes = passes_of_short_run(self.sampler)
         with torch.enable_grad():
             self._train(model, half, passes)
         after = np.empty_like(features)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -31,8 +32,8 @@ from plasticity_peft.measuring.head import (
     targets_of,
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
-from plasticity_peft.measuring.passes import Passes
-from plasticity_peft.measuring.pilot import CLASSES, STEPS, Pilot
+from plasticity_peft.measuring.passes import tried
+from plasticity_peft.measuring.pilot import CLASSES, STEPS, WITHOUT_RUNS, Pilot, passes_of_short_run
 from plasticity_peft.measuring.processes import failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import TO_FIT, Gradient, RatesOfSets, times
 from plasticity_peft.report.forecast import PilotRun
@@ -65,7 +66,11 @@ class ShortRuns:
     """-1 and 1 for each class: float32 of shape (n, classes)."""
 
     def run(self, steps: int, factor: float) -> PilotRun | None:
-        """Returns what a run of so many steps gains at a multiple of the rates; None if training diverged."""
+        """Returns what a run of so many steps gains at a multiple of the rates; None if training diverged.
+
+        Raises:
+            ModelError: memory does not suffice for a copy of the model, its gradients and its optimizer.
+        """
         share = this_process()
 
         def trained() -> PilotRun | None:
@@ -75,8 +80,13 @@ class ShortRuns:
                 )
                 path = final_layer(self.model, self.architecture, sampler.example())
                 pilot = Pilot(self.model, self.architecture, sampler, path, times(self.rates, factor), steps)
-                found = pilot.run(self.features, self.targets)
-            return gathered(share, found)[0]
+                found = tried(partial(pilot.run, self.features, self.targets))
+                if not found:
+                    raise ModelError(
+                        f"Out of memory to train a copy of {type(self.model).__name__} in full for a few steps. Use "
+                        f"{WITHOUT_RUNS}."
+                    )
+            return gathered(share, found[0])[0]
 
         found = run_left_as_found(trained, self.model, self.seed, self.dtype, self.dataset)
         return None if found is None else replace(found, rate_factor=factor)
@@ -174,7 +184,7 @@ def features_and_targets(
             count = sampler.available(max_samples)
             outputs = linear_at(model, path).out_features
             features, targets, order = [], [], list[int]()
-            passes = Passes(sampler, "the short run", "to train everything for a few steps")
+            passes = passes_of_short_run(sampler)
             for batch, found in received(path, model, architecture, passes, range(count)):
                 check_finite(found, path)
                 order.extend(batch.numbers)

@@ -139,6 +139,20 @@ def test_if_one_image_does_not_fit_it_says_so(work: Callable[[Any], list[float]]
         work(model)
 
 
+@pytest.mark.parametrize("work", [forecast, rate_factor])
+def test_if_a_copy_of_the_model_cannot_train_it_says_how_to_do_without(
+    work: Callable[[Any], list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def step(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    with pytest.raises(
+        ModelError, match=r"train a copy of ViTForImageClassification in full.*pilot=False.*rate_factor"
+    ):
+        work(tiny_model().eval())
+
+
 def test_batches_of_a_data_loader_are_not_split() -> None:
     model = tiny_model().eval()
     fit_head(model, ITEMS)
