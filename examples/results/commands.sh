@@ -34,11 +34,6 @@ thirds() { # name, then arguments
 sixths_and_halves() { # name, then arguments
     compare "$@" --groups components --shares 0.16666666666666666 0.5 --max_rates 1 --stages train
 }
-three_sixths_and_all_halves() { # name, then arguments
-    compare "$@" --groups components --shares 0.16666666666666666 --max_rates 1 --stages train \
-        --methods "parameter_plasticity, 0.17" "inverse-activation, 0.17" "random 0, 0.17"
-    compare "$@" --groups components --shares 0.5 --max_rates 1 --stages train
-}
 with_the_model_of_the_demo() { # one of these
     "$1" demo-digits --test_fraction 0.5 --seeds 5
     for shift in inverted noise low_contrast; do
@@ -62,16 +57,8 @@ on_all_pairs() { # one of these
 on_all_pairs compare
 # Components that each criterion ranks first, a third of the weights, at the recommended rates alone: the same folders.
 on_all_pairs thirds
-# A sixth and a half of the weights, by all of them; on two pairs of the demo's model, a sixth by three of them.
-with_vit sixths_and_halves
-with_dinov2 sixths_and_halves
-sixths_and_halves demo-digits --test_fraction 0.5 --seeds 5
-sixths_and_halves demo-inverted --dataset_name outputs/data/fashion_inverted.parquet --test_fraction 0.5 \
-    --max_train_samples 640 --seeds 5
-for shift in noise low_contrast; do
-    three_sixths_and_all_halves "demo-$shift" --dataset_name outputs/data/fashion_$shift.parquet --test_fraction 0.5 \
-        --max_train_samples 640 --seeds 5
-done
+# A sixth and a half of the weights.
+on_all_pairs sixths_and_halves
 
 # The runs of budgets.jsonl: at the recommended rates, on a CPU.
 within() { # name, then arguments
