@@ -435,6 +435,8 @@ def main() -> None:
     if state.is_main_process:
         add(folder / "picks.json", picks)
         add(folder / "criteria.json", {name: report.ranking()[0].unit for name, report in reports.items()})
+        scores = {name: {one.unit: one.score for one in report.ranking()} for name, report in reports.items()}
+        add(folder / "scores.json", scores)
     wanted = in_order([method for method in methods if method.group in compare.groups], compare.methods)
     if "train" in compare.stages:
         train_methods(pair, wanted, reports, compare)

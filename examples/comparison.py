@@ -107,6 +107,7 @@ class Comparison:
         head: Mapping[str, float],
         model: str,
         forecasts: Mapping[str, Forecast],
+        scores: Mapping[str, Mapping[str, float]],
     ) -> None:
         """Keeps what was found.
 
@@ -117,10 +118,11 @@ class Comparison:
             head: accuracies of the fitted head, and numbers of images.
             model: name of the model.
             forecasts: what was forecast, by scope; see `forecasts.SCOPES`.
+            scores: the score of each kind, by the name of the criterion.
         """
         self.model = model
         self.results = {f"{result.method} ({result.training})": result for result in results}
-        self.first, self.picks, self.head, self.forecasts = first, picks, head, forecasts
+        self.first, self.picks, self.head, self.forecasts, self.scores = first, picks, head, forecasts, scores
         self.everything = next((result for result in results if result.method == EVERYTHING), None)
         self.tuned = any(result.tuned for result in results)
         """Whether rates were tuned. If not, the best rates that are known are the recommended ones."""
@@ -189,6 +191,29 @@ class Comparison:
                     row[share] = 100 * (max(found.values()) - found[criterion])
             rows.append(row)
         return pd.DataFrame(rows)
+
+    def kinds(self) -> pd.DataFrame:
+        """Returns one row per kind that was trained in full: "difference" to everything, "standard_error", and scores.
+
+        The difference is in points, at the best rates, with its standard error over the seeds. There is a column for
+        each criterion.
+        """
+        found = self.table()
+        rows = found[found["method"].isin(KINDS) & (found["training"] == "full")].set_index("method")
+        everything = found.loc[f"{EVERYTHING} (full)", "test"]
+        columns = {
+            "difference": 100 * (rows["test"] - everything),
+            "standard_error": 100 * rows["standard_error"],
+            **{name: pd.Series(scores) for name, scores in self.scores.items()},
+        }
+        return pd.DataFrame(columns).reindex([kind for kind in KINDS if kind in rows.index])
+
+    def orders(self) -> pd.Series:
+        """Returns Kendall's rank correlation of the score of a kind and its accuracy, by criterion."""
+        kinds = self.kinds()
+        return pd.Series(
+            {name: stats.kendalltau(kinds[name], kinds["difference"]).statistic for name in self.scores}, dtype=float
+        )
 
     def selected(self) -> dict[str, dict[str, float]]:
         """Returns the accuracy of the components that each criterion ranks first, at the recommended rates.
@@ -292,4 +317,6 @@ def load(folder: Path) -> Comparison:
     names = ("criteria", "picks", "head", "settings")
     first, picks, head, settings = (json.loads((folder / f"{name}.json").read_text()) for name in names)
     found = forecasts.load(folder / "forecast.json")
-    return Comparison(results, first, picks, head, settings["model_name_or_path"], found)
+    path = folder / "scores.json"
+    scores = json.loads(path.read_text()) if path.is_file() else {}
+    return Comparison(results, first, picks, head, settings["model_name_or_path"], found, scores)

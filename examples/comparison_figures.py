@@ -1,4 +1,4 @@
-"""Figures of comparisons: accuracy against what a method takes."""
+"""Figures of comparisons: accuracy against what a method takes, and against the scores of criteria."""
 
 from __future__ import annotations
 
@@ -16,6 +16,12 @@ from plasticity_peft.report.plotting import COLORS, MARKERS
 NAMES = {"parameters": "trained parameters", "time": "time of a step", "memory": "memory of a step"}
 LOOKS = {"kinds": 0, "depth": 1, "stock": 2, "components": 3, "budgets": 4}
 """Which color and marker each group of methods has."""
+SCORES = {
+    "parameter_plasticity": "parameter plasticity, the default",
+    "rate_of_change-embedding": "rate of change, embedding",
+    "rate_of_change-activation": "rate of change, activation",
+}
+"""The criteria whose scores are drawn, a row for each: the default, and the paper's measure in both protocols."""
 LOWEST = -9.0
 """Lowest difference that is drawn, in points."""
 PLACES = [(x, y, side) for y in (4, -10, -3, -16) for x, side in ((5, "left"), (-5, "right"))]
@@ -109,3 +115,44 @@ def _overlap(one: Any, other: Any) -> float:
     width = min(one.x1, other.x1) - max(one.x0, other.x0)
     height = min(one.y1, other.y1) - max(one.y0, other.y0)
     return float(max(width, 0) * max(height, 0))
+
+
+def draw_kinds(pairs: Mapping[str, pd.DataFrame], path: Path) -> None:
+    """Draws the accuracy of each kind in full against its score: a row for each of `SCORES`, a column for each pair.
+
+    Error bars are standard errors over the seeds.
+
+    Args:
+        pairs: tables as `Comparison.kinds` returns them, by the name of the pair.
+        path: a .png file.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(2.4 * len(pairs) + 1, 2.4 * len(SCORES)), layout="constrained", dpi=110)
+    axes = figure.subplots(len(SCORES), len(pairs), squeeze=False)
+    for row, (score, title) in zip(axes, SCORES.items(), strict=True):
+        for ax, (name, kinds) in zip(row, pairs.items(), strict=True):
+            for look, (kind, one) in enumerate(kinds.iterrows()):
+                ax.errorbar(
+                    one[score],
+                    one["difference"],
+                    yerr=one["standard_error"],
+                    color=COLORS[look],
+                    marker=MARKERS[look],
+                    linestyle="none",
+                    label=kind,
+                )
+            ax.set_xscale("log")
+            ax.xaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=6))
+            ax.xaxis.set_major_formatter("{x:g}")
+            ax.xaxis.set_minor_formatter(NullFormatter())
+            ax.margins(x=0.15)
+            ax.set_title(name, fontsize="small")
+            ax.grid(alpha=0.3)
+            ax.tick_params(which="both", labelsize="x-small")
+        row[len(row) // 2].set_xlabel(title)
+    axes[len(axes) // 2][0].set_ylabel("difference to everything in full, points")
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize="small")
+    figure.savefig(path)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 from comparison import COSTS, RATES, Comparison, front, load, means, sorted_by
-from comparison_figures import draw_fronts
+from comparison_figures import draw_fronts, draw_kinds
 from forecasts import SCOPES, advice, errors
 from methods import EVERYTHING
 from transformers import HfArgumentParser
@@ -138,6 +138,18 @@ def summary(comparisons: Mapping[str, Comparison]) -> str:
                 "Points lost against the best kind in full by training the kind that a criterion ranks first",
                 "criterion",
                 sorted_by(frame, "mean"),
+            )
+        )
+    ordered = {pair: one.orders() for pair, one in trained.items() if one.scores}
+    if ordered:
+        frame = pd.DataFrame(ordered)
+        frame["mean"], frame["worst"] = frame.mean(axis=1), frame.min(axis=1)
+        parts.append(
+            as_table(
+                "Kendall's rank correlation of the score of a kind and its accuracy in full, at the best rates: 1 if\n"
+                "a criterion orders the five kinds as training does",
+                "criterion",
+                sorted_by(frame, "mean", ascending=False),
             )
         )
     parts += [selections(pairs, share) for share, pairs in shares(trained).items()]
@@ -334,6 +346,9 @@ def main() -> None:
     methods = tables_of_means(comparisons)
     if methods:
         draw_fronts(methods, destination / "fronts.png")
+    scored = {name: one.kinds() for name, one in comparisons.items() if one.scores and one.everything is not None}
+    if scored:
+        draw_kinds(scored, destination / "kinds.png")
 
 
 if __name__ == "__main__":

@@ -295,7 +295,8 @@ def test_methods_are_compared_and_an_interrupted_comparison_goes_on(tmp_path: Pa
         run(*other, "MHA", script=COMPARE)
     run("--folders", tmp_path, "--destination", tmp_path / "all", script=COMPARE.with_name("summarize.py"))
     assert "Points lost by the recommended rates" in (tmp_path / "all" / "summary.md").read_text()
-    assert (tmp_path / "all" / "fronts.png").stat().st_size > 1000
+    for name in ("fronts.png", "kinds.png"):
+        assert (tmp_path / "all" / name).stat().st_size > 1000
 
 
 def test_the_tables_in_the_repository_follow_from_its_runs(tmp_path: Path) -> None:
@@ -332,9 +333,25 @@ def test_methods_whose_rates_were_not_tuned_are_compared_at_the_recommended_ones
     # If nothing was tuned, the recommended rates are the best ones that are known.
     comparison = load_example("comparison").Comparison(
         [replace(result, tuned=[]) for result in comparison.results.values()],
-        comparison.first, comparison.picks, comparison.head, comparison.model, {},
+        comparison.first, comparison.picks, comparison.head, comparison.model, {}, {},
     )  # fmt: skip
     assert set(comparison.table().index) == set(comparison.results)
+
+
+def test_a_criterion_orders_kinds_as_training_does_if_its_scores_grow_with_accuracy() -> None:
+    comparison = load_example("comparison").load(REPOSITORY / "examples" / "results" / "demo-inverted")
+    kinds = comparison.kinds()
+    assert list(kinds.index) == ["LN1", "MHA", "LN2", "FC1", "FC2"]
+    tests = {kind: comparison.results[f"{kind} (full)"].accuracy() for kind in kinds.index}
+    comparison.scores = {
+        "grows": {kind: 3 * test for kind, test in tests.items()},
+        "falls": {kind: 1 / test for kind, test in sorted(tests.items())},
+        "one pair": {
+            kind: test + (0.2 if kind == min(tests, key=tests.__getitem__) else 0) for kind, test in tests.items()
+        },
+    }
+    # The worst one as the best: it is in the wrong order with each of the four others, of ten pairs.
+    assert comparison.orders().to_dict() == pytest.approx({"grows": 1.0, "falls": -1.0, "one pair": 0.2})
 
 
 def test_a_share_of_the_weights_is_compared_on_the_pairs_on_which_criteria_were_trained() -> None:
