@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pandas as pd
 from methods import EVERYTHING, KINDS
+from scipy import stats
 
 from plasticity_peft.report.forecast import HALF_WIDTH, Forecast, SetForecast
 
@@ -30,7 +31,8 @@ def errors(comparison: Comparison) -> pd.DataFrame:
     """Returns one row per set that was forecast and trained, by the name of the method.
 
     Columns, in points: "forecast" and "trained" gain over the fitted head, at the best rates; "kernels", the forecast
-    without short runs; "contained", whether the interval of the forecast contains the trained gain.
+    without short runs; "contained", whether the interval of the forecast contains the trained gain; the leave-one-out
+    "squared_error"; and the "time" of a step, as a ratio to everything.
     """
     forecast, rows = comparison.forecasts["all"], {}
     for one in forecast.sets:
@@ -42,8 +44,24 @@ def errors(comparison: Comparison) -> pd.DataFrame:
                 "trained": 100 * gain,
                 "kernels": 100 * (one.gain - one.raised),
                 "contained": abs(one.gain - gain) <= HALF_WIDTH * one.gain_error,
+                "squared_error": np.nan if one.squared_error is None else one.squared_error,
+                "time": np.nan if one.cost is None else one.cost.time,
             }
     return pd.DataFrame.from_dict(rows, orient="index")
+
+
+def orders(frame: pd.DataFrame) -> dict[str, float]:
+    """Returns Spearman's rank correlation of the trained gain with the forecast, -squared_error, and the time.
+
+    Args:
+        frame: a table as `errors` returns it.
+    """
+    predictors = {
+        "forecast": frame["forecast"],
+        "squared error": -frame["squared_error"],
+        "time of a step": frame["time"],
+    }
+    return {name: float(stats.spearmanr(values, frame["trained"]).statistic) for name, values in predictors.items()}
 
 
 def trained(comparison: Comparison, one: SetForecast) -> Result | None:

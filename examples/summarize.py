@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 from comparison import COSTS, RATES, Comparison, front, load, means, sorted_by
 from comparison_figures import draw_fronts, draw_kinds
-from forecasts import SCOPES, advice, errors
+from forecasts import SCOPES, advice, errors, orders
 from methods import EVERYTHING
 from transformers import HfArgumentParser
 
@@ -277,12 +277,20 @@ def forecast_errors(comparisons: Mapping[str, Comparison]) -> str:
             (pair, str(len(frame)), *(gain or ("", "")), raised, f"{off.mean():.1f}", f"{kernels.mean():.1f}",
              str(int(frame["contained"].sum())))
         )  # fmt: skip
-    return table(
+    errors_table = table(
         "Forecasts of gains over the fitted head, against what was trained at the best rates, in points: that of\n"
         "everything; by how much short runs raised it; the mean absolute error over all sets, and without the runs;\n"
         "and the number of sets whose 80 % interval contains the trained gain.\n",
         ("pair", "sets", "everything trained", "forecast", "raised", "error", "without runs", "contained"),
         rows,
+    )
+    order = pd.DataFrame({pair: orders(found[pair]) for pair in comparisons}).T
+    order.loc["mean"] = order.mean()
+    return f"{errors_table}\n\n" + as_table(
+        "How forecasts order sets: Spearman's rank correlation, over the same sets, of the trained gain with the\n"
+        "forecast, with the squared error (the smaller the better), and with the time of a step alone",
+        "pair",
+        order,
     )
 
 

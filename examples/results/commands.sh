@@ -68,8 +68,7 @@ within() { # name, then arguments
 within_two() { within "$@" --budgets "0.6 time" "0.5 memory"; }
 with_the_model_of_the_demo within_two
 with_vit within_two
-within dinov2-cifar10 --budgets "0.6 time" "0.5 memory" --max_train_samples 1000 --dataset_name "$CIFAR10" \
-    --model_name_or_path "$DINOV2" --image_size 84
+with_dinov2 within_two
 # Larger budgets: other folders, because a folder keeps what was found in it.
 within larger-digits --budgets "0.7 time" "0.9 time"
 within larger-low_contrast --budgets "0.7 time" "0.9 time" --max_train_samples 640 \

@@ -162,6 +162,7 @@ class Forecaster:
             error=float(np.hypot(_standard_error(found.right), own)),
             gain=gain,
             gain_error=float(np.hypot(_standard_error(found.right - alone.right), own)),
+            depth=share,
             raised=raised,
             squared_error=float(found.squared.mean()),
             excess_error=_standard_error(found.squared - smallest),

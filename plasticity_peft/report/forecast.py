@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -38,6 +38,9 @@ class SetForecast:
     """Expected accuracy, less that of the fitted head."""
     gain_error: NonNegative
     """Standard error of `gain`. It is smaller than `error`, because both accuracies are of the same images."""
+    depth: Chance | None = None
+    """Share of the blocks from the first one on in which the set trains: 1 if it trains in the first block. None in
+    forecasts of older releases."""
     raised: NonNegative = 0.0
     """By how much `gain` is above what gradients show; see `Forecast.raised`. 0 in forecasts of older releases."""
     squared_error: NonNegative | None = None
@@ -129,7 +132,7 @@ class Forecast:
     @property
     def best(self) -> SetForecast:
         """The set of the highest expected accuracy; the cheapest of equals."""
-        return min(self.sets, key=lambda one: (-one.gain, one.price))
+        return _best(self.sets)
 
     @property
     def pays(self) -> bool:
@@ -140,27 +143,36 @@ class Forecast:
     def recommended(self) -> SetForecast | None:
         """The cheapest set that is within one standard error of the best; None if finetuning does not pay.
 
-        The cheapest has the shortest training step, or the fewest parameters if costs are unknown.
+        The cheapest has the shortest training step, or the fewest parameters if costs are unknown. Only sets that
+        train in the first block are considered, unless none of them pays: in our experiments, sets of late blocks
+        gained less than their forecast.
         """
         if not self.pays:
             return None
-        near = [one for one in self.sets if one.gain >= self.best.gain - self.best.gain_error]
+        best = _best(self._early)
+        near = [one for one in self._early if one.gain >= best.gain - best.gain_error]
         return min(near, key=lambda one: (one.price, -one.gain))
+
+    @property
+    def _early(self) -> tuple[SetForecast, ...]:
+        """The sets that train in the first block, if one of them gains more than its standard error; else all sets."""
+        early = tuple(one for one in self.sets if one.depth in (None, 1.0))
+        return early if any(one.gain > one.gain_error for one in early) else self.sets
 
     @property
     def safest(self) -> SetForecast | None:
         """The cheapest set whose squared error is within one standard error of the smallest one.
 
         Squared errors tell sets apart that have the same accuracy within its error. So this set usually saves less
-        than `recommended`, and loses less. They do not show that features move far. So if a short run showed that,
-        only the sets that are raised most are considered: those that train in the first blocks. None if finetuning
-        does not pay, or if a squared error is unknown.
+        than `recommended`, and loses less. The same sets are considered. If a short run showed that features move far,
+        which squared errors do not show, only those that are raised most are. None if finetuning does not pay, or if a
+        squared error is unknown.
         """
         errors = {one.name: one.squared_error for one in self.sets if one.squared_error is not None}
         if not self.pays or len(errors) < len(self.sets):
             return None
-        most = max(one.raised for one in self.sets)
-        considered = [one for one in self.sets if one.raised == most]
+        most = max(one.raised for one in self._early)
+        considered = [one for one in self._early if one.raised == most]
         smallest = min(errors[one.name] for one in considered)
         near = [one for one in considered if errors[one.name] - smallest <= (one.excess_error or 0.0)]
         return min(near, key=lambda one: (one.price, errors[one.name]))
@@ -185,12 +197,13 @@ class Forecast:
 
     def advice(self) -> str:
         """Returns what is recommended, and what a short run added, in sentences."""
-        chosen, best = self.recommended, self.best
+        chosen, best = self.recommended, _best(self._early)
         if chosen is None:
             why = "no set is above the fitted head by more than its standard error"
             said = f"Finetuning is not expected to pay: {why}."
         else:
-            why = "the best" if chosen is best else f"the cheapest within one standard error of the best, {best.name}"
+            of = "the best" if best is self.best else "the best of those that train in the first block"
+            why = of if chosen is best else f"the cheapest within one standard error of {of}, {best.name}"
             said = f"Recommended: {chosen.name}, {why}."
             if self.safest not in (None, chosen):
                 said += f"\nTo lose less: {self.safest.name}, the cheapest whose squared error is near the smallest."
@@ -261,3 +274,8 @@ def _interval(value: float, error: float, sign: str = "") -> str:
     ends = [100 * (value + side * HALF_WIDTH * error) for side in (-1, 1)]
     low, high = ends if sign else [min(max(end, 0.0), 100.0) for end in ends]
     return f"{low:{sign}.1f} to {high:{sign}.1f}"
+
+
+def _best(sets: Sequence[SetForecast]) -> SetForecast:
+    """Returns the set of the highest expected accuracy; the cheapest of equals."""
+    return min(sets, key=lambda one: (-one.gain, one.price))

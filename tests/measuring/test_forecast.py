@@ -206,6 +206,25 @@ def test_the_recommended_set_is_the_cheapest_one_near_the_best() -> None:
     assert f"Recommended: {cheap.name}, the cheapest" in str(replace(forecast, sets=(norm, attention, cheap)))
 
 
+def test_what_is_recommended_trains_in_the_first_block_unless_only_later_sets_pay() -> None:
+    forecast = forecast_finetuning(tiny_model(), ITEMS, sets=["MHA", "1.MHA", ("0.FC1", "1.LN1"), "1.FC2"])
+    assert [one.depth for one in forecast.sets] == [1.0, 0.5, 1.0, 0.5]
+    attention, late, early, last = (
+        replace(one, gain=gain, gain_error=0.02, squared_error=error, excess_error=0.1)
+        for one, gain, error in zip(forecast.sets, (0.1, 0.13, 0.09, 0.12), (1.8, 1.5, 1.85, 1.6), strict=True)
+    )
+    found = replace(forecast, sets=(attention, late, early, last))
+    assert found.best is late
+    assert found.recommended is early
+    assert found.safest is early
+    of = "the best of those that train in the first block, MHA"
+    assert f"Recommended: {early.name}, the cheapest within one standard error of {of}." in str(found)
+    poor = [replace(one, gain=0.01) for one in (attention, early)]
+    assert replace(found, sets=(*poor, late, last)).recommended in (late, last)
+    unknown = tuple(replace(one, depth=None) for one in found.sets)
+    assert replace(found, sets=unknown).recommended.name in (late.name, last.name), "as in older releases"
+
+
 def test_the_safest_set_is_the_cheapest_one_of_a_squared_error_near_the_smallest() -> None:
     forecast = forecast_finetuning(tiny_model(), ITEMS, sets=["LN1", "MHA", "FC1", "FC2"])
     smallest = min(forecast.sets, key=lambda one: one.squared_error)
