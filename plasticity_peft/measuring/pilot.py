@@ -131,20 +131,25 @@ class Pilot:
 
     def _gradient(
         self, model: nn.Module, trained: Sequence[torch.Tensor], numbers: Sequence[int]
-    ) -> tuple[torch.Tensor | None, ...]:
+    ) -> list[torch.Tensor | None]:
         """Returns the gradient of the mean loss of some images; None for what it does not depend on."""
         batch = self.sampler.load(numbers)
         output = run(model, self.architecture, batch.images)
         logits = getattr(output, "logits", output)
         loss = F.cross_entropy(logits.float(), self.sampler.labels(batch).to(logits.device))
-        return torch.autograd.grad(loss, trained, allow_unused=True)
+        return list(torch.autograd.grad(loss, trained, allow_unused=True))
 
 
-def _add(parameters: Sequence[torch.Tensor], gradient: Sequence[torch.Tensor | None], share: float) -> None:
-    """Adds a gradient, times a share, to that of the parameters."""
-    for parameter, found in zip(parameters, gradient, strict=True):
+def _add(parameters: Sequence[torch.Tensor], gradient: list[torch.Tensor | None], share: float) -> None:
+    """Adds a gradient, times a share, to that of the parameters. Empties the list, so that there are not both of them.
+
+    A product is a tensor of its own. The gradients of two parameters may be one tensor, which clipping would scale
+    twice.
+    """
+    for parameter in reversed(parameters):
+        found = gradient.pop()
         if found is not None:
-            more = found if share == 1 else found * share
+            more = found * share
             parameter.grad = more if parameter.grad is None else parameter.grad + more
 
 
