@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from harness import StepArguments, classifier, in_turns, report
+from huggingface_hub.utils import disable_progress_bars
 from torch import nn
 from transformers import HfArgumentParser
 
@@ -61,6 +62,7 @@ def main() -> None:
     """Prints the table and writes the numbers."""
     (arguments,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()
     torch.set_num_threads(arguments.num_threads)
+    disable_progress_bars()
     pixels = torch.randn(arguments.images, 3, arguments.image_size, arguments.image_size)
     images = [{"pixel_values": image, "labels": number % 10} for number, image in enumerate(pixels)]
     forecast = partial(
