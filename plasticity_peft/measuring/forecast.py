@@ -90,9 +90,10 @@ def forecast_finetuning(
     here, at recommended rates, from a head fitted in closed form. `print(forecast)` shows a table with intervals;
     `forecast.recommended` is the cheapest set near the best, or None if finetuning is not expected to pay.
 
-    One forward pass and two backward passes, which compute no gradients of weights, serve all sets: as much work as one
-    and a half epochs of finetuning everything on these images, and two and a half with short runs. Under `accelerate launch` the images are spread over the
-    processes, and the result is the same in each. The model is left as it was: the fitted head is not set.
+    One forward pass and two backward passes, which compute no gradients of weights, serve all sets. A forecast is as
+    much work as one and a half epochs of finetuning everything on these images, and two and a half with short runs.
+    Under `accelerate launch` the images are spread over the processes, and the result is the same in each. The model
+    is left as it was: the fitted head is not set.
 
     Gradients alone promise too little if features move far. So a copy of the model trains for 16 steps at the
     recommended rates, and another one at a quarter of them. If that gains far more, a quarter is what the forecast's
