@@ -96,6 +96,10 @@ short demo-digits
 for shift in inverted noise low_contrast; do
     short demo-$shift --dataset_name outputs/data/fashion_$shift.parquet --max_train_samples 640
 done
+# For larger images at fewer rates, with one seed.
+python examples/benchmarks/rates.py --pair vit-cifar10-224px --steps 60 --seeds 1 --factors 0.25 1 --methods MHA everything \
+    --test_fraction 0.5 --max_train_samples 1000 --model_name_or_path "$VIT" --image_size 224 --dataset_name "$CIFAR10" \
+    --output outputs/short_runs.jsonl
 
 # smaller_rates.jsonl: short runs at the recommended rates and at a quarter of them, on a CPU. So for the other pairs too.
 smaller() { # name, then arguments
