@@ -33,7 +33,7 @@ from plasticity_peft.components.calls import Call, hooked, run, with_forward_kwa
 from plasticity_peft.components.component import KINDS, Component, block_ids
 from plasticity_peft.components.sharding import is_sharded, whole
 from plasticity_peft.criteria.gradients import GradientsByImage
-from plasticity_peft.errors import ConfigError, ModelError, NonFiniteError
+from plasticity_peft.errors import ConfigError, NonFiniteError
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.measuring.costs import costs_of
 from plasticity_peft.measuring.forecaster import Forecaster, limited_by
@@ -47,7 +47,7 @@ from plasticity_peft.measuring.head import (
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.passes import Passes
-from plasticity_peft.measuring.pilot import CLASSES
+from plasticity_peft.measuring.pilot import CLASSES, check_classes
 from plasticity_peft.measuring.predictions import Predictions
 from plasticity_peft.measuring.processes import Share, failing_together, same, this_process
 from plasticity_peft.measuring.rates import Gradient, RatesOfSets
@@ -300,7 +300,12 @@ class _Pass:
         """Prepares a model. Raises ModelError if it is not one of those that can be forecast."""
         example = sampler.example()
         path = final_layer(model, architecture, example)
-        _check_classes(model, problem_type(model, sampler))
+        check_classes(
+            model,
+            problem_type(model, sampler),
+            "finetuning can be forecast for one class per image",
+            "Use measure_plasticity to rank its components.",
+        )
         shape = (DIRECTIONS, linear_at(model, path).in_features)
         drawn = torch.randn(shape, generator=sampler.generator(0, DIRECTIONS), device="cpu", dtype=torch.float32)
         layers = [module for part in architecture.components for module in part.modules]
@@ -352,11 +357,3 @@ def _stacked(path: str, sketches: Sequence[Mapping[str, torch.Tensor]], count: i
             "float32 or bfloat16."
         )
     return np.asarray(values)
-
-
-def _check_classes(model: nn.Module, problem: str) -> None:
-    if problem != CLASSES:
-        raise ModelError(
-            f"{type(model).__name__}: finetuning can be forecast for one class per image. Its problem type is "
-            f"{problem!r}. Use measure_plasticity to rank its components."
-        )

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from plasticity_peft.components.architecture import Architecture
 from plasticity_peft.components.calls import run
+from plasticity_peft.errors import ModelError
 from plasticity_peft.images.sampler import SingleImages
 from plasticity_peft.measuring.head import FittedHead, linear_at, received, solve
 from plasticity_peft.measuring.passes import Passes
@@ -39,6 +40,19 @@ LARGEST_NORM = 1.0
 """The norm to which larger gradients are scaled."""
 CLASSES = "single_label_classification"
 WITHOUT_RUNS = "pilot=False for a forecast, or a number as rate_factor, which leave short runs out"
+
+
+def check_classes(model: nn.Module, problem: str, needed: str, instead: str) -> None:
+    """Raises ModelError if the problem type is not that of one class per image.
+
+    Args:
+        model: the model whose type the message names.
+        problem: its problem type.
+        needed: says what needs one class per image.
+        instead: says what to do then.
+    """
+    if problem != CLASSES:
+        raise ModelError(f"{type(model).__name__}: {needed}. Its problem type is {problem!r}. {instead}")
 
 
 def passes_of_short_run(sampler: SingleImages) -> Passes[SingleImages]:

@@ -33,7 +33,7 @@ from plasticity_peft.measuring.head import (
 )
 from plasticity_peft.measuring.left_as_found import run_left_as_found
 from plasticity_peft.measuring.passes import tried
-from plasticity_peft.measuring.pilot import CLASSES, STEPS, WITHOUT_RUNS, Pilot, passes_of_short_run
+from plasticity_peft.measuring.pilot import CLASSES, STEPS, WITHOUT_RUNS, Pilot, check_classes, passes_of_short_run
 from plasticity_peft.measuring.processes import failing_together, gathered, same, this_process
 from plasticity_peft.measuring.rates import TO_FIT, Gradient, RatesOfSets, times
 from plasticity_peft.report.forecast import PilotRun
@@ -175,12 +175,7 @@ def features_and_targets(
         with failing_together(share):
             sampler = labeled_images(model, architecture, dataset, max_samples, batch_size, seed)
             path = final_layer(model, architecture, sampler.example())
-            problem = problem_type(model, sampler)
-            if problem != CLASSES:
-                raise ModelError(
-                    f"{type(model).__name__}: short runs need one class per image. Its problem type is {problem!r}. "
-                    f"{_ELSE}"
-                )
+            check_classes(model, problem_type(model, sampler), "short runs need one class per image", _ELSE)
             count = sampler.available(max_samples)
             outputs = linear_at(model, path).out_features
             features, targets, order = [], [], list[int]()
